@@ -1,0 +1,8 @@
+"""A transactional outbox: work that is committed with the change it belongs to, and done whatever else fails."""
+
+from outbox.add import add
+from outbox.context import Context
+from outbox.errors import OutboxError, PayloadError, SkipRetry, TaskError
+from outbox.task import Handler, Task, handler
+
+__all__ = ["Context", "Handler", "OutboxError", "PayloadError", "SkipRetry", "Task", "TaskError", "add", "handler"]

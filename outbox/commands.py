@@ -1,0 +1,50 @@
+"""The `outbox` command."""
+
+from pathlib import Path
+
+import click
+
+from outbox import logs
+from outbox.errors import StartError
+from outbox.migrate import migrate as apply_migrations
+from outbox.settings import DatabaseSettings
+from outbox.up.binaries import EXTRA_MISSING
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="outbox-service")
+def outbox() -> None:
+    """A transactional outbox: create users, and lose no mail."""
+
+
+@outbox.command()
+def migrate() -> None:
+    """Bring the database in DATABASE_URL to the schema of this version. Safe to run twice, or twice at once."""
+    settings = DatabaseSettings.from_environment()
+    logs.configure("outbox", settings.log_level, settings.log_format)
+    apply_migrations(settings.database_url)
+
+
+@outbox.command()
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(".outbox"),
+    show_default=True,
+    metavar="FOLDER",
+    help="Keeps the database, the mails and the secret key.",
+)
+def up(data: Path) -> None:
+    """Run everything here, for development: service, relay and worker, and the servers that they need.
+
+    Embedded Postgres, Redis and a mail catcher stand in for whichever of DATABASE_URL, REDIS_URL and SMTP_URL is
+    not set. One Ctrl-C stops everything; a second one hurries.
+    """
+    # Production installs have no development extra, and need none for `outbox migrate`.
+    try:
+        from outbox.up import stack
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in {"aiosmtpd", "psutil"}:
+            raise
+        raise StartError(EXTRA_MISSING) from None
+    stack.run(data)

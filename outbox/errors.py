@@ -1,0 +1,33 @@
+"""The errors of the project. An error's docstring says when it is raised; its text says what to do about it."""
+
+
+class OutboxError(Exception):
+    """The base of every error that this project raises on purpose."""
+
+
+class SettingsError(OutboxError):
+    """An environment variable is missing or wrong."""
+
+
+class NotMigratedError(OutboxError):
+    """The database lacks migrations that this version needs."""
+
+
+class UnsupportedRedisError(OutboxError):
+    """Redis is too old, or a cluster."""
+
+
+class StartError(OutboxError):
+    """A process cannot start: a port is taken, a folder is in use, a server does not come up."""
+
+
+class TaskError(OutboxError):
+    """A task or handler is defined in a way that cannot work."""
+
+
+class PayloadError(OutboxError):
+    """A payload does not fit its task's model; nothing was written."""
+
+
+class SkipRetry(OutboxError):  # noqa: N818 - the field's own word for it, as in asynq
+    """Raised by a handler for what no retry can mend: the row is dead at once, with this text as its last error."""

@@ -1,0 +1,49 @@
+"""What a row is called in Redis: an RQ job that says which delivery of which row, and nothing else."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from outbox.errors import OutboxError
+
+_JOB_ID = re.compile(rb"([1-9][0-9]{0,18})-([1-9][0-9]{0,9})")
+
+
+@dataclass(frozen=True, order=True)
+class Delivery:
+    """One hand-over of one row: the fence that every later write names."""
+
+    row: int
+    number: int
+
+    @property
+    def job_id(self) -> str:
+        """The id of the RQ job; letters, digits, '_' and '-' are all that RQ allows in one."""
+        return f"{self.row}-{self.number}"
+
+    @classmethod
+    def parse(cls, job_id: bytes) -> "Delivery | None":
+        """Reads a job id as Redis returns it; None for one that no relay has written."""
+        if not (match := _JOB_ID.fullmatch(job_id)):
+            return None
+        row, number = int(match[1]), int(match[2])
+        return cls(row, number) if row < 2**63 and number < 2**31 else None
+
+
+class OutboxJob(Job):
+    """An RQ job that is JSON on both ways, whatever its caller forgot to say: rq-scheduler has no such argument."""
+
+    def __init__(self, id: str | None = None, connection: Any = None, serializer: Any = None) -> None:  # noqa: A002, ARG002 - RQ's signature
+        super().__init__(id=id, connection=connection, serializer=JSONSerializer)
+
+
+def deliver(row: int, number: int) -> NoReturn:
+    """The function that a job names. It is never called by our worker, which reads the job's id alone.
+
+    Raises:
+        OutboxError: always; a stock `rq worker` on these queues fails here, and the sweep takes the row back.
+    """
+    raise OutboxError(f"row {row}, delivery {number} is for 'python -m worker': stop the plain RQ worker on this queue")

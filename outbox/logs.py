@@ -1,0 +1,68 @@
+"""Logging: one line per event, readable on a terminal and JSON elsewhere, for our own events and libraries' alike."""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+Logger = FilteringBoundLogger
+
+_LIBRARIES_AT_WARNING = ("httpx", "rq", "rq_scheduler", "uvicorn", "yoyo", "psycopg.pool", "litestar", "mail.log")
+
+
+def configure(process: str, level: str, log_format: Literal["console", "json"] | None) -> None:
+    """Sets up logging for one process, to standard output.
+
+    Args:
+        process: `service`, `relay`, `worker` or `outbox`; goes along in every line.
+        level: the lowest level that is printed.
+        log_format: None chooses `console` on a terminal and `json` elsewhere.
+    """
+    if log_format is None:
+        log_format = "console" if sys.stdout.isatty() else "json"
+
+    def add_process(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        event["process"] = process
+        return event
+
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        add_process,
+    ]
+    if log_format == "console":
+        final: list[Processor] = [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
+    else:
+        final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+
+    structlog.configure(
+        processors=[*shared, *final],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for name in _LIBRARIES_AT_WARNING:
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+        library.setLevel(logging.WARNING)
+
+
+def get() -> Logger:
+    """Returns a logger whose methods take an event and its fields."""
+    logger: Logger = structlog.get_logger()
+    return logger

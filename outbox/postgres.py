@@ -1,0 +1,62 @@
+"""Connections to Postgres, and whether its schema is the one that this version needs."""
+
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+
+from outbox.errors import NotMigratedError
+from outbox.queries import query, sql_folder
+
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
+"""What psycopg raises when the server is away or cuts the connection."""
+
+LIMITS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+"""libpq's limits (seconds; the last in ms), so that a peer that vanished without a word is noticed."""
+
+
+def connect(database_url: str, name: str) -> psycopg.Connection[dict[str, Any]]:
+    """Opens a connection in autocommit mode whose rows are dictionaries.
+
+    Args:
+        database_url: where to.
+        name: shown by `pg_stat_activity` as the application's name.
+
+    Raises:
+        psycopg.OperationalError: Postgres is away or refuses.
+    """
+    return psycopg.connect(database_url, autocommit=True, application_name=name, row_factory=dict_row, **LIMITS)
+
+
+def migrations() -> list[str]:
+    """Returns the ids of the migrations that this version knows, in order."""
+    return sorted(path.stem for path in (sql_folder() / "migrations").glob("*.sql"))
+
+
+def check_applied(applied: set[str]) -> None:
+    """Checks that the database has every migration that this version knows; it may have newer ones.
+
+    Raises:
+        NotMigratedError: it lacks some.
+    """
+    if missing := [name for name in migrations() if name not in applied]:
+        raise NotMigratedError(f"the database is not migrated (it lacks {', '.join(missing)}): run 'outbox migrate'")
+
+
+def check_migrated(connection: psycopg.Connection[Any]) -> None:
+    """Checks a database through an open connection.
+
+    Raises:
+        NotMigratedError: it was never migrated, or lacks migrations.
+    """
+    try:
+        applied = {row["migration_id"] for row in connection.execute(query("applied_migrations"))}
+    except psycopg.errors.UndefinedTable:
+        applied = set()
+    check_applied(applied)

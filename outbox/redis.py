@@ -1,0 +1,51 @@
+"""Connections to Redis, and whether it is one that can serve."""
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from outbox.errors import UnsupportedRedisError
+
+AWAY = (redis.RedisError, OSError)
+"""What redis-py raises when Redis is away, loading, read-only or out of memory: all the same to us."""
+
+OLDEST = (6, 2)
+
+BLOCK = 1.0
+"""Seconds that a blocking command may block: also how long a signal may wait to be seen."""
+
+
+def connect(redis_url: str, name: str) -> redis.Redis:
+    """Makes a client; it connects at the first command.
+
+    One immediate retry, for connections that went stale while they were idle. What a retry does twice, the fence
+    makes harmless.
+
+    Args:
+        redis_url: where to.
+        name: shown by `CLIENT LIST`.
+    """
+    return redis.Redis.from_url(
+        redis_url,
+        client_name=name,
+        socket_connect_timeout=5,
+        socket_timeout=BLOCK + 4,
+        health_check_interval=15,
+        retry=Retry(NoBackoff(), 1),
+        protocol=2,
+    )
+
+
+def check_supported(client: redis.Redis) -> None:
+    """Checks the server's version and kind.
+
+    Raises:
+        UnsupportedRedisError: it is older than 6.2, or a cluster.
+        redis.RedisError: it is away.
+    """
+    info = client.info()
+    version = str(info.get("redis_version", "0"))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < OLDEST:
+        raise UnsupportedRedisError(f"Redis {version} is too old: REDIS_URL must name one of version 6.2 or newer")
+    if info.get("redis_mode") == "cluster":
+        raise UnsupportedRedisError("REDIS_URL names a Redis cluster: RQ needs a single server, so name one of those")

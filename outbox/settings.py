@@ -1,0 +1,254 @@
+"""What each process reads from its environment: once, at its edge, into one frozen object."""
+
+import email.headerregistry
+import email.utils
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+import psycopg
+import psycopg.conninfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from outbox.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class SmtpServer:
+    """A mail server, as `SMTP_URL` names it."""
+
+    host: str
+    port: int
+    security: Literal["none", "tls", "starttls"]
+    user: str | None
+    password: str | None = None
+
+    def __repr__(self) -> str:
+        return f"SmtpServer({self.host}:{self.port}, {self.security})"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the service listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+_SMTP_SCHEMES: Mapping[str, tuple[Literal["none", "tls", "starttls"], int]] = {
+    "smtp": ("none", 25),
+    "smtps": ("tls", 465),
+    "smtp+starttls": ("starttls", 587),
+}
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+
+def _postgres_url(value: str) -> str:
+    if not value.startswith(("postgresql://", "postgres://")):
+        raise ValueError("must start with postgresql://, as in postgresql://user:password@host:5432/database")
+    try:
+        psycopg.conninfo.conninfo_to_dict(value)
+    except psycopg.ProgrammingError:
+        # libpq's message may quote the URL, password and all.
+        raise ValueError("is not a valid Postgres URL; percent-encode special characters in the password") from None
+    return value
+
+
+def _redis_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        raise ValueError("is not a valid URL; it looks like redis://:password@host:6379/0") from None
+    if parts.scheme not in _REDIS_SCHEMES:
+        raise ValueError("must start with redis://, rediss:// or unix://, as in redis://localhost:6379/0")
+    if parts.scheme == "unix" and not parts.path:
+        raise ValueError("must name a socket, as in unix:///run/redis.sock")
+    database = parts.path.strip("/")
+    if parts.scheme != "unix" and database and not database.isdecimal():
+        raise ValueError("must end in the number of a database, as in redis://localhost:6379/0")
+    return value
+
+
+def _smtp_server(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        raise ValueError("is not a valid URL; it looks like smtp+starttls://user:password@host:587") from None
+    if parts.scheme not in _SMTP_SCHEMES:
+        raise ValueError("must start with smtp://, smtps:// or smtp+starttls://")
+    if not parts.hostname:
+        raise ValueError("must name a host, as in smtp://localhost:25")
+    if (parts.username is None) != (parts.password is None):
+        raise ValueError("must have both a user and a password, or neither")
+    security, default_port = _SMTP_SCHEMES[parts.scheme]
+    return SmtpServer(
+        host=parts.hostname,
+        port=port or default_port,
+        security=security,
+        user=unquote(parts.username) if parts.username is not None else None,
+        password=unquote(parts.password) if parts.password is not None else None,
+    )
+
+
+def _mail_from(value: str) -> str:
+    _, address = email.utils.parseaddr(value)
+    try:
+        email.headerregistry.Address(addr_spec=address)
+    except (ValueError, IndexError):
+        address = ""
+    if "@" not in address or re.search(r"[\r\n]", value):
+        raise ValueError("must be an e-mail address, as in 'Sign-up <no-reply@example.com>'")
+    return value
+
+
+def _http_address(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    host, colon, port = value.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ValueError("must be host:port, as in 127.0.0.1:8080")
+    return Address(host.strip("[]") or "127.0.0.1", int(port))
+
+
+def _http_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("must start with http:// or https:// and name a host, as in https://example.com")
+    return value.rstrip("/")
+
+
+def _queue_weights(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    weights: dict[str, int] = {}
+    for part in value.split(","):
+        name, _, weight = (piece.strip() for piece in part.partition("="))
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", name) or not weight.isdecimal() or int(weight) < 1:
+            raise ValueError("must be names with weights from 1 on, as in critical=10,default=5")
+        weights[name] = int(weight)
+    return weights
+
+
+def _modules(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(name for part in value.split(",") if (name := part.strip()))
+
+
+def _secret_key(value: str) -> str:
+    if len(value) < 32:
+        raise ValueError("must have at least 32 characters; 'openssl rand -hex 32' prints a good one")
+    return value
+
+
+Seconds = Annotated[float, Field(gt=0, le=86_400 * 365)]
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", hide_input_in_errors=True, env_ignore_empty=True, populate_by_name=True
+    )
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)] = Field(
+        default="info", validation_alias="LOG_LEVEL"
+    )
+    log_format: Literal["console", "json"] | None = Field(default=None, validation_alias="LOG_FORMAT")
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Reads and checks the environment.
+
+        Raises:
+            SettingsError: names every variable that is missing or wrong, a line each, and never its value.
+        """
+        try:
+            return cls()
+        except ValidationError as error:
+            raise SettingsError("\n".join(_sentence(violation) for violation in error.errors())) from None
+
+
+def _sentence(violation: Any) -> str:
+    name = violation["loc"][0]
+    if violation["type"] == "missing":
+        return f"{name} is not set: {_MISSING[name]}"
+    reason = violation["ctx"]["error"] if violation["type"] == "value_error" else _lower_first(violation["msg"])
+    return f"{name} is wrong: it {reason}" if violation["type"] == "value_error" else f"{name} is wrong: {reason}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+_MISSING = {
+    "DATABASE_URL": "set it to the Postgres database, as in postgresql://user:password@host:5432/database",
+    "REDIS_URL": "set it to the Redis server, as in redis://localhost:6379/0",
+    "SMTP_URL": "set it to the mail server, as in smtp+starttls://user:password@host:587",
+    "MAIL_FROM": "set it to the sender of mails, as in 'Sign-up <no-reply@example.com>'",
+    "PUBLIC_URL": "set it to where users reach the service, as in https://example.com; links in mails start with it",
+    "SECRET_KEY": "set it to a secret of at least 32 characters; 'openssl rand -hex 32' prints a good one",
+}
+
+
+class DatabaseSettings(_Settings):
+    """What everything that opens the database needs."""
+
+    database_url: Annotated[str, AfterValidator(_postgres_url)] = Field(validation_alias="DATABASE_URL", repr=False)
+
+
+class _RedisSettings(DatabaseSettings):
+    redis_url: Annotated[str, AfterValidator(_redis_url)] = Field(validation_alias="REDIS_URL", repr=False)
+    queues: Annotated[dict[str, int], NoDecode, BeforeValidator(_queue_weights)] = Field(
+        default={"critical": 10, "default": 5}, validation_alias="OUTBOX_QUEUES"
+    )
+    lease: Seconds = Field(default=15, validation_alias="OUTBOX_LEASE")
+
+
+class ServiceSettings(DatabaseSettings):
+    """Settings of `python -m service`."""
+
+    secret_key: Annotated[str, AfterValidator(_secret_key)] = Field(validation_alias="SECRET_KEY", repr=False)
+    http_server_address: Annotated[Address, NoDecode, BeforeValidator(_http_address)] = Field(
+        default=Address("127.0.0.1", 8080), validation_alias="HTTP_SERVER_ADDRESS"
+    )
+    verify_email_delay: float = Field(default=10, ge=0, le=86_400 * 365, validation_alias="VERIFY_EMAIL_DELAY")
+    hash_queue: int = Field(default=128, ge=1, validation_alias="OUTBOX_HASH_QUEUE")
+    pool_size: int = Field(default=10, ge=1, le=1000, validation_alias="OUTBOX_POOL_SIZE")
+    grace: Seconds = Field(default=25, validation_alias="OUTBOX_GRACE")
+
+
+class RelaySettings(_RedisSettings):
+    """Settings of `python -m relay`."""
+
+    poll_interval: Seconds = Field(default=1, validation_alias="OUTBOX_POLL_INTERVAL")
+    batch: int = Field(default=500, ge=1, le=100_000, validation_alias="OUTBOX_BATCH")
+    window: int = Field(default=10_000, ge=1, validation_alias="OUTBOX_WINDOW")
+    horizon: Seconds = Field(default=60, validation_alias="OUTBOX_HORIZON")
+    sweep_interval: Seconds = Field(default=2, validation_alias="OUTBOX_SWEEP_INTERVAL")
+    sweep_grace: Seconds = Field(default=2, validation_alias="OUTBOX_SWEEP_GRACE")
+    retention: Seconds = Field(default=86_400, validation_alias="OUTBOX_RETENTION")
+
+
+class WorkerSettings(_RedisSettings):
+    """Settings of `python -m worker`."""
+
+    smtp_server: Annotated[SmtpServer, NoDecode, BeforeValidator(_smtp_server)] = Field(validation_alias="SMTP_URL")
+    mail_from: Annotated[str, AfterValidator(_mail_from)] = Field(validation_alias="MAIL_FROM")
+    public_url: Annotated[str, AfterValidator(_http_url)] = Field(validation_alias="PUBLIC_URL")
+    secret_key: Annotated[str, AfterValidator(_secret_key)] = Field(validation_alias="SECRET_KEY", repr=False)
+    concurrency: int = Field(default=32, ge=1, le=1000, validation_alias="OUTBOX_CONCURRENCY")
+    grace: Seconds = Field(default=25, validation_alias="OUTBOX_GRACE")
+    smtp_timeout: Seconds = Field(default=10, validation_alias="OUTBOX_SMTP_TIMEOUT")
+    link_lifetime: Seconds = Field(default=900, validation_alias="OUTBOX_LINK_LIFETIME")
+    handlers: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_modules)] = Field(
+        default=(), validation_alias="OUTBOX_HANDLERS"
+    )

@@ -1,0 +1,32 @@
+"""How every process starts and ends: a mistake of whoever set it up is a sentence on stderr and an exit code."""
+
+import sys
+from collections.abc import Callable
+
+import psycopg
+
+from outbox.errors import OutboxError, SettingsError
+from outbox.outage import one_line
+
+EXIT_SETTINGS = 2
+EXIT_FAILED = 1
+
+
+def run(main: Callable[[], object]) -> None:
+    """Runs a process' main function and exits with its code: 2 for wrong settings, 1 for what it cannot work with."""
+    try:
+        main()
+    except SettingsError as error:
+        fail(str(error), EXIT_SETTINGS)
+    except OutboxError as error:
+        fail(str(error), EXIT_FAILED)
+    except psycopg.OperationalError as error:
+        fail(f"Postgres is away or refuses: {one_line(error)}", EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(sentence: str, code: int) -> None:
+    """Says what is wrong and exits."""
+    print(sentence, file=sys.stderr)
+    sys.exit(code)

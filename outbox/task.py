@@ -1,0 +1,130 @@
+"""What a task is, and how a handler is tied to it.
+
+A task is one definition, known to whoever adds rows and to the worker. A handler is one function, known to the
+worker alone. Neither registers itself anywhere: the worker looks for handlers in the modules that it is told of.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from outbox.errors import PayloadError, TaskError
+
+if TYPE_CHECKING:
+    from outbox.context import Context
+
+P = TypeVar("P", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Task(Generic[P]):
+    """A kind of work: a name, the model of its payload, and its defaults."""
+
+    name: str
+    """What the row and the registry call it; never change it while rows with it may exist."""
+    payload: type[P]
+    """The pydantic model that every payload must fit."""
+    queue: str = "default"
+    """One of the queues in `OUTBOX_QUEUES`."""
+    delay: float = 0
+    """Seconds between the commit and the first attempt."""
+    max_retries: int = 25
+    """How many attempts may follow the first."""
+    timeout: int = 30
+    """Seconds that one attempt may take."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= 100:
+            raise TaskError(f"a task's name has 1 to 100 characters, not {len(self.name)}: {self.name!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", self.queue):
+            raise TaskError(f"task {self.name}: queue {self.queue!r} is not 1 to 50 letters, digits, '_' or '-'")
+        if self.delay < 0 or not 0 <= self.max_retries <= 1000 or not 1 <= self.timeout <= 86_400:
+            raise TaskError(
+                f"task {self.name}: delay must be 0 s or more, max_retries 0 to 1000, timeout 1 to 86400 s"
+            )
+
+    def parse(self, payload: object) -> P:
+        """Turns a stored payload into the task's model.
+
+        Raises:
+            PayloadError: it does not fit; the text names each field.
+        """
+        try:
+            return self.payload.model_validate(payload)
+        except ValidationError as error:
+            raise PayloadError(f"the payload of {self.name} does not fit: {_violations(error)}") from None
+
+
+def _violations(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, violation['loc'])) or 'payload'}: {violation['msg']}"
+        for violation in error.errors(include_url=False, include_input=False)
+    )
+
+
+HandlerFunction = Callable[[P, "Context"], Mapping[str, object] | None]
+
+
+@dataclass(frozen=True)
+class Handler(Generic[P]):
+    """A task together with the function that does it."""
+
+    task: Task[P]
+    function: HandlerFunction[P]
+
+
+def handler(task: Task[P]) -> Callable[[HandlerFunction[P]], Handler[P]]:
+    """Declares the decorated function to be the handler of `task`.
+
+    The function is given the payload and a `Context`. It returns nothing, or fields for the `processed task` log
+    line. It raises `SkipRetry` for what no retry can mend, and anything else for what should be tried again.
+    """
+
+    def declare(function: HandlerFunction[P]) -> Handler[P]:
+        return Handler(task, function)
+
+    return declare
+
+
+Registry = Mapping[str, Handler[Any]]
+
+
+def load_registry(modules: Iterable[str | ModuleType]) -> Registry:
+    """Collects the handlers that the modules declare, by the name of their task.
+
+    Raises:
+        TaskError: a module cannot be imported, or two handlers claim one task.
+    """
+    registry: dict[str, Handler[Any]] = {}
+    for name in modules:
+        module = _imported(name) if isinstance(name, str) else name
+        for found in vars(module).values():
+            if not isinstance(found, Handler):
+                continue
+            known = registry.setdefault(found.task.name, found)
+            if known is not found:
+                raise TaskError(
+                    f"task {found.task.name} has two handlers, in {known.function.__module__} "
+                    f"and {found.function.__module__}: remove one"
+                )
+    return registry
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise TaskError(f"the module {name} with handlers cannot be imported: {error}") from error
+
+
+def delay_of(task: Task[Any], delay: float | timedelta | None) -> float:
+    """Returns the seconds to wait: the caller's own wish, else the task's default."""
+    if delay is None:
+        return task.delay
+    return delay.total_seconds() if isinstance(delay, timedelta) else delay

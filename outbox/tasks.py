@@ -1,0 +1,16 @@
+"""The tasks of this service. A task of your own may stand here, or in a module of yours."""
+
+from pydantic import BaseModel, ConfigDict
+
+from outbox.task import Task
+
+
+class SendVerifyEmail(BaseModel):
+    """Payload of `send_verify_email`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    username: str
+
+
+SEND_VERIFY_EMAIL = Task("send_verify_email", SendVerifyEmail, queue="critical", delay=10, max_retries=10, timeout=30)

@@ -1,0 +1,22 @@
+"""`python -m relay`: one relay, configured by the environment, stopped by SIGTERM."""
+
+import signal
+from threading import Event
+
+from outbox import logs, start
+from outbox.settings import RelaySettings
+from relay.loop import Relay
+
+
+def main() -> None:
+    """Runs a relay until SIGTERM or SIGINT."""
+    settings = RelaySettings.from_environment()
+    logs.configure("relay", settings.log_level, settings.log_format)
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    Relay(settings, stop).run()
+
+
+if __name__ == "__main__":
+    start.run(main)

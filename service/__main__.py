@@ -1,0 +1,64 @@
+"""`python -m service`: one API process, configured by the environment, stopped by SIGTERM."""
+
+import signal
+import socket
+
+import uvicorn
+
+from outbox import logs, postgres, start
+from outbox.errors import StartError
+from outbox.outage import one_line
+from outbox.settings import Address, ServiceSettings
+from service.app import create_app
+from service.requests import RequestLog
+
+
+def main() -> None:
+    """Serves until SIGTERM or SIGINT, then finishes the requests in flight."""
+    settings = ServiceSettings.from_environment()
+    logs.configure("service", settings.log_level, settings.log_format)
+    listener = listen(settings.http_server_address)
+    try:
+        with postgres.connect(settings.database_url, "outbox service") as connection:
+            postgres.check_migrated(connection)
+    except postgres.AWAY as error:
+        logs.get().warning("Postgres is away", error=one_line(error))
+
+    # uvicorn raises the signal that stopped it once more when all is done; that should not look like a crash.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    logs.get().info("started", address=str(settings.http_server_address))
+    uvicorn.Server(
+        uvicorn.Config(
+            RequestLog(create_app(settings)),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=round(settings.grace),
+        )
+    ).run(sockets=[listener])
+    logs.get().info("stopped")
+
+
+def listen(address: Address) -> socket.socket:
+    """Opens the socket that the service listens on.
+
+    Raises:
+        StartError: the port is taken, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address.host, address.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"HTTP_SERVER_ADDRESS: cannot listen on {address} ({error.strerror}); free it or choose another"
+        ) from error
+    return listener
+
+
+if __name__ == "__main__":
+    start.run(main)

@@ -1,0 +1,81 @@
+"""The application: routes, limits, and what it opens and closes with itself."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+from typing import Any
+
+import psycopg
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.openapi import OpenAPIConfig
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from outbox import postgres
+from outbox.settings import ServiceSettings
+from service import problems, routes
+from service.passwords import Passwords
+from service.store import Store
+from service.wakeup import Wakeup
+
+MAX_BODY = 64 * 1024
+"""Bytes."""
+
+POOL_TIMEOUT = 5.0
+"""Seconds that a request waits for a connection to Postgres before it is answered with 503."""
+
+
+def create_app(settings: ServiceSettings) -> Litestar:
+    """Returns the ASGI application; it connects to Postgres when it is started."""
+
+    pool: AsyncConnectionPool[psycopg.AsyncConnection[dict[str, Any]]] = AsyncConnectionPool(
+        settings.database_url,
+        kwargs={"autocommit": True, "row_factory": dict_row, "application_name": "outbox service", **postgres.LIMITS},
+        min_size=1,
+        max_size=settings.pool_size,
+        timeout=POOL_TIMEOUT,
+        check=AsyncConnectionPool.check_connection,
+        open=False,
+    )
+    wakeup = Wakeup(pool)
+    store = Store(pool, wakeup, settings)
+    passwords = Passwords(settings.hash_queue)
+
+    @asynccontextmanager
+    async def open_resources(_: Litestar) -> AsyncGenerator[None]:
+        await pool.open(wait=False)
+        hints = asyncio.create_task(wakeup.run())
+        try:
+            yield
+        finally:
+            hints.cancel()
+            with suppress(asyncio.CancelledError):
+                await hints
+            passwords.close()
+            await pool.close()
+
+    return Litestar(
+        route_handlers=[
+            routes.create_user,
+            routes.open_verification_link,
+            routes.verify_email,
+            routes.healthz,
+            routes.readyz,
+        ],
+        dependencies={
+            "store": Provide(lambda: store, sync_to_thread=False),
+            "passwords": Provide(lambda: passwords, sync_to_thread=False),
+        },
+        exception_handlers=problems.EXCEPTION_HANDLERS,
+        lifespan=[open_resources],
+        logging_config=None,
+        request_max_body_size=MAX_BODY,
+        openapi_config=OpenAPIConfig(
+            title="Outbox service",
+            version=version("outbox-service"),
+            path="/schema",
+            use_handler_docstrings=False,
+        ),
+    )

@@ -1,0 +1,52 @@
+"""The page that a verification link opens in a browser."""
+
+from html import escape
+
+from litestar import MediaType, Response
+
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Robots-Tag": "noindex",
+}
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 1.1rem/1.5 system-ui, sans-serif; max-width: 32rem; margin: 15vh auto; padding: 0 1rem; }}
+button {{ font: inherit; padding: .5rem 1.25rem; border: 0; border-radius: .4rem; color: #fff; background: #1a5fb4; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{text}</p>
+{form}</body>
+</html>
+"""
+
+# It posts to the address of the page itself, which carries the code.
+_FORM = '<form method="post"><button>Verify my email address</button></form>\n'
+
+
+def page(title: str, text: str, *, status_code: int = 200, with_button: bool = False) -> Response[str]:
+    """Returns a small page for a person.
+
+    Args:
+        title: its heading.
+        text: a sentence below it.
+        status_code: the HTTP status.
+        with_button: whether it has the button that verifies.
+    """
+    return Response(
+        _PAGE.format(title=escape(title), text=escape(text), form=_FORM if with_button else ""),
+        media_type=MediaType.HTML,
+        status_code=status_code,
+        headers=HEADERS,
+    )

@@ -1,0 +1,127 @@
+"""Errors as `application/problem+json` (RFC 9457), and how each kind of error becomes one."""
+
+from http import HTTPStatus
+from typing import Any
+
+import psycopg
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.types import ExceptionHandlersMap
+from psycopg_pool import PoolTimeout, TooManyRequests
+
+from outbox import logs
+from outbox.errors import NotMigratedError
+from outbox.outage import one_line
+from service.passwords import BusyError
+from service.schemas import Problem, Violation
+from service.store import TakenError
+
+MEDIA_TYPE = "application/problem+json"
+
+RETRY_AFTER = "1"
+"""Seconds."""
+
+AnyRequest = Request[Any, Any, Any]
+
+
+def problem(
+    request: AnyRequest,
+    status: int,
+    detail: str,
+    errors: list[Violation] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response[dict[str, Any]]:
+    """Returns the answer for an error.
+
+    Args:
+        request: what it answers.
+        status: the HTTP status.
+        detail: what is wrong and what to do, in a sentence.
+        errors: what is wrong with each field.
+        headers: further headers.
+    """
+    content = Problem(
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        request_id=request.scope["state"].get("request_id", ""),
+        errors=errors,
+    )
+    return Response(
+        content.model_dump(exclude_none=True), status_code=status, media_type=MEDIA_TYPE, headers=headers or {}
+    )
+
+
+def _invalid(request: AnyRequest, error: ValidationException) -> Response[dict[str, Any]]:
+    found = error.extra if isinstance(error.extra, list) else []
+    violations = [
+        Violation(field=str(violation.get("key") or "body"), message=_message(str(violation.get("message", ""))))
+        for violation in found
+        if isinstance(violation, dict)
+    ]
+    return problem(request, 400, "the request has fields that are not valid; 'errors' names each", violations)
+
+
+def _message(text: str) -> str:
+    text = text.removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]
+
+
+def _http(request: AnyRequest, error: HTTPException) -> Response[dict[str, Any]]:
+    # A 5xx of the framework's own may speak of our insides.
+    detail = error.detail if error.status_code < 500 else "the service failed"
+    return problem(request, error.status_code, detail, headers=error.headers)
+
+
+def _taken(request: AnyRequest, error: TakenError) -> Response[dict[str, Any]]:
+    return problem(request, 409, str(error), [Violation(field=error.field, message="is taken")])
+
+
+def _busy(request: AnyRequest, error: BusyError) -> Response[dict[str, Any]]:
+    return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
+
+
+def _away(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
+    logs.get().warning("Postgres is away", error=one_line(error))
+    return problem(
+        request, 503, "the database is away: try again in a moment", headers={"Retry-After": RETRY_AFTER}
+    )
+
+
+def _not_migrated(request: AnyRequest, error: NotMigratedError) -> Response[dict[str, Any]]:
+    return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
+
+
+def _failed(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
+    logs.get().error("request failed", error=one_line(error), exc_info=error)
+    return problem(request, 500, "the service failed; the log has more under this request id")
+
+
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {
+    ValidationException: _invalid,
+    HTTPException: _http,
+    TakenError: _taken,
+    BusyError: _busy,
+    NotMigratedError: _not_migrated,
+    PoolTimeout: _away,
+    TooManyRequests: _away,
+    psycopg.OperationalError: _away,
+    psycopg.InterfaceError: _away,
+    Exception: _failed,
+}
+
+
+def described(status: int, description: str, detail: str, errors: list[Violation] | None = None) -> ResponseSpec:
+    """Returns the OpenAPI description of an error, with an example."""
+    example = Problem(
+        title=HTTPStatus(status).phrase, status=status, detail=detail, request_id="5f0c2c8e6d4b", errors=errors
+    )
+    return ResponseSpec(
+        Problem,
+        description=description,
+        media_type=MEDIA_TYPE,
+        generate_examples=False,
+        examples=[Example(summary=description, value=example.model_dump(exclude_none=True))],
+    )

@@ -1,0 +1,62 @@
+"""One log line and one id per HTTP request."""
+
+import re
+import time
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from outbox import logs
+
+HEADER = b"x-request-id"
+
+_ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+class RequestLog:
+    """ASGI middleware around the whole app, so that what the framework refuses is logged too.
+
+    The path is logged without its query, which may hold a secret code.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope["state"]["request_id"] = request_id
+        started = time.perf_counter()
+        status_code = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status_code
+            if message["type"] == "http.response.start":
+                status_code = message["status"]
+                message["headers"] = [*message["headers"], (HEADER, request_id.encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                logs.get().info(
+                    "received an HTTP request",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status_code=status_code,
+                    duration=round(time.perf_counter() - started, 6),
+                )
+
+
+def _request_id(scope: Any) -> str:
+    """Returns the id that the caller sent, if it is one that is safe to log and store, else a new one."""
+    for name, value in scope["headers"]:
+        if name == HEADER and _ACCEPTABLE.fullmatch(sent := value.decode("latin-1")):
+            return str(sent)
+    return uuid4().hex

@@ -1,0 +1,98 @@
+"""What goes in and out of the API."""
+
+import unicodedata
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain NUL characters")
+    return text
+
+
+def _has_letter(text: str) -> str:
+    if not any(unicodedata.category(character).startswith("L") for character in text):
+        raise ValueError("must contain a letter")
+    return text
+
+
+class CreateUser(BaseModel):
+    """A new user."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    username: Annotated[
+        str,
+        Field(
+            min_length=3,
+            max_length=100,
+            pattern="^[a-z0-9_]*$",
+            description="Lower-case letters, digits and '_'.",
+            examples=["alice"],
+        ),
+    ]
+    password: Annotated[
+        str, Field(min_length=6, max_length=100, examples=["correct horse"]), AfterValidator(_storable)
+    ]
+    full_name: Annotated[
+        str,
+        Field(
+            min_length=3,
+            max_length=100,
+            pattern=r"^[\p{L}\p{M} ]*$",
+            description="Letters of any script, and spaces.",
+            examples=["Alice Liddell"],
+        ),
+        AfterValidator(_has_letter),
+    ]
+    email: Annotated[EmailStr, Field(min_length=3, max_length=200, examples=["alice@example.com"])]
+
+
+class User(BaseModel):
+    """A user, as the API tells of one: never with the password's hash."""
+
+    username: str
+    full_name: str
+    email: str
+    is_email_verified: bool
+    password_changed_at: datetime
+    created_at: datetime
+
+
+class UserCreated(BaseModel):
+    """The answer to a new user."""
+
+    user: User
+
+
+class EmailVerified(BaseModel):
+    """The answer to a verification link."""
+
+    is_verified: bool
+
+
+class Health(BaseModel):
+    """The answer to a probe."""
+
+    status: str
+
+
+class Violation(BaseModel):
+    """One thing that is wrong with one field."""
+
+    field: str
+    message: str
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 wants it."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[Violation] | None = None

@@ -1,0 +1,125 @@
+"""What the service reads from Postgres and writes to it."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+import outbox
+from outbox import postgres
+from outbox.errors import OutboxError
+from outbox.queries import query
+from outbox.settings import ServiceSettings
+from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox.verification import is_secret_code
+from service.schemas import CreateUser, User
+from service.wakeup import Wakeup
+
+_FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
+
+
+class TakenError(OutboxError):
+    """Another user has this username or email."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"this {field} is taken")
+        self.field = field
+
+
+class Verification(Enum):
+    """What a link turns out to be."""
+
+    VALID = "valid"
+    WRONG = "wrong"
+    USED = "used"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The service's database."""
+
+    pool: AsyncConnectionPool[psycopg.AsyncConnection[dict[str, Any]]]
+    wakeup: Wakeup
+    settings: ServiceSettings
+
+    async def create_user(self, user: CreateUser, hashed_password: str, request_id: str) -> User:
+        """Writes the user and the outbox row of the verification mail, in one transaction.
+
+        Raises:
+            TakenError: the username or email is another user's; nothing was written.
+            psycopg.OperationalError: Postgres is away. Nothing was written, unless the connection broke in the
+                very moment of the commit; then either both rows are there or none is.
+        """
+        try:
+            async with self.pool.connection() as connection, connection.transaction():
+                cursor = await connection.execute(
+                    query("add_user"),
+                    {
+                        "username": user.username,
+                        "hashed_password": hashed_password,
+                        "full_name": user.full_name,
+                        "email": user.email,
+                    },
+                )
+                row = await cursor.fetchone()
+                await outbox.add(
+                    connection,
+                    SEND_VERIFY_EMAIL,
+                    SendVerifyEmail(username=user.username),
+                    delay=self.settings.verify_email_delay,
+                    request_id=request_id,
+                )
+        except psycopg.errors.UniqueViolation as error:
+            raise TakenError(_FIELD_OF_CONSTRAINT[error.diag.constraint_name or ""]) from None
+        self.wakeup.hint()
+        return User.model_validate(row)
+
+    async def verify(self, email_id: int, code: str, *, use: bool) -> Verification:
+        """Looks at a link and, if it is valid and `use` says so, verifies its user.
+
+        Args:
+            email_id: which verification.
+            code: the link's secret code.
+            use: False only looks.
+
+        Raises:
+            psycopg.OperationalError: Postgres is away.
+        """
+        async with self.pool.connection() as connection, connection.transaction():
+            cursor = await connection.execute(query("lock_verification"), {"id": email_id})
+            row = await cursor.fetchone()
+            # A made-up row for an id that does not exist, so that the answer takes as long.
+            found = row or {"id": email_id, "username": "", "email": "", "is_used": False, "is_expired": False}
+            is_right = is_secret_code(
+                code, self.settings.secret_key, found["id"], found["username"], found["email"]
+            )
+            if row is None or not is_right:
+                return Verification.WRONG
+            if row["is_used"]:
+                return Verification.USED
+            if row["is_expired"]:
+                return Verification.EXPIRED
+            if use:
+                await connection.execute(query("use_verification"), {"id": row["id"]})
+                await connection.execute(
+                    query("verify_user"), {"username": row["username"], "email": row["email"]}
+                )
+            return Verification.VALID
+
+    async def check_ready(self) -> None:
+        """Checks that Postgres answers and is migrated.
+
+        Raises:
+            NotMigratedError: it lacks migrations.
+            psycopg.Error, psycopg_pool.PoolTimeout: it does not answer.
+        """
+        async with self.pool.connection(timeout=2) as connection:
+            try:
+                cursor = await connection.execute(query("applied_migrations"))
+            except psycopg.errors.UndefinedTable:
+                postgres.check_applied(set())
+            else:
+                postgres.check_applied({row["migration_id"] for row in await cursor.fetchall()})

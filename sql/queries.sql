@@ -1,0 +1,227 @@
+-- Every statement that runs in production. One block per statement: its name, a line on what it is for, its text.
+-- Parameters are psycopg's %(name)s; intervals are passed as seconds.
+
+
+-- name: add_row
+-- Adds an outbox row in the caller's own transaction; returns no row where its unique key is taken.
+INSERT INTO outbox (task, payload, queue, run_at, max_retries, timeout, unique_key, request_id)
+VALUES (%(task)s, %(payload)s, %(queue)s, now() + make_interval(secs => %(delay)s),
+        %(max_retries)s, %(timeout)s, %(unique_key)s, %(request_id)s)
+ON CONFLICT (unique_key) WHERE status <> 'done' AND unique_key IS NOT NULL DO NOTHING
+RETURNING id;
+
+
+-- name: notify_relays
+-- Tells the relays that rows were committed. A hint that may get lost, sent after the commit and never inside it:
+-- a NOTIFY in the writing transaction would make all writers commit one after the other.
+SELECT pg_notify('outbox', '');
+
+
+-- name: listen
+-- Subscribes a relay's connection to that hint.
+LISTEN outbox;
+
+
+-- name: applied_migrations
+-- What `outbox migrate` has applied to this database.
+SELECT migration_id FROM _yoyo_migration;
+
+
+-- name: lock_migrations
+-- One `outbox migrate` at a time; released by the end of the transaction, however that comes.
+SELECT pg_advisory_xact_lock(hashtext('outbox migrate'));
+
+
+-- name: ready
+-- Whether Postgres answers.
+SELECT 1;
+
+
+-- name: add_user
+-- Creates a user; a taken username or email is a unique violation.
+INSERT INTO users (username, hashed_password, full_name, email)
+VALUES (%(username)s, %(hashed_password)s, %(full_name)s, %(email)s)
+RETURNING username, full_name, email, is_email_verified, password_changed_at, created_at;
+
+
+-- name: hand_over
+-- Claims due (or soon due) rows of one queue for Redis, as far as its window has room, and marks them enqueued.
+-- It is committed only after Redis has taken the jobs. Relays side by side skip each other's rows.
+WITH room AS (
+    SELECT greatest(0, %(window)s - count(*)) AS rows
+    FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s
+), claimed AS (
+    SELECT id
+    FROM outbox
+    WHERE status = 'pending' AND queue = %(queue)s AND run_at <= now() + make_interval(secs => %(horizon)s)
+    ORDER BY run_at, id
+    LIMIT (SELECT least(%(batch)s, rows) FROM room)
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE outbox
+SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
+FROM claimed
+WHERE outbox.id = claimed.id
+RETURNING outbox.id, outbox.delivery, task, payload, queue, max_retries, timeout, request_id,
+          run_at > now() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
+
+
+-- name: now
+-- Postgres' time, which is everybody's time.
+SELECT extract(epoch FROM now())::float8 AS now;
+
+
+-- name: lock_sweep
+-- Whether this relay is the one that sweeps now; released by the end of the transaction.
+SELECT pg_try_advisory_xact_lock(hashtext('outbox sweep')) AS locked;
+
+
+-- name: sweep_candidates
+-- Rows that were handed over longer than a grace ago and that no worker has claimed.
+SELECT id, delivery
+FROM outbox
+WHERE status = 'enqueued' AND enqueued_at < now() - make_interval(secs => %(grace)s);
+
+
+-- name: sweep
+-- Takes back rows whose job Redis no longer holds. The delivery is the one that was looked for in Redis:
+-- a row that was claimed or handed over meanwhile is left alone.
+WITH lost AS (
+    SELECT outbox.id
+    FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery)
+    JOIN outbox ON outbox.id = job.id AND outbox.delivery = job.delivery
+    WHERE outbox.status = 'enqueued'
+    FOR UPDATE OF outbox SKIP LOCKED
+)
+UPDATE outbox SET status = 'pending'
+FROM lost
+WHERE outbox.id = lost.id
+RETURNING outbox.id, delivery, task, queue, request_id;
+
+
+-- name: rescue
+-- Takes rows from workers whose lease has passed; dead when the attempts are used up.
+WITH expired AS (
+    SELECT id
+    FROM outbox
+    WHERE status = 'running' AND lease_until < now()
+    ORDER BY lease_until
+    LIMIT %(batch)s
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE outbox
+SET status = CASE WHEN attempts > max_retries THEN 'dead' ELSE 'pending' END,
+    lease_until = NULL,
+    last_error = 'the worker ' || coalesce(worker, '?') || ' vanished: it did not renew its lease in time'
+FROM expired
+WHERE outbox.id = expired.id
+RETURNING outbox.id, delivery, task, queue, status, attempts, request_id;
+
+
+-- name: retention
+-- Deletes done rows whose retention time is over, a batch at a time.
+WITH old AS (
+    SELECT id
+    FROM outbox
+    WHERE status = 'done' AND done_at < now() - make_interval(secs => %(retention)s)
+    ORDER BY done_at
+    LIMIT %(batch)s
+    FOR UPDATE SKIP LOCKED
+)
+DELETE FROM outbox USING old WHERE outbox.id = old.id;
+
+
+-- name: unserved_queues
+-- Queues that hold work and that no relay with these settings hands over.
+SELECT queue, count(*) AS rows
+FROM outbox
+WHERE status = 'pending' AND queue <> ALL (%(queues)s)
+GROUP BY queue;
+
+
+-- name: lock_jobs
+-- The first half of the worker's claim: waits for a relay that has published but not yet committed, and then
+-- sees the newest version of the row. An UPDATE … WHERE status = 'enqueued' would not see it and lose the job.
+SELECT id, delivery, task, payload, queue, status, attempts, max_retries, timeout, request_id, run_at <= now() AS due
+FROM outbox
+WHERE id = ANY (%(ids)s)
+ORDER BY id
+FOR UPDATE;
+
+
+-- name: claim
+-- The second half: takes the rows that were judged to be this worker's.
+UPDATE outbox
+SET status = 'running', attempts = attempts + 1, worker = %(worker)s,
+    started_at = now(), lease_until = now() + make_interval(secs => %(lease)s)
+WHERE id = ANY (%(ids)s);
+
+
+-- name: renew_leases
+-- Keeps the leases of all that a worker runs.
+WITH held AS (
+    SELECT outbox.id
+    FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery)
+    JOIN outbox ON outbox.id = job.id AND outbox.delivery = job.delivery
+    WHERE outbox.status = 'running'
+    ORDER BY outbox.id
+    FOR UPDATE OF outbox
+)
+UPDATE outbox SET lease_until = now() + make_interval(secs => %(lease)s)
+FROM held
+WHERE outbox.id = held.id;
+
+
+-- name: mark
+-- Writes what became of a batch of attempts; returns the rows that were still this delivery's to write.
+WITH outcome AS (
+    SELECT job.*
+    FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[], %(statuses)s::text[],
+                %(delays)s::float8[], %(attempts)s::integer[], %(errors)s::text[])
+        AS job (id, delivery, status, delay, attempts, error)
+    JOIN outbox ON outbox.id = job.id AND outbox.delivery = job.delivery
+    WHERE outbox.status = 'running'
+    ORDER BY outbox.id
+    FOR UPDATE OF outbox
+)
+UPDATE outbox
+SET status = outcome.status,
+    lease_until = NULL,
+    attempts = outcome.attempts,
+    run_at = CASE WHEN outcome.status = 'pending' THEN now() + make_interval(secs => outcome.delay) ELSE run_at END,
+    done_at = CASE WHEN outcome.status = 'done' THEN now() END,
+    last_error = coalesce(outcome.error, last_error)
+FROM outcome
+WHERE outbox.id = outcome.id
+RETURNING outbox.id, outbox.delivery;
+
+
+-- name: verification_recipient
+-- Whom a verification mail goes to.
+SELECT username, full_name, email, is_email_verified FROM users WHERE username = %(username)s;
+
+
+-- name: open_verification
+-- The verification of an outbox row: the same one at every attempt, open for its full time from the latest.
+INSERT INTO verify_emails (outbox_id, username, email, expired_at)
+VALUES (%(outbox_id)s, %(username)s, %(email)s, now() + make_interval(secs => %(lifetime)s))
+ON CONFLICT (outbox_id) DO UPDATE SET expired_at = EXCLUDED.expired_at
+RETURNING id, username, email;
+
+
+-- name: lock_verification
+-- A verification whose link was opened, held until it is decided on.
+SELECT id, username, email, is_used, expired_at <= now() AS is_expired
+FROM verify_emails
+WHERE id = %(id)s
+FOR UPDATE;
+
+
+-- name: use_verification
+-- Spends the link …
+UPDATE verify_emails SET is_used = true WHERE id = %(id)s;
+
+
+-- name: verify_user
+-- … and marks its user's address as verified.
+UPDATE users SET is_email_verified = true WHERE username = %(username)s AND email = %(email)s;

@@ -1,0 +1,1 @@
+"""The worker: claims what Redis announces, does it, and marks it in Postgres."""

@@ -1,0 +1,21 @@
+"""`python -m worker`: one worker, configured by the environment, stopped by SIGTERM."""
+
+import os
+
+from outbox import logs, start
+from outbox.settings import WorkerSettings
+from worker.handlers import registry
+from worker.worker import OutboxWorker
+
+
+def main() -> None:
+    """Runs a worker until SIGTERM, SIGINT or RQ's shutdown command; a second one ends it at once."""
+    settings = WorkerSettings.from_environment()
+    logs.configure("worker", settings.log_level, settings.log_format)
+    finished = OutboxWorker(settings, registry(settings.handlers)).run()
+    if not finished:
+        os._exit(0)  # a handler's thread cannot be stopped; its row was given back, and the fence shuts it out
+
+
+if __name__ == "__main__":
+    start.run(main)

@@ -1,0 +1,143 @@
+"""Marking what became of attempts, and renewing leases: all that a worker writes besides its claims."""
+
+import time
+from collections.abc import Mapping
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread
+from typing import Any
+
+import psycopg
+
+from outbox import logs, postgres
+from outbox.backoff import reconnect_delay
+from outbox.jobs import Delivery
+from outbox.outage import one_line
+from outbox.queries import query
+from worker.attempt import Outcome
+from worker.claim import Claim
+
+_BATCH = 500
+
+OVERTIME = 5.0
+"""Seconds past its time limit after which an attempt is no longer believed to end, and its lease is let go."""
+
+
+class Marker:
+    """A thread with a connection of its own that writes outcomes in batches and keeps the leases of what runs.
+
+    While Postgres is away it keeps the outcomes and writes them when it is back; if a row was handed over again
+    meanwhile, the fence decides, and the late outcome is dropped.
+    """
+
+    def __init__(self, database_url: str, lease: float) -> None:
+        self._database_url = database_url
+        self._lease = lease
+        self._failures = 0
+        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._held: dict[Delivery, float] = {}
+        self._lock = Lock()
+        self._closing = Event()
+        self._thread = Thread(target=self._run, name="marker", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def hold(self, claims: list[Claim]) -> None:
+        """Begins to renew the leases of these rows, until their outcome is written or they overrun their time."""
+        now = time.monotonic()
+        with self._lock:
+            self._held.update({claimed.delivery: now + claimed.timeout + OVERTIME for claimed in claims})
+
+    def held(self) -> list[Delivery]:
+        """Returns the deliveries whose outcome is not written yet."""
+        with self._lock:
+            return list(self._held)
+
+    def put(self, outcome: Outcome) -> None:
+        """Takes an outcome; it is written at once on a quiet system, and in batches on a busy one."""
+        self._outcomes.put(outcome)
+
+    def close(self, timeout: float) -> bool:
+        """Writes what is there, ends the thread, and returns whether that worked out in `timeout` seconds."""
+        self._closing.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        unwritten: list[Outcome] = []
+        while True:
+            try:
+                with postgres.connect(self._database_url, "outbox worker marks") as connection:
+                    self._failures = 0
+                    self._serve(connection, unwritten)
+                    return
+            except postgres.AWAY as error:
+                self._failures += 1
+                logs.get().debug("marks wait for Postgres", error=one_line(error), unwritten=len(unwritten))
+                time.sleep(reconnect_delay(self._failures))
+
+    def _serve(self, connection: psycopg.Connection[dict[str, Any]], unwritten: list[Outcome]) -> None:
+        renew_every = self._lease / 3
+        renew_at = 0.0
+        while True:
+            if time.monotonic() >= renew_at:
+                self._renew(connection)
+                renew_at = time.monotonic() + renew_every
+            if not unwritten:
+                unwritten += self._collect(min(max(renew_at - time.monotonic(), 0.001), 0.2))
+            if unwritten:
+                self._write(connection, unwritten)
+                unwritten.clear()
+            elif self._closing.is_set() and self._outcomes.empty():
+                return
+
+    def _collect(self, timeout: float) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        try:
+            outcomes.append(self._outcomes.get(timeout=timeout))
+            while len(outcomes) < _BATCH:
+                outcomes.append(self._outcomes.get_nowait())
+        except Empty:
+            return outcomes
+        return outcomes
+
+    def _renew(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        now = time.monotonic()
+        with self._lock:
+            held = [delivery for delivery, overtime in self._held.items() if overtime > now]
+        if held:
+            connection.execute(query("renew_leases"), {**_columns(held), "lease": self._lease})
+
+    def _write(self, connection: psycopg.Connection[dict[str, Any]], outcomes: list[Outcome]) -> None:
+        deliveries = [outcome.delivery for outcome in outcomes]
+        rows = connection.execute(
+            query("mark"),
+            {
+                **_columns(deliveries),
+                "statuses": [outcome.status for outcome in outcomes],
+                "delays": [outcome.delay for outcome in outcomes],
+                "attempts": [outcome.attempts for outcome in outcomes],
+                "errors": [outcome.error for outcome in outcomes],
+            },
+        ).fetchall()
+        with self._lock:
+            for delivery in deliveries:
+                self._held.pop(delivery, None)
+        written = {Delivery(row["id"], row["delivery"]) for row in rows}
+        for outcome in outcomes:
+            if outcome.delivery not in written:
+                logs.get().warning(
+                    "dropped outcome",
+                    row=outcome.delivery.row,
+                    delivery=outcome.delivery.number,
+                    status=outcome.status,
+                    why="the row was taken from this worker meanwhile",
+                )
+
+
+def _columns(deliveries: list[Delivery]) -> Mapping[str, list[int]]:
+    return {
+        "ids": [delivery.row for delivery in deliveries],
+        "deliveries": [delivery.number for delivery in deliveries],
+    }
