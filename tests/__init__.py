@@ -1,0 +1,1 @@
+"""Tests, by level: unit (no server), integration (real Postgres and Redis), acceptance (the three processes)."""

@@ -1,0 +1,296 @@
+"""`outbox up` as a developer runs it: a real process, a terminal's signals, and nothing but Python on the machine."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.mailbox import free_port
+from tests.support.waiting import eventually
+
+LIMIT = 60.0
+"""Seconds until what a test waits for must have happened."""
+
+ALICE = {"username": "alice", "password": "open-sesame-42", "full_name": "Alice Doe", "email": "alice@example.com"}
+
+_OURS = re.compile(r"(OUTBOX|DATABASE|REDIS|SMTP|LOG|SECRET|PUBLIC|MAIL|VERIFY|HTTP_SERVER)_")
+
+
+class Up:
+    """A running `outbox up`, and what it has printed so far."""
+
+    def __init__(self, folder: Path, port: int, **environment: str) -> None:
+        inherited = {name: value for name, value in os.environ.items() if not _OURS.match(name)}
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "outbox", "up", "--data", "data"],
+            cwd=folder,
+            env={**inherited, "HTTP_SERVER_ADDRESS": f"127.0.0.1:{port}", "VERIFY_EMAIL_DELAY": "0", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as output:
+            self.lines.extend(line.rstrip("\n") for line in output)
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def sees(self, pattern: str, times: int = 1) -> re.Match[str]:
+        """Waits until `pattern` was printed so many times, and returns its last match."""
+        eventually(
+            lambda: len(re.findall(pattern, self.output)) >= times or self.process.poll() is not None, LIMIT, pattern
+        )
+        self._reader.join(0 if self.process.poll() is None else LIMIT)
+        assert len(re.findall(pattern, self.output)) >= times, f"no {pattern!r} in\n{self.output}"
+        return list(re.finditer(pattern, self.output))[-1]
+
+    def ended(self) -> int:
+        """Waits for the end, and returns the exit code."""
+        code = self.process.wait(LIMIT)
+        self._reader.join(LIMIT)
+        return code
+
+
+def living(folder: Path) -> list[psutil.Process]:
+    """Returns the processes that belong to a folder: all children work in it, or name it."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            named = any(str(folder) in part for part in process.cmdline())
+            if process.pid != os.getpid() and (named or Path(process.cwd()).is_relative_to(folder)):
+                found.append(process)
+    return found
+
+
+def of(folder: Path, module: str) -> psutil.Process:
+    """Returns the process in which a module runs."""
+    (found,) = (process for process in living(folder) if process.cmdline()[1:] == ["-m", module])
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder to work in; whatever a failed test has left running in it is killed."""
+    yield tmp_path
+    for process in living(tmp_path):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+@contextmanager
+def running(folder: Path, port: int | None = None, **environment: str) -> Iterator[Up]:
+    up = Up(folder, port or free_port(), **environment)
+    try:
+        up.sees(r"  ready  |\"event\": ?\"ready\"")
+        yield up
+    finally:
+        up.process.send_signal(signal.SIGINT)
+        up.ended()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_stops_everything_in_order(folder: Path, number: signal.Signals) -> None:
+    """One Ctrl-C, SIGTERM or closed terminal ends all processes from the top down, and the exit code is 0."""
+    with running(folder) as up:
+        assert len([process for process in living(folder) if process.ppid() == up.process.pid]) == 5
+        up.process.send_signal(number)
+        assert up.ended() == 0, up.output
+    assert living(folder) == []
+    stopped = re.findall(r"  up +(\w+) stopped", up.output)
+    assert stopped == ["service", "relay", "worker"]
+    assert "Traceback" not in up.output
+
+
+def test_a_signal_during_the_start_stops_it(folder: Path) -> None:
+    """Ctrl-C while Postgres is being set up leaves no process behind, and the folder serves the next time."""
+    up = Up(folder, free_port())
+    up.sees("starting Postgres")
+    up.process.send_signal(signal.SIGINT)
+    assert up.ended() == 0, up.output
+    assert living(folder) == []
+    with running(folder):
+        pass
+
+
+def test_a_second_signal_hurries(folder: Path) -> None:
+    """A process that does not end in time is not waited for once Ctrl-C came twice."""
+    with running(folder) as up:
+        of(folder, "relay").suspend()
+        up.process.send_signal(signal.SIGINT)
+        up.sees("stopping")
+        asked = time.monotonic()
+        up.process.send_signal(signal.SIGINT)
+        assert up.ended() == 0, up.output
+        assert time.monotonic() - asked < 20
+    assert living(folder) == []
+
+
+def test_the_printed_curl_line_creates_a_user_and_the_link_in_the_log_verifies(folder: Path) -> None:
+    """What `up` prints can be pasted: the curl line creates a user, the mail is kept, its link works."""
+    with running(folder) as up:
+        line = up.sees(r"(?m)^curl .*$")[0]
+        body = re.search(r"-d '(.*)'$", line)
+        url = re.search(r"http://\S+", line)
+        assert body and url
+        assert httpx.post(url[0], json=json.loads(body[1])).status_code == 201
+        link = up.sees(r"caught a mail .*link=(\S+)")[1]
+        assert httpx.get(link).status_code == 200
+        (mail,) = (folder / "data" / "mails").glob("*.eml")
+        assert "alice@example.com" in mail.name
+        assert link in mail.read_text(encoding="utf-8").replace("=\n", "").replace("=3D", "=")
+
+
+def test_users_and_the_secret_key_survive_a_second_up(folder: Path) -> None:
+    """The data folder keeps the users, and the key that opens the links in mails that are out already."""
+    with running(folder) as up:
+        assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
+        link = up.sees(r"caught a mail .*link=(\S+)")[1]
+    with running(folder) as up:
+        assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 409
+        path = link.partition("/v1/")[2]
+        assert httpx.get(f"{up.url}/v1/{path}").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["service", "relay", "worker"])
+def test_a_process_that_dies_is_started_again(folder: Path, name: str) -> None:
+    """A killed process is back a moment later, `up` says so, and the whole still delivers mails."""
+    with running(folder) as up:
+        up.sees(rf"  {name} +started")
+        of(folder, name).kill()
+        up.sees(f"{name} died: starting it again  cause=SIGKILL")
+        up.sees(rf"  {name} +started", times=2)
+        eventually(lambda: _status(up) == 200, LIMIT, "the service is ready again")
+        assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
+        up.sees("caught a mail")
+
+
+@pytest.mark.parametrize("name", ["redis", "postgres"])
+def test_an_embedded_server_that_dies_is_started_again(folder: Path, name: str) -> None:
+    """Kill a server to see what the outbox makes of it: it comes back, and mails go out again."""
+    with running(folder) as up:
+        (server,) = (
+            process
+            for process in psutil.Process(up.process.pid).children()
+            if Path(process.cmdline()[0]).name.startswith((name, "valkey" if name == "redis" else name))
+        )
+        server.kill()
+        up.sees(f"{name} died: starting it again")
+        eventually(lambda: _created(up), LIMIT, "a user is created")
+        up.sees("caught a mail")
+
+
+def _status(up: Up) -> int:
+    try:
+        return httpx.get(f"{up.url}/readyz").status_code
+    except httpx.TransportError:
+        return 0
+
+
+def _created(up: Up) -> bool:
+    try:
+        return httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
+    except httpx.TransportError:
+        return False
+
+
+def test_a_folder_in_use_is_refused(folder: Path) -> None:
+    """A second `up` on the folder says so in one sentence and leaves the first alone."""
+    with running(folder) as first:
+        second = Up(folder, free_port())
+        assert second.ended() == 1
+        (sentence,) = second.lines
+        assert "in use by another 'outbox up'" in sentence
+        assert _status(first) == 200
+
+
+def test_a_taken_port_is_refused_before_anything_starts(folder: Path) -> None:
+    """A taken HTTP port is one sentence, and no server's folder is even made."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        up = Up(folder, port)
+        assert up.ended() == 1
+    (sentence,) = up.lines
+    assert f"127.0.0.1:{port} is taken" in sentence
+    assert not (folder / "data" / "postgres").exists()
+
+
+def test_wrong_variables_are_named_before_anything_starts(folder: Path) -> None:
+    """Wrong variables, of whichever process, are a sentence each and exit code 2."""
+    up = Up(folder, free_port(), REDIS_URL="http://redis", OUTBOX_BATCH="none", SECRET_KEY="short")
+    assert up.ended() == 2
+    assert sorted(line.split()[0] for line in up.lines) == ["OUTBOX_BATCH", "REDIS_URL", "SECRET_KEY"]
+    assert not (folder / "data").exists()
+
+
+def test_a_server_that_does_not_come_up_is_shown_with_the_end_of_its_log(folder: Path) -> None:
+    """Where Postgres cannot use its folder, what it says about that is on the screen, and nothing stays running."""
+    with running(folder):
+        pass
+    (folder / "data" / "postgres" / "data" / "PG_VERSION").write_text("9\n", encoding="ascii")
+    up = Up(folder, free_port())
+    assert up.ended() == 1
+    assert "postgres does not come up" in up.output
+    assert "FATAL:" in up.output
+    assert "Traceback" not in up.output
+    assert living(folder) == []
+
+
+def test_what_a_killed_up_left_running_is_stopped_by_the_next(folder: Path) -> None:
+    """SIGKILL leaves all running, and the port taken; the next `up` ends them and keeps the users."""
+    port = free_port()
+    up = Up(folder, port)
+    up.sees("  ready  ")
+    assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
+    up.process.kill()
+    up.ended()
+    left = {process.pid for process in living(folder)}
+    assert left
+    with running(folder, port) as second:
+        second.sees("stopping what a killed 'outbox up' left running")
+        assert not left & {process.pid for process in living(folder)}
+        assert httpx.post(f"{second.url}/v1/users", json=ALICE).status_code == 409
+    assert living(folder) == []
+
+
+def test_two_at_once_in_two_folders(folder: Path) -> None:
+    """Two `up`s with their own ports and folders do not meet: one's user is free in the other."""
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    with running(folder / "one") as one, running(folder / "two") as two:
+        for up in (one, two):
+            assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
+            up.sees("caught a mail")
+
+
+def test_json_lines_for_a_program_to_read(folder: Path) -> None:
+    """With LOG_FORMAT=json every line is a JSON object, and `ready` carries the addresses."""
+    with running(folder, LOG_FORMAT="json") as up:
+        pass
+    events = [json.loads(line) for line in up.lines]
+    (ready,) = (event for event in events if event["event"] == "ready")
+    assert ready["api"] == up.url
+    assert ready["docs"] == f"{up.url}/schema"
+    assert ready["curl"].startswith("curl ")

@@ -1,0 +1,139 @@
+"""Fixtures of every level."""
+
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import psycopg.sql
+import pytest
+import redis
+
+from outbox import postgres
+from outbox import redis as outbox_redis
+from outbox.migrate import migrate
+from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
+from tests.support.mailbox import Mailbox, serve_mailbox
+from tests.support.processes import SECRET_KEY, Stack
+from tests.support.servers import postgres_choice, postgres_server, redis_choice, redis_server, with_database
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+
+def pytest_report_header() -> str:
+    """Says which servers the run uses."""
+    return f"Postgres: {postgres_choice().described}; Redis: {redis_choice().described}"
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The run's Postgres."""
+    with postgres_server(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def session_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The run's Redis."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def create_database(server_url: str) -> Iterator[Callable[[str | None], str]]:
+    """Creates a database from a template and returns its URL; all of them are dropped in the end."""
+    created: list[str] = []
+
+    def execute(statement: str, *names: str) -> None:
+        with psycopg.connect(server_url, autocommit=True) as connection:
+            connection.execute(psycopg.sql.SQL(statement).format(*map(psycopg.sql.Identifier, names)))  # type: ignore[arg-type]
+
+    def create(template: str | None = None) -> str:
+        name = f"outbox_test_{secrets.token_hex(6)}"
+        execute("CREATE DATABASE {} TEMPLATE {}", name, template or "template0")
+        created.append(name)
+        return with_database(server_url, name)
+
+    yield create
+    for name in created:
+        execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+
+@pytest.fixture(scope="session")
+def template(create_database: Callable[[str | None], str]) -> str:
+    """The name of a migrated database to clone."""
+    url = create_database(None)
+    migrate(url)
+    return url.partition("?")[0].rpartition("/")[2]
+
+
+@pytest.fixture
+def database_url(create_database: Callable[[str | None], str], template: str) -> str:
+    """A migrated, empty database of the test's own."""
+    return create_database(template)
+
+
+@pytest.fixture
+def connection(database_url: str) -> Iterator[Connection]:
+    """A connection to it, in autocommit mode, whose rows are dictionaries."""
+    with postgres.connect(database_url, "test") as opened:
+        yield opened
+
+
+@pytest.fixture
+def redis_url(session_redis_url: str) -> str:
+    """An emptied Redis."""
+    with outbox_redis.connect(session_redis_url, "test") as client:
+        client.flushdb()
+        client.delete("rq:suspended")
+    return session_redis_url
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[redis.Redis]:
+    """A client of it."""
+    with outbox_redis.connect(redis_url, "test") as client:
+        yield client
+
+
+@pytest.fixture
+def mailbox() -> Iterator[Mailbox]:
+    """A mail server."""
+    with serve_mailbox() as served:
+        yield served
+
+
+@pytest.fixture
+def stack(tmp_path: Path, database_url: str, redis_url: str, mailbox: Mailbox) -> Iterator[Stack]:
+    """The three processes, to be started by the test."""
+    opened = Stack(tmp_path, database_url, redis_url, mailbox.url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def relay_settings(database_url: str, redis_url: str) -> RelaySettings:
+    """Settings of a relay."""
+    return RelaySettings(database_url=database_url, redis_url=redis_url)
+
+
+@pytest.fixture
+def service_settings(database_url: str) -> ServiceSettings:
+    """Settings of a service whose mails go out at once."""
+    return ServiceSettings(database_url=database_url, secret_key=SECRET_KEY, verify_email_delay=0)
+
+
+@pytest.fixture
+def worker_settings(database_url: str, redis_url: str, mailbox: Mailbox) -> WorkerSettings:
+    """Settings of a worker."""
+    return WorkerSettings.model_validate(
+        {
+            "database_url": database_url,
+            "redis_url": redis_url,
+            "smtp_server": mailbox.url,
+            "mail_from": "Sign-up <no-reply@example.com>",
+            "public_url": "http://127.0.0.1:8080",
+            "secret_key": SECRET_KEY,
+        }
+    )

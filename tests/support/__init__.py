@@ -1,0 +1,1 @@
+"""What tests of every level stand on: real servers, a real mailbox, the three processes."""

@@ -1,0 +1,109 @@
+"""A real SMTP server that keeps what it is sent, and can be told to refuse."""
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email import message_from_bytes, policy
+from email.message import EmailMessage
+from threading import Lock
+from typing import Any
+
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, Envelope, Session
+
+
+@dataclass
+class Mailbox:
+    """What the server was sent, and what it answers."""
+
+    port: int = 0
+    mails: list[tuple[str, EmailMessage]] = field(default_factory=list)
+    """Recipient of the envelope, and the mail."""
+    rcpt_reply: str = "250 OK"
+    data_reply: str = "250 OK"
+    mail_reply: str = "250 OK"
+    connections: int = 0
+    lock: Lock = field(default_factory=Lock)
+
+    @property
+    def url(self) -> str:
+        """What `SMTP_URL` should be."""
+        return f"smtp://127.0.0.1:{self.port}"
+
+    def to(self, recipient: str) -> list[EmailMessage]:
+        """Returns the mails that a recipient got."""
+        with self.lock:
+            return [mail for address, mail in self.mails if address == recipient]
+
+    # aiosmtpd's hooks.
+
+    async def handle_EHLO(  # noqa: N802
+        self, server: SMTP, session: Session, envelope: Envelope, hostname: str, responses: list[str]
+    ) -> list[str]:
+        """Counts connections."""
+        session.host_name = hostname
+        self.connections += 1
+        return responses
+
+    async def handle_MAIL(  # noqa: N802
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        """Answers MAIL FROM."""
+        if self.mail_reply.startswith("250"):
+            envelope.mail_from = address
+            envelope.mail_options.extend(options)
+        return self.mail_reply
+
+    async def handle_RCPT(  # noqa: N802
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        """Answers RCPT TO."""
+        if self.rcpt_reply.startswith("250"):
+            envelope.rcpt_tos.append(address)
+        return self.rcpt_reply
+
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802
+        """Keeps the mail, where the answer is that it is taken."""
+        if self.data_reply.startswith("250"):
+            content = envelope.content
+            assert isinstance(content, bytes)
+            mail = message_from_bytes(content, policy=policy.default)
+            assert isinstance(mail, EmailMessage)
+            with self.lock:
+                self.mails.extend((recipient, mail) for recipient in envelope.rcpt_tos)
+        return self.data_reply
+
+
+@contextmanager
+def serve_mailbox(**options: Any) -> Iterator[Mailbox]:
+    """Runs a mailbox on a free port of this machine.
+
+    Args:
+        options: further arguments of aiosmtpd's Controller, for TLS and logins.
+    """
+    mailbox = Mailbox(port=free_port())
+    controller = Controller(mailbox, hostname="127.0.0.1", port=mailbox.port, **options)
+    controller.start()
+    try:
+        yield mailbox
+    finally:
+        controller.stop()
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def link_in(mail: EmailMessage) -> str:
+    """Returns the verification link in a mail's text part."""
+    body = mail.get_body(("plain",))
+    assert body is not None
+    found = re.search(r"https?://\S+/v1/verify_email\?\S+", body.get_content())
+    assert found, "the mail has no link"
+    return found[0]

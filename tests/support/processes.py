@@ -1,0 +1,153 @@
+"""The three processes, run as a user runs them: real processes with an environment and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.support.mailbox import free_port
+from tests.support.waiting import eventually
+
+SECRET_KEY = "a secret key for tests, 32 characters or more"
+
+
+class Process:
+    """One running process, its log and its end."""
+
+    def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
+        self.module = module
+        self.log = log
+        with log.open("wb") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", module],
+                env={**_clean_environment(), "LOG_FORMAT": "json", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        """Returns all that it has printed."""
+        return self.log.read_text(errors="replace")
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Returns its log lines of one event."""
+        lines = [json.loads(line) for line in self.text().splitlines() if line.startswith("{") and line.endswith("}")]
+        return [line for line in lines if line.get("event") == event]
+
+    def await_event(self, event: str, seconds: float = 20) -> dict[str, Any]:
+        """Waits until it logs an event and returns the first."""
+        eventually(lambda: self.events(event) or self.popen.poll() is not None, seconds, f"{event!r} of {self.module}")
+        found = self.events(event)
+        assert found, f"{self.module} ended with {self.popen.returncode}:\n{self.text()}"
+        return found[0]
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal."""
+        self.popen.send_signal(number)
+
+    def wait(self, seconds: float = 30) -> int:
+        """Waits for its end and returns the exit code."""
+        return self.popen.wait(seconds)
+
+    def stop(self) -> int:
+        """Ends it as an operator would: SIGTERM."""
+        if self.popen.poll() is None:
+            self.send(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """Ends it whatever it does."""
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+
+
+class Stack:
+    """Any number of services, relays and workers on one database, Redis and mailbox. Ends all that it started."""
+
+    def __init__(self, folder: Path, database_url: str, redis_url: str, smtp_url: str) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.environment = {
+            "DATABASE_URL": database_url,
+            "REDIS_URL": redis_url,
+            "SMTP_URL": smtp_url,
+            "MAIL_FROM": "Sign-up <no-reply@example.com>",
+            "PUBLIC_URL": self.url,
+            "SECRET_KEY": SECRET_KEY,
+            "HTTP_SERVER_ADDRESS": f"127.0.0.1:{self.port}",
+            "VERIFY_EMAIL_DELAY": "0",
+        }
+        self.processes: list[Process] = []
+
+    @property
+    def url(self) -> str:
+        """Where the API is."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, module: str, **environment: str) -> Process:
+        """Starts `python -m module` without waiting for it."""
+        log = self.folder / f"{module}-{len(self.processes)}.log"
+        process = Process(module, {**self.environment, **environment}, log)
+        self.processes.append(process)
+        return process
+
+    def run(self, module: str, **environment: str) -> Process:
+        """Starts a process and waits until it says that it has started (the service: until it answers)."""
+        process = self.start(module, **environment)
+        process.await_event("started")
+        if module == "service":
+            eventually(lambda: self.get("/healthz")[0] == 200, 20, "the service answers")
+        return process
+
+    def create_user(self, name: str, **headers: str) -> tuple[int, dict[str, Any]]:
+        """Creates a user and returns the status and the answer."""
+        user = {
+            "username": name,
+            "password": "correct horse",
+            "full_name": "A Test User",
+            "email": f"{name}@example.com",
+        }
+        return self.post("/v1/users", user, **headers)
+
+    def post(self, path: str, body: object, **headers: str) -> tuple[int, dict[str, Any]]:
+        """Posts JSON."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+        )
+        return _answer(request)
+
+    def get(self, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
+        """Gets JSON."""
+        return _answer(urllib.request.Request(self.url + path, headers={"Accept": "application/json", **headers}))
+
+    def close(self) -> None:
+        """Kills whatever still runs."""
+        for process in self.processes:
+            process.kill()
+
+
+def _answer(request: urllib.request.Request) -> tuple[int, dict[str, Any]]:
+    """Returns status and JSON; status 0 where there was no answer."""
+    try:
+        with urllib.request.urlopen(request, timeout=15) as response:
+            return response.status, json.loads(response.read() or b"{}")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read() or b"{}")
+    except OSError:
+        return 0, {}
+
+
+def _clean_environment() -> dict[str, str]:
+    """Returns this environment without what configures the processes, and without the tests' own servers."""
+    ours = ("OUTBOX_", "DATABASE_URL", "REDIS_URL", "SMTP_", "MAIL_", "HTTP_SERVER", "PUBLIC_URL", "VERIFY_", "LOG_")
+    return {name: value for name, value in os.environ.items() if not name.startswith((*ours, "SECRET_KEY", "TEST_"))}

@@ -1,0 +1,108 @@
+"""Which Postgres and Redis a run uses: given ones, containers, or the embedded servers, in this order."""
+
+import gc
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from urllib.parse import quote
+
+import docker
+import docker.errors
+
+from outbox.up.embedded import embedded_postgres, embedded_redis
+
+POSTGRES_IMAGE = os.environ.get("TEST_POSTGRES_IMAGE", "postgres:18-alpine")
+REDIS_IMAGE = os.environ.get("TEST_REDIS_IMAGE", "redis:8-alpine")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where one server comes from."""
+
+    kind: str
+    """`given`, `container` or `embedded`."""
+    described: str
+
+
+@cache
+def choice_of(variable: str, image: str, embedded: str) -> Choice:
+    """Decides where a server comes from; an engine that cannot get the image counts as none."""
+    if os.environ.get(variable):
+        return Choice("given", f"given by {variable}")
+    if _engine_has(image):
+        return Choice("container", f"container {image}")
+    return Choice("embedded", f"embedded {embedded}")
+
+
+def postgres_choice() -> Choice:
+    """Where Postgres comes from in this run."""
+    return choice_of("TEST_DATABASE_URL", POSTGRES_IMAGE, "PostgreSQL")
+
+
+def redis_choice() -> Choice:
+    """Where Redis comes from in this run."""
+    return choice_of("TEST_REDIS_URL", REDIS_IMAGE, "Redis")
+
+
+@contextmanager
+def postgres_server(folder: Path) -> Iterator[str]:
+    """Runs (or just names) the run's Postgres and yields the URL of a database from which others may be created."""
+    kind = postgres_choice().kind
+    if kind == "given":
+        yield os.environ["TEST_DATABASE_URL"]
+    elif kind == "container":
+        from testcontainers.community.postgres import PostgresContainer  # slow to import
+
+        with PostgresContainer(POSTGRES_IMAGE, username="outbox", password="outbox", dbname="outbox") as container:
+            yield container.get_connection_url(driver=None)
+    else:
+        with embedded_postgres(folder, settings=["fsync=off", "max_connections=200"]) as server:
+            yield server.url
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """Runs (or just names) the run's Redis and yields its URL."""
+    kind = redis_choice().kind
+    if kind == "given":
+        yield os.environ["TEST_REDIS_URL"]
+    elif kind == "container":
+        from testcontainers.community.redis import RedisContainer
+
+        with RedisContainer(REDIS_IMAGE) as container:
+            yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+    else:
+        with embedded_redis(folder) as server:
+            yield server.url
+
+
+def _engine_has(image: str) -> bool:
+    with warnings.catch_warnings():
+        # Where no engine answers, the client forgets its socket.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            with closing(docker.from_env(timeout=30)) as engine:
+                _get(engine, image)
+            answers = True
+        except (docker.errors.DockerException, OSError):
+            answers = False
+        gc.collect()
+    return answers
+
+
+def _get(engine: docker.DockerClient, image: str) -> None:
+    try:
+        engine.images.get(image)
+    except docker.errors.ImageNotFound:
+        engine.images.pull(image)
+
+
+def with_database(url: str, name: str) -> str:
+    """Returns the URL with another database in it."""
+    head, _, query = url.partition("?")
+    server, _, _ = head.rpartition("/")
+    return f"{server}/{quote(name)}" + (f"?{query}" if query else "")
