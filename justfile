@@ -1,0 +1,58 @@
+# Everything runs in .venv; the first recipe that needs it sets it up.
+
+set shell := ["sh", "-euc"]
+
+bin := ".venv/bin"
+
+# List the recipes
+default:
+    @just --list --unsorted
+
+# Run everything on this machine: API, relay, worker, and servers for whichever URL is not set
+up *arguments: setup
+    @{{ bin }}/outbox up {{ arguments }}
+
+# Run all tests, with branch coverage over every process (arguments go to pytest)
+test *arguments: setup
+    @{{ bin }}/pytest --cov --cov-report=term --cov-fail-under=90 {{ arguments }}
+
+# Check formatting, lint, types and import rules
+check: setup
+    {{ bin }}/ruff format --check .
+    {{ bin }}/ruff check .
+    {{ bin }}/mypy
+    {{ bin }}/lint-imports
+
+# Format the code and mend what the linter can
+fmt: setup
+    {{ bin }}/ruff check --fix .
+    {{ bin }}/ruff format .
+
+# Bring the database in DATABASE_URL to the newest schema
+migrate: setup
+    @{{ bin }}/outbox migrate
+
+# Pin the newest versions that pyproject.toml allows, by hash and for every platform
+lock: setup
+    {{ bin }}/uv pip compile -q pyproject.toml --extra dev --upgrade {{ lock_options }} -o requirements.lock
+    {{ bin }}/uv pip compile -q pyproject.toml --upgrade --constraint requirements.lock {{ lock_options }} -o requirements-runtime.lock
+
+lock_options := "--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header"
+
+# Build the wheel into dist/
+wheel: setup
+    {{ bin }}/python -m hatchling build -t wheel
+
+# Build the image outbox-service
+image:
+    docker build -t outbox-service .
+
+# Install what requirements.lock pins into .venv, unless that is done
+setup:
+    @if [ ! -x {{ bin }}/python ]; then python3 -m venv .venv; fi
+    @if [ -z "$(find .venv/.installed -newer requirements.lock -newer pyproject.toml 2>/dev/null)" ]; then \
+        echo "Installing the pinned dependencies into .venv …"; \
+        {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock; \
+        {{ bin }}/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+        touch .venv/.installed; \
+    fi
