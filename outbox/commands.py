@@ -28,7 +28,7 @@ def migrate() -> None:
 @outbox.command()
 @click.option(
     "--data",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False, readable=False, path_type=Path),
     default=Path(".outbox"),
     show_default=True,
     metavar="FOLDER",
@@ -42,7 +42,7 @@ def up(data: Path) -> None:
     """
     # Production installs have no development extra, and need none for `outbox migrate`.
     try:
-        from outbox.up import stack
+        from outbox.up import stack  # noqa: PLC0415 - see above
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in {"aiosmtpd", "psutil"}:
             raise

@@ -54,6 +54,7 @@ class Up:
 
     @property
     def output(self) -> str:
+        """All that it has printed so far."""
         return "\n".join(self.lines)
 
     def sees(self, pattern: str, times: int = 1) -> re.Match[str]:
@@ -100,6 +101,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @contextmanager
 def running(folder: Path, port: int | None = None, **environment: str) -> Iterator[Up]:
+    """Runs `up` until the block is left; it is ready when the block begins."""
     up = Up(folder, port or free_port(), **environment)
     try:
         up.sees(r"  ready  |\"event\": ?\"ready\"")
@@ -152,7 +154,8 @@ def test_the_printed_curl_line_creates_a_user_and_the_link_in_the_log_verifies(f
         line = up.sees(r"(?m)^curl .*$")[0]
         body = re.search(r"-d '(.*)'$", line)
         url = re.search(r"http://\S+", line)
-        assert body and url
+        assert body
+        assert url
         assert httpx.post(url[0], json=json.loads(body[1])).status_code == 201
         link = up.sees(r"caught a mail .*link=(\S+)")[1]
         assert httpx.get(link).status_code == 200

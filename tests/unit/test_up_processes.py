@@ -1,0 +1,108 @@
+"""Children of `outbox up`: how they are ended, restarted and found again."""
+
+import io
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from outbox.errors import SettingsError, StartError
+from outbox.settings import Address
+from outbox.up.child import Supervisor, end, spawn
+from outbox.up.environment import free_address, local_url
+from outbox.up.folder import DataFolder, held
+from outbox.up.processes import Program, Watch
+from outbox.up.stream import Stream
+from tests.support.waiting import eventually
+
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+
+
+def _deaf(supervisor: Supervisor) -> subprocess.Popen[bytes]:
+    process = spawn(supervisor, "deaf", [sys.executable, "-c", DEAF], subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert output.readline() == b"deaf\n"
+    return process
+
+
+@pytest.mark.parametrize(("limit", "hurried"), [(0.1, False), (60, True)])
+def test_a_child_that_does_not_listen_is_killed(limit: float, hurried: bool) -> None:  # noqa: FBT001 - pytest passes it
+    """A child that ignores SIGTERM is killed after the limit, or at once when somebody is in a hurry."""
+    supervisor = Supervisor(hurried=lambda: hurried)
+    process = _deaf(supervisor)
+    end(supervisor, process, signal.SIGTERM, limit)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_ending_twice_is_safe() -> None:
+    """A child that has ended is left alone."""
+    process = _deaf(Supervisor())
+    end(Supervisor(), process, signal.SIGKILL, 10)
+    end(Supervisor(), process, signal.SIGKILL, 10)
+
+
+def test_wrong_settings_end_it_all_with_the_process_own_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that exits with code 2 is not restarted: its sentence becomes the error."""
+    (tmp_path / "quitter.py").write_text("import sys; print('X is not set: set it', file=sys.stderr); sys.exit(2)")
+    monkeypatch.chdir(tmp_path)
+    stream = Stream(io.StringIO(), as_json=False, broken=lambda: None)
+    program = Program("quitter", {}, stream, Supervisor())
+    program.process.wait(30)
+    with pytest.raises(SettingsError, match="X is not set: set it"):
+        Watch([program]).look()
+
+
+def test_a_leftover_is_found_again_and_ended(tmp_path: Path) -> None:
+    """What the folder remembers is ended by the next; a number that another process has by now is left alone."""
+    with held(tmp_path) as folder:
+        leftover, stranger = _deaf(Supervisor()), _deaf(Supervisor())
+        folder.remember("relay", leftover)
+        remembered = (tmp_path / "processes.jsonl").read_text()
+        started = str(psutil.Process(leftover.pid).create_time())
+        (tmp_path / "processes.jsonl").write_text(
+            remembered + remembered.replace(str(leftover.pid), str(stranger.pid)).replace(started, "12345.0") + '{"na'
+        )
+        folder.stop_leftovers(lambda _: leftover.kill())  # the wait after SIGTERM, cut short
+        eventually(lambda: leftover.poll() is not None, 10, "the leftover ends")
+        assert stranger.poll() is None
+        end(Supervisor(), stranger, signal.SIGKILL, 10)
+
+
+def test_a_folder_is_held_once(tmp_path: Path) -> None:
+    """The second to ask for a folder is told that it is in use; after the first has left it is free."""
+    with held(tmp_path), pytest.raises(StartError, match="in use"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
+
+
+def test_the_secret_key_is_made_once_and_private(tmp_path: Path) -> None:
+    """The same key comes back, and nobody but its owner may read it."""
+    key = DataFolder(tmp_path).secret_key()
+    assert len(key) >= 32
+    assert DataFolder(tmp_path).secret_key() == key
+    assert (tmp_path / "secret_key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_free_port_is_found_and_a_taken_one_refused() -> None:
+    """Port 0 becomes a real port; a port that somebody listens on is an error that names it."""
+    assert free_address(Address("127.0.0.1", 0)).port > 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(StartError, match=f"127.0.0.1:{port} is taken"):
+            free_address(Address("127.0.0.1", port))
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80"), ("host", "http://host:80")]
+)
+def test_the_printed_url_can_be_opened_on_this_machine(host: str, url: str) -> None:
+    """A wildcard address is nothing that a browser can open."""
+    assert local_url(Address(host, 80)) == url
