@@ -14,7 +14,7 @@ up *arguments: setup
 
 # Run all tests, with branch coverage over every process (arguments go to pytest)
 test *arguments: setup
-    @{{ bin }}/pytest --cov --cov-report=term --cov-fail-under=90 {{ arguments }}
+    @{{ bin }}/pytest --cov --cov-report=term --cov-fail-under=90 --numprocesses=auto --maxprocesses=4 {{ arguments }}
 
 # Check formatting, lint, types and import rules
 check: setup
@@ -31,6 +31,14 @@ fmt: setup
 # Bring the database in DATABASE_URL to the newest schema
 migrate: setup
     @{{ bin }}/outbox migrate
+
+# Run Postgres alone, and print the DATABASE_URL to export
+postgres: setup
+    @{{ bin }}/python -m outbox.up.alone postgres
+
+# Run Redis alone, and print the REDIS_URL to export
+redis: setup
+    @{{ bin }}/python -m outbox.up.alone redis
 
 # Pin the newest versions that pyproject.toml allows, by hash and for every platform
 lock: setup

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import redis
 
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
@@ -111,16 +112,39 @@ def running(folder: Path, port: int | None = None, **environment: str) -> Iterat
         up.ended()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_one_signal_stops_everything_in_order(folder: Path, number: signal.Signals) -> None:
-    """One Ctrl-C, SIGTERM or closed terminal ends all processes from the top down, and the exit code is 0."""
+def test_what_up_prints_can_be_pasted_and_survives_a_second_up(folder: Path) -> None:
+    """The curl line creates a user, the mail is kept, and its link still works for the user in a second `up`.
+
+    Ctrl-C ends all processes from the top down with exit code 0; SIGTERM does the same.
+    """
     with running(folder) as up:
+        line = up.sees(r"(?m)^curl .*$")[0]
+        body = re.search(r"-d '(.*)'$", line)
+        url = re.search(r"http://\S+", line)
+        assert body
+        assert url
+        assert httpx.post(url[0], json=json.loads(body[1])).status_code == 201
+        link = up.sees(r"caught a mail .*link=(\S+)")[1]
+        (mail,) = (folder / "data" / "mails").glob("*.eml")
+        assert "alice@example.com" in mail.name
+        assert link in mail.read_text(encoding="utf-8").replace("=\n", "").replace("=3D", "=")
         assert len([process for process in living(folder) if process.ppid() == up.process.pid]) == 5
-        up.process.send_signal(number)
-        assert up.ended() == 0, up.output
+    assert_stopped_in_order(up, folder)
+
+    with running(folder) as up:
+        assert httpx.post(f"{up.url}/v1/users", json=json.loads(body[1])).status_code == 409
+        path = link.partition("/v1/")[2]
+        assert httpx.get(f"{up.url}/v1/{path}").status_code == 200
+        up.process.send_signal(signal.SIGTERM)
+        up.ended()
+    assert_stopped_in_order(up, folder)
+
+
+def assert_stopped_in_order(up: Up, folder: Path) -> None:
+    """Asserts that it has ended well and left nothing behind."""
+    assert up.process.returncode == 0, up.output
     assert living(folder) == []
-    stopped = re.findall(r"  up +(\w+) stopped", up.output)
-    assert stopped == ["service", "relay", "worker"]
+    assert re.findall(r"  up +(\w+) stopped", up.output) == ["service", "relay", "worker"]
     assert "Traceback" not in up.output
 
 
@@ -135,9 +159,26 @@ def test_a_signal_during_the_start_stops_it(folder: Path) -> None:
         pass
 
 
-def test_a_second_signal_hurries(folder: Path) -> None:
-    """A process that does not end in time is not waited for once Ctrl-C came twice."""
+def test_a_process_that_dies_is_started_again(folder: Path) -> None:
+    """Whatever is killed is back a moment later, `up` says so, and the whole still delivers mails.
+
+    When one of them does not end in time, a second Ctrl-C hurries.
+    """
     with running(folder) as up:
+        for name in ("service", "relay", "worker"):
+            up.sees(rf"  {name} +started")
+        for name in ("service", "relay", "worker"):
+            of(folder, name).kill()
+        for name in ("service", "relay", "worker"):
+            up.sees(f"{name} died: starting it again  cause=SIGKILL")
+            up.sees(rf"  {name} +started", times=2)
+        server_of(up, "redis").kill()
+        up.sees("redis died: starting it again")
+        server_of(up, "postgres").kill()
+        up.sees("postgres died: starting it again")
+        eventually(lambda: _created(up), LIMIT, "a user is created")
+        up.sees("caught a mail")
+
         of(folder, "relay").suspend()
         up.process.send_signal(signal.SIGINT)
         up.sees("stopping")
@@ -148,59 +189,15 @@ def test_a_second_signal_hurries(folder: Path) -> None:
     assert living(folder) == []
 
 
-def test_the_printed_curl_line_creates_a_user_and_the_link_in_the_log_verifies(folder: Path) -> None:
-    """What `up` prints can be pasted: the curl line creates a user, the mail is kept, its link works."""
-    with running(folder) as up:
-        line = up.sees(r"(?m)^curl .*$")[0]
-        body = re.search(r"-d '(.*)'$", line)
-        url = re.search(r"http://\S+", line)
-        assert body
-        assert url
-        assert httpx.post(url[0], json=json.loads(body[1])).status_code == 201
-        link = up.sees(r"caught a mail .*link=(\S+)")[1]
-        assert httpx.get(link).status_code == 200
-        (mail,) = (folder / "data" / "mails").glob("*.eml")
-        assert "alice@example.com" in mail.name
-        assert link in mail.read_text(encoding="utf-8").replace("=\n", "").replace("=3D", "=")
-
-
-def test_users_and_the_secret_key_survive_a_second_up(folder: Path) -> None:
-    """The data folder keeps the users, and the key that opens the links in mails that are out already."""
-    with running(folder) as up:
-        assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
-        link = up.sees(r"caught a mail .*link=(\S+)")[1]
-    with running(folder) as up:
-        assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 409
-        path = link.partition("/v1/")[2]
-        assert httpx.get(f"{up.url}/v1/{path}").status_code == 200
-
-
-@pytest.mark.parametrize("name", ["service", "relay", "worker"])
-def test_a_process_that_dies_is_started_again(folder: Path, name: str) -> None:
-    """A killed process is back a moment later, `up` says so, and the whole still delivers mails."""
-    with running(folder) as up:
-        up.sees(rf"  {name} +started")
-        of(folder, name).kill()
-        up.sees(f"{name} died: starting it again  cause=SIGKILL")
-        up.sees(rf"  {name} +started", times=2)
-        eventually(lambda: _status(up) == 200, LIMIT, "the service is ready again")
-        assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
-        up.sees("caught a mail")
-
-
-@pytest.mark.parametrize("name", ["redis", "postgres"])
-def test_an_embedded_server_that_dies_is_started_again(folder: Path, name: str) -> None:
-    """Kill a server to see what the outbox makes of it: it comes back, and mails go out again."""
-    with running(folder) as up:
-        (server,) = (
-            process
-            for process in psutil.Process(up.process.pid).children()
-            if Path(process.cmdline()[0]).name.startswith((name, "valkey" if name == "redis" else name))
-        )
-        server.kill()
-        up.sees(f"{name} died: starting it again")
-        eventually(lambda: _created(up), LIMIT, "a user is created")
-        up.sees("caught a mail")
+def server_of(up: Up, name: str) -> psutil.Process:
+    """Returns the process of an embedded server; Redis may be Valkey."""
+    names = ("redis", "valkey") if name == "redis" else (name,)
+    (server,) = (
+        process
+        for process in psutil.Process(up.process.pid).children()
+        if Path(process.cmdline()[0]).name.startswith(names)
+    )
+    return server
 
 
 def _status(up: Up) -> int:
@@ -215,16 +212,6 @@ def _created(up: Up) -> bool:
         return httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
     except httpx.TransportError:
         return False
-
-
-def test_a_folder_in_use_is_refused(folder: Path) -> None:
-    """A second `up` on the folder says so in one sentence and leaves the first alone."""
-    with running(folder) as first:
-        second = Up(folder, free_port())
-        assert second.ended() == 1
-        (sentence,) = second.lines
-        assert "in use by another 'outbox up'" in sentence
-        assert _status(first) == 200
 
 
 def test_a_taken_port_is_refused_before_anything_starts(folder: Path) -> None:
@@ -248,19 +235,6 @@ def test_wrong_variables_are_named_before_anything_starts(folder: Path) -> None:
     assert not (folder / "data").exists()
 
 
-def test_a_server_that_does_not_come_up_is_shown_with_the_end_of_its_log(folder: Path) -> None:
-    """Where Postgres cannot use its folder, what it says about that is on the screen, and nothing stays running."""
-    with running(folder):
-        pass
-    (folder / "data" / "postgres" / "data" / "PG_VERSION").write_text("9\n", encoding="ascii")
-    up = Up(folder, free_port())
-    assert up.ended() == 1
-    assert "postgres does not come up" in up.output
-    assert "FATAL:" in up.output
-    assert "Traceback" not in up.output
-    assert living(folder) == []
-
-
 def test_what_a_killed_up_left_running_is_stopped_by_the_next(folder: Path) -> None:
     """SIGKILL leaves all running, and the port taken; the next `up` ends them and keeps the users."""
     port = free_port()
@@ -278,22 +252,51 @@ def test_what_a_killed_up_left_running_is_stopped_by_the_next(folder: Path) -> N
     assert living(folder) == []
 
 
+def test_a_server_that_does_not_come_up_is_shown_with_the_end_of_its_log(folder: Path) -> None:
+    """Where Postgres cannot use its folder, what it says about that is on the screen, and nothing stays running."""
+    data = folder / "data" / "postgres" / "data"
+    data.mkdir(parents=True)
+    data.chmod(0o700)
+    (data / "PG_VERSION").write_text("9\n", encoding="ascii")
+    up = Up(folder, free_port())
+    assert up.ended() == 1
+    assert "postgres does not come up" in up.output
+    assert "Traceback" not in up.output
+    assert living(folder) == []
+
+
 def test_two_at_once_in_two_folders(folder: Path) -> None:
-    """Two `up`s with their own ports and folders do not meet: one's user is free in the other."""
+    """Two `up`s with their own ports and folders do not meet; a third in a folder in use is refused in a sentence.
+
+    With LOG_FORMAT=json every line is a JSON object, and `ready` carries the addresses.
+    """
     for name in ("one", "two"):
         (folder / name).mkdir()
-    with running(folder / "one") as one, running(folder / "two") as two:
+    with running(folder / "one") as one, running(folder / "two", LOG_FORMAT="json") as two:
+        third = Up(folder / "one", free_port())
         for up in (one, two):
             assert httpx.post(f"{up.url}/v1/users", json=ALICE).status_code == 201
             up.sees("caught a mail")
-
-
-def test_json_lines_for_a_program_to_read(folder: Path) -> None:
-    """With LOG_FORMAT=json every line is a JSON object, and `ready` carries the addresses."""
-    with running(folder, LOG_FORMAT="json") as up:
-        pass
-    events = [json.loads(line) for line in up.lines]
+        assert third.ended() == 1
+        (sentence,) = third.lines
+        assert "in use by another 'outbox up'" in sentence
+        assert _status(one) == 200
+    events = [json.loads(line) for line in two.lines]
     (ready,) = (event for event in events if event["event"] == "ready")
-    assert ready["api"] == up.url
-    assert ready["docs"] == f"{up.url}/schema"
+    assert ready["api"] == two.url
+    assert ready["docs"] == f"{two.url}/schema"
     assert ready["curl"].startswith("curl ")
+
+
+def test_one_server_alone(folder: Path) -> None:
+    """`just redis` prints the URL of a Redis that answers, for as long as it runs."""
+    command = [sys.executable, "-m", "outbox.up.alone", "redis"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as alone:
+        assert alone.stdout is not None
+        url = re.fullmatch(r"export REDIS_URL='(.*)'\n", alone.stdout.readline())
+        assert url
+        with redis.Redis.from_url(url[1]) as client:
+            assert client.ping()
+        alone.send_signal(signal.SIGINT)
+        assert alone.wait(LIMIT) == 0
+    assert living(folder) == []

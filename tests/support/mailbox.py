@@ -1,5 +1,6 @@
 """A real SMTP server that keeps what it is sent, and can be told to refuse."""
 
+import asyncio
 import re
 import socket
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ class Mailbox:
     rcpt_reply: str = "250 OK"
     data_reply: str = "250 OK"
     mail_reply: str = "250 OK"
+    data_delay: float = 0
+    """Seconds that it takes over every mail before it answers; a client that hangs up meanwhile has sent nothing."""
+    taking: int = 0
+    """How many mails it has begun to take over."""
     connections: int = 0
     lock: Lock = field(default_factory=Lock)
 
@@ -66,6 +71,9 @@ class Mailbox:
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802
         """Keeps the mail, where the answer is that it is taken."""
+        self.taking += 1
+        if self.data_delay:
+            await asyncio.sleep(self.data_delay)  # cancelled by aiosmtpd when the client hangs up
         if self.data_reply.startswith("250"):
             content = envelope.content
             assert isinstance(content, bytes)
@@ -77,13 +85,14 @@ class Mailbox:
 
 
 @contextmanager
-def serve_mailbox(**options: Any) -> Iterator[Mailbox]:
-    """Runs a mailbox on a free port of this machine.
+def serve_mailbox(port: int | None = None, **options: Any) -> Iterator[Mailbox]:
+    """Runs a mailbox on this machine.
 
     Args:
+        port: where it listens; a free port unless given.
         options: further arguments of aiosmtpd's Controller, for TLS and logins.
     """
-    mailbox = Mailbox(port=free_port())
+    mailbox = Mailbox(port=port or free_port())
     controller = Controller(mailbox, hostname="127.0.0.1", port=mailbox.port, **options)
     controller.start()
     try:

@@ -11,10 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
+from outbox.up.embedded import EmbeddedServer
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
 
 SECRET_KEY = "a secret key for tests, 32 characters or more"
+
+QUICK = {
+    "OUTBOX_POLL_INTERVAL": "0.2",
+    "OUTBOX_SWEEP_INTERVAL": "0.5",
+    "OUTBOX_SWEEP_GRACE": "1",
+    "OUTBOX_LEASE": "2",
+}
+"""Settings under which what is lost is found within a few seconds."""
 
 
 class Process:
@@ -48,6 +59,10 @@ class Process:
         found = self.events(event)
         assert found, f"{self.module} ended with {self.popen.returncode}:\n{self.text()}"
         return found[0]
+
+    def is_up(self) -> bool:
+        """Whether it still runs."""
+        return self.popen.poll() is None
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal."""
@@ -108,6 +123,15 @@ class Stack:
             eventually(lambda: self.get("/healthz")[0] == 200, 20, "the service answers")
         return process
 
+    def run_all(self, *modules: str, **environment: str) -> list[Process]:
+        """Starts processes at once and waits until all have started."""
+        processes = [self.start(module, **environment) for module in modules]
+        for process in processes:
+            process.await_event("started", 40)
+            if process.module == "service":
+                eventually(lambda: self.get("/healthz")[0] == 200, 20, "the service answers")
+        return processes
+
     def create_user(self, name: str, **headers: str) -> tuple[int, dict[str, Any]]:
         """Creates a user and returns the status and the answer."""
         user = {
@@ -133,6 +157,34 @@ class Stack:
         """Kills whatever still runs."""
         for process in self.processes:
             process.kill()
+
+
+def take_down(server: EmbeddedServer) -> None:
+    """Stops an embedded server at once, as an operator or a crash would; `server.restart()` brings it back."""
+    server.process.send_signal(signal.SIGINT if server.name == "postgres" else signal.SIGTERM)
+    server.process.wait(30)
+
+
+def add_users(connection: psycopg.Connection[Any], names: list[str], *, delay: float = 0) -> None:
+    """Creates users and their outbox rows as the service does, but many at once and by SQL alone.
+
+    Args:
+        connection: in autocommit mode.
+        names: their usernames; a user's address is name@example.com.
+        delay: seconds until their mails are due.
+    """
+    with connection.transaction():
+        connection.execute(
+            "INSERT INTO users (username, hashed_password, full_name, email) "
+            "SELECT name, 'none', 'A Test User', name || '@example.com' FROM unnest(%s::text[]) AS name",
+            [names],
+        )
+        connection.execute(
+            "INSERT INTO outbox (task, payload, queue, max_retries, timeout, run_at) "
+            "SELECT 'send_verify_email', jsonb_build_object('username', name), 'critical', 10, 30, "
+            "now() + make_interval(secs => %s) FROM unnest(%s::text[]) AS name",
+            [delay, names],
+        )
 
 
 def _answer(request: urllib.request.Request) -> tuple[int, dict[str, Any]]:

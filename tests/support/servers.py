@@ -69,7 +69,7 @@ def redis_server(folder: Path) -> Iterator[str]:
     """Runs (or just names) the run's Redis and yields its URL."""
     kind = redis_choice().kind
     if kind == "given":
-        yield os.environ["TEST_REDIS_URL"]
+        yield _database_of_this_process(os.environ["TEST_REDIS_URL"])
     elif kind == "container":
         from testcontainers.community.redis import RedisContainer
 
@@ -78,6 +78,14 @@ def redis_server(folder: Path) -> Iterator[str]:
     else:
         with embedded_redis(folder) as server:
             yield server.url
+
+
+def _database_of_this_process(redis_url: str) -> str:
+    """Returns the URL with the database that this one of several test processes (`pytest -n`) may empty."""
+    process = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    if redis_url.startswith("unix://"):
+        return f"{redis_url.partition('?')[0]}?db={process}"
+    return with_database(redis_url, process)
 
 
 def _engine_has(image: str) -> bool:

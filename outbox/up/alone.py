@@ -1,0 +1,37 @@
+"""One embedded server alone, for a client of your own: `python -m outbox.up.alone postgres` or `redis`."""
+
+import signal
+import sys
+from pathlib import Path
+from threading import Event
+
+from outbox import logs, start
+from outbox.errors import StartError
+from outbox.up.embedded import embedded_postgres, embedded_redis
+from outbox.up.folder import held
+
+SERVERS = {"postgres": ("DATABASE_URL", embedded_postgres), "redis": ("REDIS_URL", embedded_redis)}
+
+
+def main() -> None:
+    """Runs the server that the first argument names until SIGTERM or SIGINT, and prints the URL to export.
+
+    Raises:
+        StartError: there is no such server, or it does not come up.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in SERVERS:
+        raise StartError(f"name one of {', '.join(SERVERS)}")
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    logs.configure("up", "info", None)
+    variable, embedded = SERVERS[name]
+    with held(Path(f".outbox-{name}")) as folder, embedded(folder.path) as server:
+        sys.stdout.write(f"export {variable}='{server.url}'\n")
+        sys.stdout.flush()
+        stop.wait()
+
+
+if __name__ == "__main__":
+    start.run(main)
