@@ -6,7 +6,6 @@ from typing import Any, overload
 
 from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
 from psycopg.types.json import Jsonb
-from pydantic import BaseModel
 
 from outbox.queries import query
 from outbox.task import P, Task, delay_of
@@ -73,12 +72,11 @@ def add(
     Raises:
         PayloadError: the payload does not fit the task's model; nothing was written.
     """
-    stored = payload.model_dump() if isinstance(payload, BaseModel) else payload
     return connection.execute(
         query("add_row"),
         {
             "task": task.name,
-            "payload": Jsonb(task.parse(stored).model_dump(mode="json")),
+            "payload": Jsonb(task.dump(payload)),
             "queue": task.queue if queue is None else queue,
             "delay": delay_of(task, delay),
             "max_retries": task.max_retries if max_retries is None else max_retries,

@@ -7,8 +7,8 @@ def retry_delay(attempt: int, draw: random.Random | None = None) -> float:
     """Returns the seconds from a failed attempt to the next one.
 
     asynq's `DefaultRetryDelayFunc` (asynq/server.go), which follows Sidekiq's `sidekiq_retry_in`:
-    n⁴ + 15 + random(0 … 29) · (n + 1), with n the retries so far. About 15 to 45 s, 16 to 75 s, 31 to 104 s …
-    and eleven days at n = 25 - 1. The random part keeps rows that failed together from coming back together.
+    n⁴ + 15 + random(0 … 30) · (n + 1), with n the retries so far. About 15 to 45 s, 16 to 76 s, 31 to 121 s …
+    and four days at n = 24, twenty days in all. The random part keeps rows that failed together apart.
 
     Args:
         attempt: the attempt that failed, from 1.
@@ -28,4 +28,4 @@ def reconnect_delay(failures: int, draw: random.Random | None = None) -> float:
         draw: where the jitter comes from.
     """
     ceiling = min(1.0, 0.1 * 2 ** min(failures - 1, 10))
-    return ceiling * (draw or random).uniform(0.5, 1)
+    return float(ceiling * (draw or random).uniform(0.5, 1))

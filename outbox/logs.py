@@ -9,7 +9,10 @@ from structlog.typing import EventDict, FilteringBoundLogger, Processor, Wrapped
 
 Logger = FilteringBoundLogger
 
-_LIBRARIES_AT_WARNING = ("httpx", "rq", "rq_scheduler", "uvicorn", "yoyo", "psycopg.pool", "litestar", "mail.log")
+_LIBRARIES = {
+    **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler", "uvicorn", "yoyo"), logging.WARNING),
+    "psycopg.pool": logging.ERROR,  # it warns at every try of an outage, which we log once
+}
 
 
 def configure(process: str, level: str, log_format: Literal["console", "json"] | None) -> None:
@@ -34,7 +37,11 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         add_process,
     ]
     if log_format == "console":
-        final: list[Processor] = [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
+        # Plain tracebacks: the pretty ones print local variables, and a password may be among them.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+        final: list[Processor] = [renderer]
     else:
         final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
 
@@ -55,11 +62,11 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for name in _LIBRARIES_AT_WARNING:
+    for name, lowest in _LIBRARIES.items():
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
-        library.setLevel(logging.WARNING)
+        library.setLevel(lowest)
 
 
 def get() -> Logger:

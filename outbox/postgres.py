@@ -4,14 +4,16 @@ from typing import Any
 
 import psycopg
 from psycopg.rows import dict_row
+from psycopg.types.json import set_json_loads
+from pydantic_core import from_json
 
 from outbox.errors import NotMigratedError
 from outbox.queries import query, sql_folder
 
-AWAY = (psycopg.OperationalError, psycopg.InterfaceError)
-"""What psycopg raises when the server is away or cuts the connection."""
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
+"""What psycopg raises when the server is away, cuts the connection, or is a standby for the moment."""
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -31,7 +33,20 @@ def connect(database_url: str, name: str) -> psycopg.Connection[dict[str, Any]]:
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
     """
-    return psycopg.connect(database_url, autocommit=True, application_name=name, row_factory=dict_row, **LIMITS)
+    connection = psycopg.connect(database_url, autocommit=True, application_name=name, row_factory=dict_row, **LIMITS)
+    set_json_loads(_loads, connection)
+    return connection
+
+
+def _loads(text: str | bytes) -> Any:
+    """Reads JSON; what is too deep or too large for a parser becomes a string, which is no task's payload.
+
+    Postgres takes such JSON, and Python's own parser would raise in the middle of fetching other rows.
+    """
+    try:
+        return from_json(text)
+    except ValueError as error:
+        return f"unreadable: {error}"
 
 
 def migrations() -> list[str]:

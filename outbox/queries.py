@@ -3,7 +3,7 @@
 import re
 from functools import cache
 from pathlib import Path
-from typing import LiteralString, cast
+from typing import LiteralString
 
 
 def sql_folder() -> Path:
@@ -13,7 +13,7 @@ def sql_folder() -> Path:
 
 
 @cache
-def _statements() -> dict[str, str]:
+def _statements() -> dict[str, LiteralString]:
     text = (sql_folder() / "queries.sql").read_text(encoding="utf-8")
     blocks = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)[1:]
     names, bodies = blocks[::2], blocks[1::2]
@@ -29,4 +29,4 @@ def query(name: str) -> LiteralString:
     Raises:
         KeyError: there is no statement of that name.
     """
-    return cast("LiteralString", _statements()[name])
+    return _statements()[name]

@@ -44,8 +44,20 @@ def check_supported(client: redis.Redis) -> None:
         redis.RedisError: it is away.
     """
     info = client.info()
-    version = str(info.get("redis_version", "0"))
+    check_server(str(info.get("redis_version", "0")), str(info.get("redis_mode", "standalone")))
+
+
+def check_server(version: str, mode: str) -> None:
+    """Checks what INFO tells of a server.
+
+    Args:
+        version: `redis_version`.
+        mode: `redis_mode`: `standalone`, `cluster` or `sentinel`.
+
+    Raises:
+        UnsupportedRedisError: it is older than 6.2, or no single server.
+    """
     if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < OLDEST:
         raise UnsupportedRedisError(f"Redis {version} is too old: REDIS_URL must name one of version 6.2 or newer")
-    if info.get("redis_mode") == "cluster":
-        raise UnsupportedRedisError("REDIS_URL names a Redis cluster: RQ needs a single server, so name one of those")
+    if mode != "standalone":
+        raise UnsupportedRedisError(f"REDIS_URL names a Redis {mode}: RQ needs a single server, so name one of those")

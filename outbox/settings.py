@@ -6,12 +6,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import psycopg
 import psycopg.conninfo
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from outbox.errors import SettingsError
 
@@ -47,6 +53,14 @@ _SMTP_SCHEMES: Mapping[str, tuple[Literal["none", "tls", "starttls"], int]] = {
     "smtp+starttls": ("starttls", 587),
 }
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
+_REDIS_OPTIONS = {
+    *("db", "username", "password", "socket_timeout", "socket_connect_timeout", "socket_keepalive"),
+    *("health_check_interval", "max_connections", "client_name"),
+    *("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"),
+    *("ssl_cert_reqs", "ssl_check_hostname", "ssl_min_version"),
+}
+"""Options of a Redis URL that leave alone what our code relies on, such as answers in bytes."""
+_REDIS_NUMBERS = {"db", "socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections"}
 
 
 def _postgres_url(value: str) -> str:
@@ -73,6 +87,11 @@ def _redis_url(value: str) -> str:
     database = parts.path.strip("/")
     if parts.scheme != "unix" and database and not database.isdecimal():
         raise ValueError("must end in the number of a database, as in redis://localhost:6379/0")
+    if unknown := sorted({name for name, _ in parse_qsl(parts.query)} - _REDIS_OPTIONS):
+        raise ValueError(f"has options that are not known here: {', '.join(unknown)}")
+    for name, given in parse_qsl(parts.query):
+        if name in _REDIS_NUMBERS and not re.fullmatch(r"[0-9]+(\.[0-9]+)?", given):
+            raise ValueError(f"has an option {name} that is not a number")
     return value
 
 
@@ -101,7 +120,8 @@ def _smtp_server(value: object) -> object:
 
 
 def _mail_from(value: str) -> str:
-    _, address = email.utils.parseaddr(value)
+    addresses = email.utils.getaddresses([value])
+    address = addresses[0][1] if len(addresses) == 1 else ""
     try:
         email.headerregistry.Address(addr_spec=address)
     except (ValueError, IndexError):
@@ -135,6 +155,8 @@ def _queue_weights(value: object) -> object:
         name, _, weight = (piece.strip() for piece in part.partition("="))
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", name) or not weight.isdecimal() or int(weight) < 1:
             raise ValueError("must be names with weights from 1 on, as in critical=10,default=5")
+        if name in weights:
+            raise ValueError(f"names queue {name} twice")
         weights[name] = int(weight)
     return weights
 
@@ -154,6 +176,14 @@ def _secret_key(value: str) -> str:
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 365)]
 
 
+class _Environment(EnvSettingsSource):
+    """Reads the variables that are documented, and not `BATCH` or `LEASE`, which code may call the fields."""
+
+    def __init__(self, settings: type[BaseSettings]) -> None:
+        super().__init__(settings)
+        self.config = SettingsConfigDict(**{**self.config, "populate_by_name": False})
+
+
 class _Settings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True, extra="ignore", hide_input_in_errors=True, env_ignore_empty=True, populate_by_name=True
@@ -163,6 +193,18 @@ class _Settings(BaseSettings):
         default="info", validation_alias="LOG_LEVEL"
     )
     log_format: Literal["console", "json"] | None = Field(default=None, validation_alias="LOG_FORMAT")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic-settings'
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Where settings come from: what code says, then the environment."""
+        return init_settings, _Environment(settings_cls)
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -234,7 +276,7 @@ class RelaySettings(_RedisSettings):
     window: int = Field(default=10_000, ge=1, validation_alias="OUTBOX_WINDOW")
     horizon: Seconds = Field(default=60, validation_alias="OUTBOX_HORIZON")
     sweep_interval: Seconds = Field(default=2, validation_alias="OUTBOX_SWEEP_INTERVAL")
-    sweep_grace: Seconds = Field(default=2, validation_alias="OUTBOX_SWEEP_GRACE")
+    sweep_grace: Seconds = Field(default=1, validation_alias="OUTBOX_SWEEP_GRACE")
     retention: Seconds = Field(default=86_400, validation_alias="OUTBOX_RETENTION")
 
 

@@ -28,5 +28,5 @@ def run(main: Callable[[], object]) -> None:
 
 def fail(sentence: str, code: int) -> None:
     """Says what is wrong and exits."""
-    print(sentence, file=sys.stderr)
+    sys.stderr.write(f"{sentence}\n")
     sys.exit(code)

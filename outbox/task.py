@@ -5,16 +5,20 @@ worker alone. Neither registers itself anywhere: the worker looks for handlers i
 """
 
 import importlib
+import json
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from outbox.errors import PayloadError, TaskError
+from outbox.outage import one_line
 
 if TYPE_CHECKING:
     from outbox.context import Context
@@ -45,20 +49,61 @@ class Task(Generic[P]):
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", self.queue):
             raise TaskError(f"task {self.name}: queue {self.queue!r} is not 1 to 50 letters, digits, '_' or '-'")
         if self.delay < 0 or not 0 <= self.max_retries <= 1000 or not 1 <= self.timeout <= 86_400:
-            raise TaskError(
-                f"task {self.name}: delay must be 0 s or more, max_retries 0 to 1000, timeout 1 to 86400 s"
-            )
+            raise TaskError(f"task {self.name}: delay must be 0 s or more, max_retries 0 to 1000, timeout 1 to 86400 s")
 
-    def parse(self, payload: object) -> P:
-        """Turns a stored payload into the task's model.
+    def parse(self, stored: object) -> P:
+        """Turns a stored payload, which is JSON, into the task's model.
 
         Raises:
             PayloadError: it does not fit; the text names each field.
         """
         try:
-            return self.payload.model_validate(payload)
+            return self.payload.model_validate_json(json.dumps(stored))
         except ValidationError as error:
-            raise PayloadError(f"the payload of {self.name} does not fit: {_violations(error)}") from None
+            raise self._misfit(_violations(error)) from None
+
+    def dump(self, payload: P | Mapping[str, object]) -> dict[str, object]:
+        """Turns a payload into what is stored: JSON that Postgres takes and that `parse` will read.
+
+        Raises:
+            PayloadError: it does not fit; the text names each field.
+        """
+        # A model may have been changed, or made unchecked, since it was validated.
+        given = payload.model_dump(by_alias=True, warnings=False) if isinstance(payload, BaseModel) else payload
+        try:
+            stored = self.payload.model_validate(given).model_dump(mode="json", by_alias=True)
+        except ValidationError as error:
+            raise self._misfit(_violations(error)) from None
+        except PydanticSerializationError as error:
+            raise self._misfit(str(error)) from None
+        if not isinstance(stored, dict):
+            raise self._misfit("payload: must be an object")
+        if violations := [f"{field}: {why}" for field, why in _unstorable(stored, "")]:
+            raise self._misfit("; ".join(violations))
+        self.parse(stored)
+        return stored
+
+    def _misfit(self, violations: str) -> PayloadError:
+        return PayloadError(f"the payload of {self.name} does not fit: {violations}")
+
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def _unstorable(value: object, field: str) -> Iterator[tuple[str, str]]:
+    """Yields what JSON in Python may hold and `jsonb` may not."""
+    match value:
+        case str() if _UNSTORABLE.search(value):
+            yield field or "payload", "must hold no NUL and no half of a surrogate pair"
+        case float() if not math.isfinite(value):
+            yield field or "payload", "must be a finite number"
+        case dict():
+            for name, member in value.items():
+                yield from _unstorable(name, field)
+                yield from _unstorable(member, f"{field}.{name}".lstrip("."))
+        case list():
+            for index, member in enumerate(value):
+                yield from _unstorable(member, f"{field}.{index}")
 
 
 def _violations(error: ValidationError) -> str:
@@ -119,8 +164,8 @@ def load_registry(modules: Iterable[str | ModuleType]) -> Registry:
 def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise TaskError(f"the module {name} with handlers cannot be imported: {error}") from error
+    except Exception as error:  # importing runs the module: it may raise anything
+        raise TaskError(f"the module {name} with handlers cannot be imported: {one_line(error)}") from error
 
 
 def delay_of(task: Task[Any], delay: float | timedelta | None) -> float:

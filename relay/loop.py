@@ -15,11 +15,12 @@ from outbox.queries import query
 from outbox.settings import RelaySettings
 from relay.clock import Clock
 from relay.publish import publish
+from relay.repair import repair
 from relay.rescue import rescue
 from relay.retention import BATCH as RETENTION_BATCH
 from relay.retention import retention, tell_of_unserved_queues
 from relay.schedule import Schedule
-from relay.sweep import sweep
+from relay.sweep import Sweep
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -27,6 +28,8 @@ SCHEDULE_INTERVAL = 1.0
 """Seconds between two looks for due jobs, unless one is known to come due earlier."""
 RESCUE_INTERVAL = 1.0
 RETENTION_INTERVAL = 60.0
+REPAIR_INTERVAL = 10.0
+TELL_INTERVAL = 60.0
 
 
 @dataclass
@@ -75,21 +78,23 @@ class Relay:
     def _serve(self, connection: Connection) -> None:
         postgres.check_migrated(connection)
         connection.execute(query("listen"))
-        self._postgres.back()
         self._serving_since = time.monotonic()
         moving = Duty(self._move_due, needs_redis=True)
         publishing = [Duty(self._publish(queue, moving), needs_redis=True) for queue in self._settings.queues]
         duties = [
             *publishing,
             moving,
-            Duty(self._sweep, needs_redis=True),
+            Duty(Sweep(self._client, self._settings).step, needs_redis=True),
+            Duty(self._repair, needs_redis=True),
             Duty(self._rescue),
             Duty(self._retention),
+            Duty(self._tell_of_unserved_queues),
         ]
         while not self._stop.is_set():
             for duty in duties:
                 if not self._stop.is_set() and duty.due <= time.monotonic():
                     duty.due = time.monotonic() + self._do(duty, connection)
+            self._postgres.back()  # only now: a server may let us in and still refuse to write
             if self._wait(connection, min(duty.due for duty in duties) - time.monotonic()):
                 for duty in publishing:
                     duty.due = 0.0
@@ -102,6 +107,7 @@ class Relay:
         try:
             if not self._redis_checked:
                 outbox_redis.check_supported(self._client)
+                repair(self._client, list(self._settings.queues))
                 self._redis_checked = True
             again = duty.step(connection)
         except outbox_redis.AWAY as error:
@@ -135,9 +141,9 @@ class Relay:
         upcoming = self._schedule.move_due(self._clock.now())
         return SCHEDULE_INTERVAL if upcoming is None else min(SCHEDULE_INTERVAL, upcoming - self._clock.now())
 
-    def _sweep(self, connection: Connection) -> float:
-        sweep(connection, self._client, self._settings)
-        return self._settings.sweep_interval
+    def _repair(self, _: Connection) -> float:
+        repair(self._client, list(self._settings.queues))
+        return REPAIR_INTERVAL
 
     def _rescue(self, connection: Connection) -> float:
         # After Postgres was away, the living workers first get a lease's length to renew what they hold.
@@ -147,6 +153,9 @@ class Relay:
         return RESCUE_INTERVAL
 
     def _retention(self, connection: Connection) -> float:
-        tell_of_unserved_queues(connection, self._settings)
         deleted = retention(connection, self._settings)
         return 0 if deleted == RETENTION_BATCH else RETENTION_INTERVAL
+
+    def _tell_of_unserved_queues(self, connection: Connection) -> float:
+        tell_of_unserved_queues(connection, self._settings)
+        return TELL_INTERVAL

@@ -4,7 +4,7 @@ from typing import Any
 
 import psycopg
 import redis
-from rq.job import JobStatus
+from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.utils import now as rq_now
@@ -21,9 +21,7 @@ HASH_TTL = 86_400
 Row = dict[str, Any]
 
 
-def publish(
-    connection: psycopg.Connection[Row], client: redis.Redis, queue: str, settings: RelaySettings
-) -> int:
+def publish(connection: psycopg.Connection[Row], client: redis.Redis, queue: str, settings: RelaySettings) -> int:
     """Hands over one batch of a queue's rows and returns how many there were.
 
     Redis has the jobs before Postgres commits: a crash between the two leaves jobs whose delivery no row has, which
@@ -58,11 +56,12 @@ def publish(
 
 def write_jobs(client: redis.Redis, rows: list[Row]) -> None:
     """Writes the rows as RQ jobs, in one transaction: due ones into their queue, others into rq-scheduler's set."""
+    jobs = [_job(client, row) for row in rows]
     pipeline = client.pipeline(transaction=True)
+    pipeline.delete(*(job.key for job in jobs))  # a stranger's key of that name, whatever its type
     due: dict[str, list[str]] = {}
     scheduled: dict[str, float] = {}
-    for row in rows:
-        job = _job(client, row)
+    for row, job in zip(rows, jobs, strict=True):
         job.save(pipeline=pipeline)
         pipeline.expire(job.key, HASH_TTL)
         if row["scheduled"]:
@@ -78,7 +77,7 @@ def write_jobs(client: redis.Redis, rows: list[Row]) -> None:
     pipeline.execute()
 
 
-def _job(client: redis.Redis, row: Row) -> OutboxJob:
+def _job(client: redis.Redis, row: Row) -> Job:
     delivery = Delivery(row["id"], row["delivery"])
     job = OutboxJob.create(
         deliver,

@@ -63,7 +63,13 @@ class Schedule(Scheduler):  # type: ignore[misc]  # rq-scheduler is untyped
         Raises:
             redis.RedisError: Redis is away.
         """
-        arguments = [now, _BATCH, Job.redis_job_namespace_prefix, Queue.redis_queue_namespace_prefix, *self._queues]
+        arguments: list[str | int | float] = [
+            now,
+            _BATCH,
+            Job.redis_job_namespace_prefix,
+            Queue.redis_queue_namespace_prefix,
+            *self._queues,
+        ]
         while True:
             moved, foreign, upcoming = self._move(
                 keys=[self.scheduled_jobs_key, Queue.redis_queues_keys], args=arguments

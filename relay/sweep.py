@@ -1,70 +1,129 @@
 """Taking back rows that Redis has lost: one mechanism for every way in which Redis may forget."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
 import redis
-from rq.intermediate_queue import IntermediateQueue
-from rq.queue import Queue
 
 from outbox import logs
 from outbox.jobs import Delivery
 from outbox.queries import query
 from outbox.settings import RelaySettings
+from relay.repair import CANARY, intermediate_key, queue_key
 from relay.schedule import SCHEDULED_JOBS
 
-CANARY = "outbox:sweep"
+POPPING_LIMIT = 300.0
+"""Seconds after its hand-over for which a job may be on a stock RQ worker's intermediate list; then that one died."""
+
+LATENESS = 1.0
+"""Seconds that a job may be scheduled after its row's time; a stranger may have put it off for ever."""
 
 
-def sweep(connection: psycopg.Connection[dict[str, Any]], client: redis.Redis, settings: RelaySettings) -> int:
-    """Returns `enqueued` rows to `pending` whose job is nowhere in Redis, and returns how many there were.
+SETTLING_TIME = 0.25
+"""Seconds between the two steps of a sweep: in that time a worker claims what it has popped."""
 
-    Postgres is read first and Redis after: a job that is missing then was popped, lost, or never written. If a
-    worker has popped it and is about to claim it, the fence settles that: the row's next delivery wins.
+Connection = psycopg.Connection[dict[str, Any]]
 
-    Raises:
-        redis.RedisError: Redis could not be read completely, or takes no writes; nothing is swept.
-        psycopg.OperationalError: Postgres is away.
+
+@dataclass
+class Held:
+    """What Redis held at one moment."""
+
+    queued: set[Delivery] = field(default_factory=set)
+    popping: set[Delivery] = field(default_factory=set)
+    """On the intermediate lists."""
+    scheduled: dict[Delivery, float] = field(default_factory=dict)
+    """When each comes due, in seconds since the epoch."""
+
+    def keeps(self, row: dict[str, Any]) -> bool:
+        """Whether the row will be offered to a worker without our doing, as far as Redis knows."""
+        delivery = Delivery(row["id"], row["delivery"])
+        if delivery in self.queued:
+            return True
+        if delivery in self.popping and row["age"] < POPPING_LIMIT:
+            return True
+        return delivery in self.scheduled and self.scheduled[delivery] <= row["run_at"] + LATENESS
+
+
+class Sweep:
+    """One relay's sweep, in two steps: a look at what Redis holds, and a moment later the taking back.
+
+    A job that a worker had popped at the look is claimed by the time of the second step, and left alone. Were it taken
+    back all the same, the fence would settle that: the row's next delivery wins.
     """
-    with connection.transaction():
-        locked = connection.execute(query("lock_sweep")).fetchone()
-        if not locked or not locked["locked"]:
-            return 0
-        candidates = connection.execute(query("sweep_candidates"), {"grace": settings.sweep_grace}).fetchall()
-        if not candidates:
-            return 0
-        held = held_deliveries(client, list(settings.queues))
-        lost = [row for row in candidates if Delivery(row["id"], row["delivery"]) not in held]
-        if not lost:
-            return 0
+
+    def __init__(self, client: redis.Redis, settings: RelaySettings) -> None:
+        self._client = client
+        self._settings = settings
+        self._missing: list[Delivery] = []
+
+    def step(self, connection: Connection) -> float:
+        """Does one of the two steps and returns the seconds until the next.
+
+        Raises:
+            redis.RedisError: Redis could not be read completely, or takes no writes; nothing is swept.
+            psycopg.OperationalError: Postgres is away.
+        """
+        if self._missing:
+            self.take_back(connection)
+            return self._settings.sweep_interval
+        return SETTLING_TIME if self.look(connection) else self._settings.sweep_interval
+
+    def look(self, connection: Connection) -> int:
+        """Finds `enqueued` rows whose job is nowhere in Redis, and returns how many there are.
+
+        Postgres is read first and Redis after: a job that is missing then was popped, lost, or never written. One
+        relay looks at a time; the others find nothing.
+        """
+        with connection.transaction():
+            locked = connection.execute(query("lock_sweep")).fetchone()
+            if not locked or not locked["locked"]:
+                return 0
+            grace = {"grace": self._settings.sweep_grace}
+            candidates = connection.execute(query("sweep_candidates"), grace).fetchall()
+            if not candidates:
+                return 0
+            # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.
+            held = held_deliveries(self._client, {row["queue"] for row in candidates})
+        self._missing = [Delivery(row["id"], row["delivery"]) for row in candidates if not held.keeps(row)]
+        return len(self._missing)
+
+    def take_back(self, connection: Connection) -> int:
+        """Returns what was missing to `pending`, unless it moved since, and returns how many rows those were."""
+        missing, self._missing = self._missing, []
         swept = connection.execute(
-            query("sweep"), {"ids": [row["id"] for row in lost], "deliveries": [row["delivery"] for row in lost]}
+            query("sweep"),
+            {"ids": [delivery.row for delivery in missing], "deliveries": [delivery.number for delivery in missing]},
         ).fetchall()
-    log = logs.get()
-    for row in swept:
-        log.warning(
-            "swept row",
-            type=row["task"],
-            queue=row["queue"],
-            row=row["id"],
-            delivery=row["delivery"],
-            request_id=row["request_id"],
-        )
-    return len(swept)
+        log = logs.get()
+        for row in swept:
+            log.warning(
+                "swept row",
+                type=row["task"],
+                queue=row["queue"],
+                row=row["id"],
+                delivery=row["delivery"],
+                request_id=row["request_id"],
+            )
+        return len(swept)
 
 
-def held_deliveries(client: redis.Redis, queues: list[str]) -> set[Delivery]:
-    """Returns every delivery that Redis holds: one snapshot of rq-scheduler's set, the queues, and what stock RQ
-    workers keep while they pop.
+def held_deliveries(client: redis.Redis, queues: Iterable[str]) -> Held:
+    """Returns every delivery that Redis holds, in one snapshot.
 
     The write that goes along makes a Redis that is read-only or out of memory fail here, as it would for a relay.
     """
     pipeline = client.pipeline(transaction=True)
     pipeline.set(CANARY, 1, ex=60)
-    pipeline.zrange(SCHEDULED_JOBS, 0, -1)
+    pipeline.zrange(SCHEDULED_JOBS, 0, -1, withscores=True)
     for name in queues:
-        key = f"{Queue.redis_queue_namespace_prefix}{name}"
-        pipeline.lrange(key, 0, -1)
-        pipeline.lrange(IntermediateQueue.get_intermediate_queue_key(key), 0, -1)
-    _, *lists = pipeline.execute()
-    return {delivery for job_ids in lists for job_id in job_ids if (delivery := Delivery.parse(job_id))}
+        pipeline.lrange(queue_key(name), 0, -1)
+        pipeline.lrange(intermediate_key(name), 0, -1)
+    _, scheduled, *lists = pipeline.execute()
+    held = Held(scheduled={delivery: score for job_id, score in scheduled if (delivery := Delivery.parse(job_id))})
+    for queued, popping in zip(lists[::2], lists[1::2], strict=True):
+        held.queued.update(delivery for job_id in queued if (delivery := Delivery.parse(job_id)))
+        held.popping.update(delivery for job_id in popping if (delivery := Delivery.parse(job_id)))
+    return held

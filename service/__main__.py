@@ -33,6 +33,7 @@ def main() -> None:
             RequestLog(create_app(settings)),
             log_config=None,
             access_log=False,
+            ws="none",
             server_header=False,
             timeout_graceful_shutdown=round(settings.grace),
         )

@@ -14,8 +14,9 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from outbox import postgres
+from outbox.outage import Outage
 from outbox.settings import ServiceSettings
-from service import problems, routes
+from service import links, probes, problems, users
 from service.passwords import Passwords
 from service.store import Store
 from service.wakeup import Wakeup
@@ -26,21 +27,25 @@ MAX_BODY = 64 * 1024
 POOL_TIMEOUT = 5.0
 """Seconds that a request waits for a connection to Postgres before it is answered with 503."""
 
+RECONNECT_TIMEOUT = 1.0
+"""Seconds of psycopg_pool's own backoff, which doubles: left at its 300, a pool sleeps for up to 2 minutes after
+Postgres is back. When it gives up, the next request makes it try anew."""
+
 
 def create_app(settings: ServiceSettings) -> Litestar:
     """Returns the ASGI application; it connects to Postgres when it is started."""
-
     pool: AsyncConnectionPool[psycopg.AsyncConnection[dict[str, Any]]] = AsyncConnectionPool(
         settings.database_url,
         kwargs={"autocommit": True, "row_factory": dict_row, "application_name": "outbox service", **postgres.LIMITS},
         min_size=1,
         max_size=settings.pool_size,
         timeout=POOL_TIMEOUT,
+        reconnect_timeout=RECONNECT_TIMEOUT,
         check=AsyncConnectionPool.check_connection,
         open=False,
     )
     wakeup = Wakeup(pool)
-    store = Store(pool, wakeup, settings)
+    store = Store(pool, wakeup, settings, Outage("Postgres"))
     passwords = Passwords(settings.hash_queue)
 
     @asynccontextmanager
@@ -58,11 +63,11 @@ def create_app(settings: ServiceSettings) -> Litestar:
 
     return Litestar(
         route_handlers=[
-            routes.create_user,
-            routes.open_verification_link,
-            routes.verify_email,
-            routes.healthz,
-            routes.readyz,
+            users.create_user,
+            links.open_verification_link,
+            links.verify_email,
+            probes.healthz,
+            probes.readyz,
         ],
         dependencies={
             "store": Provide(lambda: store, sync_to_thread=False),

@@ -9,14 +9,13 @@ from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.types import ExceptionHandlersMap
-from psycopg_pool import PoolTimeout, TooManyRequests
 
 from outbox import logs
 from outbox.errors import NotMigratedError
 from outbox.outage import one_line
 from service.passwords import BusyError
 from service.schemas import Problem, Violation
-from service.store import TakenError
+from service.store import AWAY, TakenError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -55,10 +54,12 @@ def problem(
 
 
 def _invalid(request: AnyRequest, error: ValidationException) -> Response[dict[str, Any]]:
-    found = error.extra if isinstance(error.extra, list) else []
+    if not isinstance(error.extra, list):
+        # Litestar's text goes on with the whole URL, secret code and all.
+        return problem(request, 400, error.detail.partition(" for path ")[0])
     violations = [
         Violation(field=str(violation.get("key") or "body"), message=_message(str(violation.get("message", ""))))
-        for violation in found
+        for violation in error.extra
         if isinstance(violation, dict)
     ]
     return problem(request, 400, "the request has fields that are not valid; 'errors' names each", violations)
@@ -83,15 +84,16 @@ def _busy(request: AnyRequest, error: BusyError) -> Response[dict[str, Any]]:
     return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
 
 
-def _away(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
-    logs.get().warning("Postgres is away", error=one_line(error))
-    return problem(
-        request, 503, "the database is away: try again in a moment", headers={"Retry-After": RETRY_AFTER}
-    )
+def _away(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
+    return problem(request, 503, "the database is away: try again in a moment", headers={"Retry-After": RETRY_AFTER})
 
 
 def _not_migrated(request: AnyRequest, error: NotMigratedError) -> Response[dict[str, Any]]:
     return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
+
+
+def _never_migrated(request: AnyRequest, _: psycopg.errors.UndefinedTable) -> Response[dict[str, Any]]:
+    return _not_migrated(request, NotMigratedError("the database is not migrated: run 'outbox migrate'"))
 
 
 def _failed(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
@@ -105,10 +107,8 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     TakenError: _taken,
     BusyError: _busy,
     NotMigratedError: _not_migrated,
-    PoolTimeout: _away,
-    TooManyRequests: _away,
-    psycopg.OperationalError: _away,
-    psycopg.InterfaceError: _away,
+    psycopg.errors.UndefinedTable: _never_migrated,
+    **dict.fromkeys(AWAY, _away),
     Exception: _failed,
 }
 
@@ -125,3 +125,6 @@ def described(status: int, description: str, detail: str, errors: list[Violation
         generate_examples=False,
         examples=[Example(summary=description, value=example.model_dump(exclude_none=True))],
     )
+
+
+DESCRIBED_AWAY = described(503, "Too busy, or the database is away.", "the database is away: try again in a moment")

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 import structlog
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, Message, Receive, Send
 
 from outbox import logs
 
@@ -14,17 +14,23 @@ HEADER = b"x-request-id"
 
 _ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
+_MAX_PATH = 200
+"""Characters of a path that are logged."""
+
+_END_OF_PATH = re.compile(r"[?&;%]")
+
 
 class RequestLog:
     """ASGI middleware around the whole app, so that what the framework refuses is logged too.
 
-    The path is logged without its query, which may hold a secret code.
+    The path is logged without its query, which may hold a secret code, even
+    where a mail program has percent-encoded the question mark and made the query a part of the path.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Passes a request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -48,7 +54,7 @@ class RequestLog:
                 logs.get().info(
                     "received an HTTP request",
                     method=scope["method"],
-                    path=scope["path"],
+                    path=_END_OF_PATH.split(scope["path"], maxsplit=1)[0][:_MAX_PATH],
                     status_code=status_code,
                     duration=round(time.perf_counter() - started, 6),
                 )

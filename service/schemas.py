@@ -4,7 +4,7 @@ import unicodedata
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field
 
 
 def _storable(text: str) -> str:
@@ -17,6 +17,13 @@ def _has_letter(text: str) -> str:
     if not any(unicodedata.category(character).startswith("L") for character in text):
         raise ValueError("must contain a letter")
     return text
+
+
+def _bare(email: object) -> object:
+    # pydantic would take 'Alice <alice@example.com>' too, and drop the name.
+    if isinstance(email, str) and "<" in email:
+        raise ValueError("must be an address alone, as in alice@example.com")
+    return email
 
 
 class CreateUser(BaseModel):
@@ -34,9 +41,7 @@ class CreateUser(BaseModel):
             examples=["alice"],
         ),
     ]
-    password: Annotated[
-        str, Field(min_length=6, max_length=100, examples=["correct horse"]), AfterValidator(_storable)
-    ]
+    password: Annotated[str, Field(min_length=6, max_length=100, examples=["correct horse"]), AfterValidator(_storable)]
     full_name: Annotated[
         str,
         Field(
@@ -48,7 +53,11 @@ class CreateUser(BaseModel):
         ),
         AfterValidator(_has_letter),
     ]
-    email: Annotated[EmailStr, Field(min_length=3, max_length=200, examples=["alice@example.com"])]
+    email: Annotated[
+        EmailStr,
+        BeforeValidator(_bare),
+        Field(min_length=3, max_length=200, examples=["alice@example.com"]),
+    ]
 
 
 class User(BaseModel):

@@ -1,21 +1,29 @@
 """What the service reads from Postgres and writes to it."""
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 import outbox
 from outbox import postgres
 from outbox.errors import OutboxError
+from outbox.outage import Outage
 from outbox.queries import query
 from outbox.settings import ServiceSettings
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox.verification import is_secret_code
 from service.schemas import CreateUser, User
 from service.wakeup import Wakeup
+
+AsyncConnection = psycopg.AsyncConnection[dict[str, Any]]
+
+AWAY = (*postgres.AWAY, PoolTimeout, TooManyRequests)
+"""What stands for a Postgres that is away, here where a pool is between."""
 
 _FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
 
@@ -26,6 +34,10 @@ class TakenError(OutboxError):
     def __init__(self, field: str) -> None:
         super().__init__(f"this {field} is taken")
         self.field = field
+
+
+class RefusedError(OutboxError):
+    """Postgres refuses a row that this version thinks is good: it has a rule that this version does not know."""
 
 
 class Verification(Enum):
@@ -41,20 +53,33 @@ class Verification(Enum):
 class Store:
     """The service's database."""
 
-    pool: AsyncConnectionPool[psycopg.AsyncConnection[dict[str, Any]]]
+    pool: AsyncConnectionPool[AsyncConnection]
     wakeup: Wakeup
     settings: ServiceSettings
+    outage: Outage
+
+    @asynccontextmanager
+    async def _connection(self, wait: float | None = None) -> AsyncGenerator[AsyncConnection]:
+        """Lends a connection, after `wait` seconds at most, and takes note of whether Postgres is away."""
+        try:
+            async with self.pool.connection(wait) as connection:
+                yield connection
+        except AWAY as error:
+            self.outage.away(error)
+            raise
+        self.outage.back()
 
     async def create_user(self, user: CreateUser, hashed_password: str, request_id: str) -> User:
         """Writes the user and the outbox row of the verification mail, in one transaction.
 
         Raises:
             TakenError: the username or email is another user's; nothing was written.
+            RefusedError: Postgres has a rule that the user breaks; nothing was written.
             psycopg.OperationalError: Postgres is away. Nothing was written, unless the connection broke in the
                 very moment of the commit; then either both rows are there or none is.
         """
         try:
-            async with self.pool.connection() as connection, connection.transaction():
+            async with self._connection() as connection, connection.transaction():
                 cursor = await connection.execute(
                     query("add_user"),
                     {
@@ -74,6 +99,9 @@ class Store:
                 )
         except psycopg.errors.UniqueViolation as error:
             raise TakenError(_FIELD_OF_CONSTRAINT[error.diag.constraint_name or ""]) from None
+        except psycopg.IntegrityError as error:
+            # The error's own text has the refused row in it, hash and all, and would end up in the log.
+            raise RefusedError(f"Postgres refuses the user: {error.diag.message_primary}") from None
         self.wakeup.hint()
         return User.model_validate(row)
 
@@ -88,14 +116,12 @@ class Store:
         Raises:
             psycopg.OperationalError: Postgres is away.
         """
-        async with self.pool.connection() as connection, connection.transaction():
+        async with self._connection() as connection, connection.transaction():
             cursor = await connection.execute(query("lock_verification"), {"id": email_id})
             row = await cursor.fetchone()
             # A made-up row for an id that does not exist, so that the answer takes as long.
             found = row or {"id": email_id, "username": "", "email": "", "is_used": False, "is_expired": False}
-            is_right = is_secret_code(
-                code, self.settings.secret_key, found["id"], found["username"], found["email"]
-            )
+            is_right = is_secret_code(code, self.settings.secret_key, found["id"], found["username"], found["email"])
             if row is None or not is_right:
                 return Verification.WRONG
             if row["is_used"]:
@@ -104,9 +130,7 @@ class Store:
                 return Verification.EXPIRED
             if use:
                 await connection.execute(query("use_verification"), {"id": row["id"]})
-                await connection.execute(
-                    query("verify_user"), {"username": row["username"], "email": row["email"]}
-                )
+                await connection.execute(query("verify_user"), {"username": row["username"], "email": row["email"]})
             return Verification.VALID
 
     async def check_ready(self) -> None:
@@ -116,7 +140,7 @@ class Store:
             NotMigratedError: it lacks migrations.
             psycopg.Error, psycopg_pool.PoolTimeout: it does not answer.
         """
-        async with self.pool.connection(timeout=2) as connection:
+        async with self._connection(wait=0.8) as connection:
             try:
                 cursor = await connection.execute(query("applied_migrations"))
             except psycopg.errors.UndefinedTable:

@@ -32,11 +32,6 @@ SELECT migration_id FROM _yoyo_migration;
 SELECT pg_advisory_xact_lock(hashtext('outbox migrate'));
 
 
--- name: ready
--- Whether Postgres answers.
-SELECT 1;
-
-
 -- name: add_user
 -- Creates a user; a taken username or email is a unique violation.
 INSERT INTO users (username, hashed_password, full_name, email)
@@ -46,23 +41,26 @@ RETURNING username, full_name, email, is_email_verified, password_changed_at, cr
 
 -- name: hand_over
 -- Claims due (or soon due) rows of one queue for Redis, as far as its window has room, and marks them enqueued.
+-- Rows whose time has not come get no more than about half of the window: they must not keep due ones waiting.
 -- It is committed only after Redis has taken the jobs. Relays side by side skip each other's rows.
+-- The ids go into an array because a join would scan the table where the backlog is long.
 WITH room AS (
     SELECT greatest(0, %(window)s - count(*)) AS rows
     FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s
 ), claimed AS (
     SELECT id
     FROM outbox
-    WHERE status = 'pending' AND queue = %(queue)s AND run_at <= now() + make_interval(secs => %(horizon)s)
+    WHERE status = 'pending' AND queue = %(queue)s
+      AND run_at <= now() + (SELECT CASE WHEN rows * 2 > %(window)s THEN 1 ELSE 0 END FROM room)
+                            * make_interval(secs => %(horizon)s)
     ORDER BY run_at, id
     LIMIT (SELECT least(%(batch)s, rows) FROM room)
     FOR UPDATE SKIP LOCKED
 )
 UPDATE outbox
 SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
-FROM claimed
-WHERE outbox.id = claimed.id
-RETURNING outbox.id, outbox.delivery, task, payload, queue, max_retries, timeout, request_id,
+WHERE id = ANY (ARRAY(SELECT id FROM claimed))
+RETURNING id, delivery, task, payload, queue, max_retries, timeout, request_id,
           run_at > now() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
 
 
@@ -78,7 +76,8 @@ SELECT pg_try_advisory_xact_lock(hashtext('outbox sweep')) AS locked;
 
 -- name: sweep_candidates
 -- Rows that were handed over longer than a grace ago and that no worker has claimed.
-SELECT id, delivery
+SELECT id, delivery, queue, extract(epoch FROM run_at)::float8 AS run_at,
+       extract(epoch FROM now() - enqueued_at)::float8 AS age
 FROM outbox
 WHERE status = 'enqueued' AND enqueued_at < now() - make_interval(secs => %(grace)s);
 
@@ -113,9 +112,8 @@ UPDATE outbox
 SET status = CASE WHEN attempts > max_retries THEN 'dead' ELSE 'pending' END,
     lease_until = NULL,
     last_error = 'the worker ' || coalesce(worker, '?') || ' vanished: it did not renew its lease in time'
-FROM expired
-WHERE outbox.id = expired.id
-RETURNING outbox.id, delivery, task, queue, status, attempts, request_id;
+WHERE id = ANY (ARRAY(SELECT id FROM expired))
+RETURNING id, delivery, task, queue, status, attempts, request_id;
 
 
 -- name: retention
@@ -128,7 +126,7 @@ WITH old AS (
     LIMIT %(batch)s
     FOR UPDATE SKIP LOCKED
 )
-DELETE FROM outbox USING old WHERE outbox.id = old.id;
+DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM old));
 
 
 -- name: unserved_queues

@@ -1,7 +1,9 @@
 """Fixtures of every level."""
 
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from outbox import postgres
 from outbox import redis as outbox_redis
 from outbox.migrate import migrate
 from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
+from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
 from tests.support.mailbox import Mailbox, serve_mailbox
 from tests.support.processes import SECRET_KEY, Stack
 from tests.support.servers import postgres_choice, postgres_server, redis_choice, redis_server, with_database
@@ -26,17 +29,24 @@ def pytest_report_header() -> str:
     return f"Postgres: {postgres_choice().described}; Redis: {redis_choice().described}"
 
 
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder for a server: not pytest's own, which another run would close to the user that Postgres runs as."""
+    with tempfile.TemporaryDirectory(prefix="outbox-test-") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server_url() -> Iterator[str]:
     """The run's Postgres."""
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as url:
+    with short_folder() as folder, postgres_server(folder) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
-def session_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def session_redis_url() -> Iterator[str]:
     """The run's Redis."""
-    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+    with short_folder() as folder, redis_server(folder) as url:
         yield url
 
 
@@ -110,6 +120,21 @@ def stack(tmp_path: Path, database_url: str, redis_url: str, mailbox: Mailbox) -
     opened = Stack(tmp_path, database_url, redis_url, mailbox.url)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def own_redis() -> Iterator[EmbeddedServer]:
+    """A Redis of the test's own, to be stopped, restarted or ruined."""
+    with short_folder() as folder, embedded_redis(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[EmbeddedServer]:
+    """A migrated Postgres of the test's own, to be stopped and restarted."""
+    with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
+        migrate(server.url)
+        yield server
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 
 from outbox import logs, start
+from outbox.errors import SettingsError, TaskError
 from outbox.settings import WorkerSettings
 from worker.handlers import registry
 from worker.worker import OutboxWorker
@@ -12,7 +13,11 @@ def main() -> None:
     """Runs a worker until SIGTERM, SIGINT or RQ's shutdown command; a second one ends it at once."""
     settings = WorkerSettings.from_environment()
     logs.configure("worker", settings.log_level, settings.log_format)
-    finished = OutboxWorker(settings, registry(settings.handlers)).run()
+    try:
+        handlers = registry(settings.handlers)
+    except TaskError as error:
+        raise SettingsError(f"OUTBOX_HANDLERS is wrong: {error}") from error
+    finished = OutboxWorker(settings, handlers).run()
     if not finished:
         os._exit(0)  # a handler's thread cannot be stopped; its row was given back, and the fence shuts it out
 

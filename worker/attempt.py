@@ -1,11 +1,12 @@
 """One attempt at one row: its handler, its time limit, and what becomes of it."""
 
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import structlog
-from rq.timeouts import JobTimeoutException, TimerDeathPenalty
 
 from outbox import logs
 from outbox.backoff import retry_delay
@@ -15,6 +16,7 @@ from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.task import Registry
 from worker.claim import Claim
+from worker.limit import TimeLimitReached, call_within
 
 UNKNOWN_TASK_DELAY = 15.0
 """Seconds until a task that this worker does not know is offered again, to a newer worker perhaps."""
@@ -38,10 +40,7 @@ def attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
     with structlog.contextvars.bound_contextvars(
         type=claim.task, row=claim.delivery.row, delivery=claim.delivery.number, request_id=claim.request_id
     ):
-        try:
-            return _attempt(claim, registry, context)
-        except Exception as error:  # noqa: BLE001 - the time limit strikes anywhere, even between two lines of ours
-            return _failed(claim, error, logs.get())
+        return _attempt(claim, registry, context)
 
 
 def _attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
@@ -60,24 +59,45 @@ def _attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
     started = time.monotonic()
     try:
         payload = handler.task.parse(claim.payload)
-        with TimerDeathPenalty(claim.timeout, JobTimeoutException):
-            fields = handler.function(payload, context)
+        fields = call_within(claim.timeout, handler.function, payload, context)
     except (SkipRetry, PayloadError) as error:
-        log.error("process task failed", error=str(error), attempt=claim.attempt, next_try=None)
-        return Outcome(claim.delivery, "dead", claim.attempt, error=one_line(error))
-    duration = round(time.monotonic() - started, 6)
-    log.info("processed task", payload=claim.payload, **(fields or {}), duration=duration)
+        # A payload or a mail server may have made the text long, or put into it what Postgres cannot store.
+        return _dead(claim, _text(error).removeprefix(f"{type(error).__name__}: "), log)
+    except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler must end neither the thread nor the row
+        return _failed(claim, error, log)
+    own = {"payload": claim.payload, "duration": round(time.monotonic() - started, 6)}
+    with suppress(Exception):  # whatever a handler returns, its work is done, and must not be done again
+        _tell_of_success(log, fields, own)
     return Outcome(claim.delivery, "done", claim.attempt)
 
 
+def _tell_of_success(log: logs.Logger, fields: Mapping[str, object] | None, own: dict[str, object]) -> None:
+    try:
+        further = {name: value for name, value in (fields or {}).items() if name != "event"}
+        log.info("processed task", **{**further, **own})
+    except Exception as error:  # noqa: BLE001 - fields that no log line can hold
+        log.info("processed task", **own, fields_error=_text(error))
+
+
 def _failed(claim: Claim, error: BaseException, log: logs.Logger) -> Outcome:
-    if isinstance(error, JobTimeoutException):
+    if isinstance(error, TimeLimitReached):
         text = f"the attempt took longer than its {claim.timeout} s"
     else:
-        text = one_line(error)
+        text = _text(error)
     if claim.attempt > claim.max_retries:
-        log.error("process task failed", error=text, attempt=claim.attempt, next_try=None)
-        return Outcome(claim.delivery, "dead", claim.attempt, error=text)
+        return _dead(claim, text, log)
     delay = retry_delay(claim.attempt)
     log.warning("process task failed", error=text, attempt=claim.attempt, next_try=round(delay, 1))
     return Outcome(claim.delivery, "pending", claim.attempt, delay, text)
+
+
+def _dead(claim: Claim, text: str, log: logs.Logger) -> Outcome:
+    log.error("process task failed", error=text, attempt=claim.attempt, next_try=None)
+    return Outcome(claim.delivery, "dead", claim.attempt, error=text)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return one_line(error)
+    except BaseException:  # noqa: BLE001 - an error's __str__ is a handler's code too
+        return f"{type(error).__name__}, which cannot say more"

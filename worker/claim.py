@@ -44,12 +44,13 @@ def claim(
     Raises:
         psycopg.OperationalError: Postgres is away; nothing is claimed.
     """
-    wanted = {delivery.row: delivery for delivery in sorted(deliveries)}
+    wanted = set(deliveries)
+    ids = sorted({delivery.row for delivery in wanted})
     with connection.transaction():
-        rows = connection.execute(query("lock_jobs"), {"ids": list(wanted)}).fetchall()
+        rows = connection.execute(query("lock_jobs"), {"ids": ids}).fetchall()
         claims = [
             Claim(
-                delivery=wanted[row["id"]],
+                delivery=Delivery(row["id"], row["delivery"]),
                 task=row["task"],
                 payload=row["payload"],
                 queue=row["queue"],
@@ -59,22 +60,19 @@ def claim(
                 request_id=row["request_id"],
             )
             for row in rows
-            if row["status"] == "enqueued" and row["delivery"] == wanted[row["id"]].number and row["due"]
+            if row["status"] == "enqueued" and Delivery(row["id"], row["delivery"]) in wanted and row["due"]
         ]
         if claims:
             ids = [claimed.delivery.row for claimed in claims]
             connection.execute(query("claim"), {"ids": ids, "worker": worker, "lease": lease})
-    if len(claims) < len(wanted):
-        _tell_of_dropped(rows, wanted, {claimed.delivery.row for claimed in claims})
+    _tell_of_dropped(rows, wanted - {claimed.delivery for claimed in claims})
     return claims
 
 
-def _tell_of_dropped(rows: list[dict[str, Any]], wanted: dict[int, Delivery], claimed: set[int]) -> None:
+def _tell_of_dropped(rows: list[dict[str, Any]], dropped: set[Delivery]) -> None:
     found = {row["id"]: row for row in rows}
-    for row_id, delivery in wanted.items():
-        if row_id in claimed:
-            continue
-        row = found.get(row_id)
+    for delivery in sorted(dropped):
+        row = found.get(delivery.row)
         if row is None:
             why = "there is no such row"
         elif row["delivery"] != delivery.number:

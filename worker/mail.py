@@ -3,7 +3,7 @@
 import smtplib
 import ssl
 import threading
-import time
+from contextlib import suppress
 from email import policy
 from email.message import EmailMessage
 from email.utils import parseaddr
@@ -13,9 +13,6 @@ from email_validator import EmailNotValidError, validate_email
 from outbox import logs
 from outbox.errors import OutboxError, SkipRetry
 from outbox.settings import WorkerSettings
-
-IDLE_LIMIT = 30.0
-"""Seconds after which a kept connection is checked before it is used again."""
 
 
 class MailError(OutboxError):
@@ -28,7 +25,7 @@ class Mailer:
     def __init__(self, settings: WorkerSettings) -> None:
         self._server = settings.smtp_server
         self._timeout = settings.smtp_timeout
-        self._sender = parseaddr(settings.mail_from)[1]
+        self._sender = deliverable(parseaddr(settings.mail_from)[1])
         self._local = threading.local()
 
     def send(self, message: EmailMessage) -> None:
@@ -40,33 +37,46 @@ class Mailer:
             OSError, smtplib.SMTPException: the connection failed.
         """
         recipient = _envelope_address(str(message["To"]))
-        connection = self._connection()
         try:
-            self._transfer(connection, message, recipient)
+            smtp = self._begin(["SMTPUTF8", "BODY=8BITMIME"] if not recipient.isascii() else [])
+            self._transfer(smtp, message, recipient)
         except (SkipRetry, MailError):
-            self._reset(connection)
+            self._reset()
             raise
         except BaseException:  # the time limit of an attempt as well: what was said so far is unknown
-            self._drop(connection)
+            self._drop()
             raise
-        self._local.used_at = time.monotonic()
 
-    def _transfer(self, smtp: smtplib.SMTP, message: EmailMessage, recipient: str) -> None:
-        international = not (recipient.isascii() and self._sender.isascii())
-        options = ["SMTPUTF8", "BODY=8BITMIME"] if international else []
-        if international and not smtp.has_extn("smtputf8"):
-            raise SkipRetry(f"the mail server cannot send to the international address {recipient}")
-        content = message.as_bytes(policy=policy.SMTPUTF8 if international else policy.SMTP)
+    def _begin(self, options: list[str]) -> smtplib.SMTP:
+        """Returns a connection that has taken the sender.
 
+        The kept one is tried first. The server may have closed it meanwhile, or may want no more mails on it:
+        whatever it answers but yes, a new one decides.
+        """
+        kept: smtplib.SMTP | None = getattr(self._local, "smtp", None)
+        if kept is not None:
+            with suppress(OSError, smtplib.SMTPException):
+                if kept.mail(self._sender, options)[0] == 250:
+                    return kept
+            self._drop()
+        self._local.smtp = smtp = self._connect()
+        if options and not smtp.has_extn("smtputf8"):
+            raise SkipRetry("the mail server cannot send to international addresses, and this is one")
         code, text = smtp.mail(self._sender, options)
         if code != 250:
             self._refused("the sender", code, text)
+        return smtp
+
+    def _transfer(self, smtp: smtplib.SMTP, message: EmailMessage, recipient: str) -> None:
         code, text = smtp.rcpt(recipient)
         if code not in (250, 251):
             if _is_final(code, text):
                 raise SkipRetry(f"the mail server refuses {recipient} for good: {_reply(code, text)}")
             self._refused("the recipient", code, text)
-        code, text = smtp.data(content)
+        try:
+            code, text = smtp.data(message.as_bytes(policy=policy.SMTP if recipient.isascii() else policy.SMTPUTF8))
+        except smtplib.SMTPDataError as error:
+            code, text = error.smtp_code, _bytes(error.smtp_error)
         if code != 250:
             self._refused("the mail", code, text)
 
@@ -76,15 +86,6 @@ class Mailer:
             # Nothing that a retry alone would mend, and nothing that is the recipient's fault: somebody must look.
             logs.get().error("mail server refuses us", refused=what, reply=_reply(code, text))
         raise MailError(f"the mail server does not take {what}: {_reply(code, text)}")
-
-    def _connection(self) -> smtplib.SMTP:
-        kept: smtplib.SMTP | None = getattr(self._local, "smtp", None)
-        if kept is not None:
-            if time.monotonic() - self._local.used_at < IDLE_LIMIT or self._is_alive(kept):
-                return kept
-            self._drop(kept)
-        self._local.smtp = self._connect()
-        return self._local.smtp
 
     def _connect(self) -> smtplib.SMTP:
         server = self._server
@@ -102,30 +103,38 @@ class Mailer:
                 smtp.login(server.user, server.password)
         except smtplib.SMTPAuthenticationError as error:
             smtp.close()
-            code, text = error.smtp_code, error.smtp_error
-            self._refused("the login", code, text if isinstance(text, bytes) else text.encode())
+            self._refused("the login", error.smtp_code, _bytes(error.smtp_error))
+        except UnicodeEncodeError:  # its text would quote the password
+            smtp.close()
+            raise MailError("the user or password in SMTP_URL has characters that no login can carry") from None
         except BaseException:
             smtp.close()
             raise
         return smtp
 
-    @staticmethod
-    def _is_alive(smtp: smtplib.SMTP) -> bool:
-        try:
-            return smtp.noop()[0] == 250
-        except (OSError, smtplib.SMTPException):
-            return False
-
-    def _reset(self, smtp: smtplib.SMTP) -> None:
+    def _reset(self) -> None:
+        smtp: smtplib.SMTP | None = getattr(self._local, "smtp", None)
+        if smtp is None:
+            return
         try:
             if smtp.rset()[0] != 250:
-                self._drop(smtp)
+                self._drop()
         except (OSError, smtplib.SMTPException):
-            self._drop(smtp)
+            self._drop()
 
-    def _drop(self, smtp: smtplib.SMTP) -> None:
+    def _drop(self) -> None:
+        smtp: smtplib.SMTP | None = getattr(self._local, "smtp", None)
         self._local.smtp = None
-        smtp.close()
+        if smtp is not None:
+            smtp.close()
+
+
+def deliverable(address: str) -> str:
+    """Returns an address with its domain in ASCII, as every mail server takes it; as it is where that cannot be."""
+    try:
+        return validate_email(address, check_deliverability=False).ascii_email or address
+    except EmailNotValidError:
+        return address
 
 
 def _envelope_address(address: str) -> str:
@@ -147,4 +156,8 @@ def _is_final(code: int, text: bytes) -> bool:
 
 
 def _reply(code: int, text: bytes) -> str:
-    return f"{code} {text.decode(errors='replace')}"
+    return f"{code} {' '.join(text[:300].decode(errors='replace').split())}"
+
+
+def _bytes(text: bytes | str) -> bytes:
+    return text if isinstance(text, bytes) else text.encode()

@@ -69,13 +69,15 @@ class Marker:
         while True:
             try:
                 with postgres.connect(self._database_url, "outbox worker marks") as connection:
-                    self._failures = 0
                     self._serve(connection, unwritten)
                     return
             except postgres.AWAY as error:
                 self._failures += 1
                 logs.get().debug("marks wait for Postgres", error=one_line(error), unwritten=len(unwritten))
-                time.sleep(reconnect_delay(self._failures))
+            except psycopg.Error as error:  # this thread must not end: without it, no row of this worker would
+                self._failures += 1
+                logs.get().error("marks cannot be written", error=one_line(error), unwritten=len(unwritten))
+            time.sleep(reconnect_delay(self._failures))
 
     def _serve(self, connection: psycopg.Connection[dict[str, Any]], unwritten: list[Outcome]) -> None:
         renew_every = self._lease / 3
@@ -89,6 +91,7 @@ class Marker:
             if unwritten:
                 self._write(connection, unwritten)
                 unwritten.clear()
+                self._failures = 0
             elif self._closing.is_set() and self._outcomes.empty():
                 return
 
@@ -109,14 +112,16 @@ class Marker:
         if held:
             connection.execute(query("renew_leases"), {**_columns(held), "lease": self._lease})
 
-    def _write(self, connection: psycopg.Connection[dict[str, Any]], outcomes: list[Outcome]) -> None:
+    def _write(self, connection: psycopg.Connection[dict[str, Any]], unwritten: list[Outcome]) -> None:
+        # The latest of each: a handler may have ended after all when its row was already given back.
+        outcomes = list({outcome.delivery: outcome for outcome in unwritten}.values())
         deliveries = [outcome.delivery for outcome in outcomes]
         rows = connection.execute(
             query("mark"),
             {
                 **_columns(deliveries),
                 "statuses": [outcome.status for outcome in outcomes],
-                "delays": [outcome.delay for outcome in outcomes],
+                "delays": [float(outcome.delay) for outcome in outcomes],
                 "attempts": [outcome.attempts for outcome in outcomes],
                 "errors": [outcome.error for outcome in outcomes],
             },

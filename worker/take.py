@@ -1,7 +1,9 @@
 """Taking job ids out of RQ's queues, weighted so that no queue starves."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
 
 import redis
 from rq.job import Job
@@ -14,12 +16,18 @@ from outbox.redis import BLOCK
 
 # One round trip for any number of jobs. Each queue first gives up to its share, then what shares left over is
 # taken in the same order. The jobs' hashes go with their ids: what they say is in Postgres too, and truer there.
+# A stranger's key where a queue belongs would fail every take, so it goes; the sweep restores what the queue held.
 _TAKE = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return {1, {}} end
-local taken, left = {}, tonumber(ARGV[1])
+if redis.call('EXISTS', KEYS[1]) == 1 then return {1, {}, {}} end
+local taken, strange, left = {}, {}, tonumber(ARGV[1])
 local function take(key, count)
     for _ = 1, math.min(count, left) do
-        local id = redis.call('LPOP', key)
+        local id = redis.pcall('LPOP', key)
+        if type(id) == 'table' then
+            redis.call('DEL', key)
+            strange[#strange + 1] = key
+            return
+        end
         if not id then return end
         if string.match(id, '^%d+%-%d+$') then redis.call('DEL', ARGV[2] .. id) end
         taken[#taken + 1] = string.sub(id, 1, 100)
@@ -28,7 +36,7 @@ local function take(key, count)
 end
 for i = 2, #KEYS do take(KEYS[i], tonumber(ARGV[i + 1])) end
 for i = 2, #KEYS do take(KEYS[i], left) end
-return {0, taken}
+return {0, taken, strange}
 """
 
 
@@ -52,13 +60,15 @@ class Queues:
             redis.RedisError: Redis is away.
         """
         order = weighted_order(self._weights)
-        shares = dict(shares_of(count, self._weights, order))
-        suspended, job_ids = self._take(
+        shares = shares_of(count, self._weights)
+        suspended, job_ids, strange = self._take(
             keys=[WORKERS_SUSPENDED, *map(_key, order)],
             args=[count, Job.redis_job_namespace_prefix, *(shares[name] for name in order)],
         )
         if suspended:
             raise Suspended
+        for key in strange:
+            logs.get().warning("deleted key", key=key.decode(), why="it was no list")
         return _ours(job_ids)
 
     def wait(self) -> list[Delivery]:
@@ -70,7 +80,11 @@ class Queues:
             redis.RedisError: Redis is away.
         """
         popped = self._client.blpop([_key(name) for name in weighted_order(self._weights)], timeout=BLOCK)
-        return _ours([popped[1][:100]]) if popped else []
+        taken = _ours([popped[1][:100]]) if popped else []
+        for delivery in taken:
+            with suppress(redis.RedisError):  # it would run out by itself, and the job must not get lost over it
+                self._client.delete(f"{Job.redis_job_namespace_prefix}{delivery.job_id}")
+        return taken
 
 
 def weighted_order(weights: Mapping[str, int], draw: random.Random | None = None) -> list[str]:
@@ -85,20 +99,31 @@ def weighted_order(weights: Mapping[str, int], draw: random.Random | None = None
     return sorted(weights, key=lambda name: uniform(0, 1) ** (1 / weights[name]), reverse=True)
 
 
-def shares_of(count: int, weights: Mapping[str, int], order: list[str]) -> list[tuple[str, int]]:
-    """Splits `count` among the queues by weight; what does not divide goes to the first in `order`."""
+def shares_of(count: int, weights: Mapping[str, int], draw: random.Random | None = None) -> dict[str, int]:
+    """Splits `count` among the queues by weight; where that does not divide, it does so on the average.
+
+    Args:
+        count: how many there are to split.
+        weights: each queue's weight.
+        draw: where the chance comes from.
+    """
+    # Systematic sampling: the queues' shares lie end to end on a line, and a queue gets the whole numbers on its own.
     total = sum(weights.values())
-    shares = {name: count * weights[name] // total for name in order}
-    for name in order[: count - sum(shares.values())]:
-        shares[name] += 1
-    return list(shares.items())
+    offset = (draw or random).randrange(total)
+    shares, end, before = {}, 0, 0
+    for name, weight in weights.items():
+        end += weight
+        upto = (count * end + offset) // total
+        shares[name] = upto - before
+        before = upto
+    return shares
 
 
 def _key(queue: str) -> str:
     return f"{Queue.redis_queue_namespace_prefix}{queue}"
 
 
-def _ours(job_ids: list[bytes]) -> list[Delivery]:
+def _ours(job_ids: Iterable[Any]) -> list[Delivery]:
     deliveries = []
     for job_id in job_ids:
         if delivery := Delivery.parse(job_id):

@@ -1,11 +1,13 @@
 """The worker: a real RQ worker to the outside, with a loop that takes, claims and runs rows."""
 
+import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Condition, Event
 from types import FrameType
 from typing import Any
@@ -60,6 +62,7 @@ class OutboxWorker(BaseWorker):
         self._redis = Outage("Redis")
         self._redis_checked = False
         self._beat_at = 0.0
+        self._commands: PubSubWorkerThread | None = None
         self._stopping = Event()
         self._hurry = Event()
         self._stop_requested_at = 0.0
@@ -74,6 +77,7 @@ class OutboxWorker(BaseWorker):
             kwargs={"autocommit": True, "application_name": "outbox worker handlers", **postgres.LIMITS},
             min_size=0,
             max_size=HANDLER_CONNECTIONS,
+            check=ConnectionPool.check_connection,  # an outage must not cost the next handlers an attempt each
             open=False,
         )
 
@@ -119,6 +123,7 @@ class OutboxWorker(BaseWorker):
             self._beat()
             deliveries = self._queues.take(free) or self._queues.wait()
         except Suspended:
+            self._redis.back()
             self._stopping.wait(1)
             return []
         except outbox_redis.AWAY as error:
@@ -149,8 +154,9 @@ class OutboxWorker(BaseWorker):
             send=self._mailer.send,
             settings=self._settings,
         )
-        self._marker.put(attempt(claimed, self._registry, context))
-        with self._changed:
+        outcome = attempt(claimed, self._registry, context)
+        with self._changed:  # together, or the row might be given back after its outcome
+            self._marker.put(outcome)
             self._running.pop(claimed.delivery, None)
             self._changed.notify_all()
 
@@ -161,10 +167,12 @@ class OutboxWorker(BaseWorker):
             while self._running and not self._hurry.is_set() and time.monotonic() < deadline:
                 self._changed.wait(0.2)
             unfinished = list(self._running.values())
-        for claimed in unfinished:
-            self._marker.put(
-                Outcome(claimed.delivery, "pending", claimed.attempt - 1, error="given back: the worker was stopped")
-            )
+            for claimed in unfinished:
+                self._marker.put(
+                    Outcome(
+                        claimed.delivery, "pending", claimed.attempt - 1, error="given back: the worker was stopped"
+                    )
+                )
         marked = self._marker.close(MARKING_TIME)
         self._sign_off()
         self._handlers.shutdown(wait=False, cancel_futures=True)
@@ -194,15 +202,19 @@ class OutboxWorker(BaseWorker):
             outbox_redis.check_supported(self._client)
             self._redis_checked = True
         self.last_heartbeat = rq_now()
-        self.birth_date = self.birth_date or self.last_heartbeat
+        if self.birth_date is None:
+            self.birth_date = self.last_heartbeat
         with self._client.pipeline() as pipeline:
             # The whole registration every time: Redis may have been emptied since the last.
+            pipeline.delete(self.key)  # whatever a stranger made of it
             worker_registration.register(self, pipeline)
             pipeline.hset(self.key, mapping=self.serialize())
             self.set_state(WorkerStatus.BUSY if self._running else WorkerStatus.IDLE, pipeline)
             pipeline.expire(self.key, self.worker_ttl)
-            pipeline.execute()
-        if not self.pubsub_thread or not self.pubsub_thread.is_alive():
+            for failure in pipeline.execute(raise_on_error=False):
+                if isinstance(failure, Exception):  # a stranger's key: the relay mends it, and work goes on unlisted
+                    logs.get().warning("registered in part", error=one_line(failure))
+        if self._commands is None or not self._commands.is_alive():
             self.subscribe()
         self._beat_at = time.monotonic() + HEARTBEAT_INTERVAL
 
@@ -210,24 +222,28 @@ class OutboxWorker(BaseWorker):
         """Listens for RQ's commands to this worker."""
         self.pubsub = self._client.pubsub()
         self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
-        self.pubsub_thread = self.pubsub.run_in_thread(
+        self._commands = self.pubsub.run_in_thread(
             sleep_time=1.0, daemon=True, exception_handler=self._pubsub_exception_handler
         )
 
     def handle_payload(self, message: Mapping[str, Any]) -> None:
         """Obeys RQ's shutdown command. The others speak of forks that this worker does not have."""
-        if b'"command": "shutdown"' in bytes(message["data"]):
+        try:
+            command = json.loads(message["data"])["command"]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            command = None
+        if command == "shutdown":
             os.kill(os.getpid(), signal.SIGINT)
         else:
             logs.get().warning("ignored an RQ command", command=repr(message["data"][:100]))
 
-    def _pubsub_exception_handler(self, exc: Exception, pubsub: PubSub, pubsub_thread: PubSubWorkerThread) -> None:
+    def _pubsub_exception_handler(self, exc: Exception, _: PubSub, pubsub_thread: PubSubWorkerThread) -> None:
         logs.get().debug("RQ commands cannot be heard", error=one_line(exc))
         pubsub_thread.stop()  # the next heartbeat that reaches Redis subscribes again
 
     def _sign_off(self) -> None:
-        try:
-            self.register_death()
-        except outbox_redis.AWAY:
-            pass  # the registration runs out by itself
+        if self._commands is not None:
+            self._commands.stop()
+        with suppress(*outbox_redis.AWAY):  # if Redis is away, the registration runs out by itself
+            self.register_death()  # type: ignore[no-untyped-call]
         self._client.close()

@@ -4,11 +4,11 @@ import asyncio
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email import message_from_bytes, policy
 from email.message import EmailMessage
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 from aiosmtpd.controller import Controller
@@ -20,8 +20,8 @@ class Mailbox:
     """What the server was sent, and what it answers."""
 
     port: int = 0
-    mails: list[tuple[str, EmailMessage]] = field(default_factory=list)
-    """Recipient of the envelope, and the mail."""
+    received: list[tuple[str, bytes]] = field(default_factory=list)
+    """Recipient of the envelope, and the mail as it came."""
     rcpt_reply: str = "250 OK"
     data_reply: str = "250 OK"
     mail_reply: str = "250 OK"
@@ -31,6 +31,17 @@ class Mailbox:
     """How many mails it has begun to take over."""
     connections: int = 0
     lock: Lock = field(default_factory=Lock)
+    parsed: list[tuple[str, EmailMessage]] = field(default_factory=list, repr=False)
+
+    @property
+    def mails(self) -> list[tuple[str, EmailMessage]]:
+        """Recipient of the envelope, and the mail. Parsed when somebody looks: that takes longer than receiving it."""
+        with self.lock:
+            for recipient, content in self.received[len(self.parsed) :]:
+                mail = message_from_bytes(content, policy=policy.default)
+                assert isinstance(mail, EmailMessage)
+                self.parsed.append((recipient, mail))
+            return list(self.parsed)
 
     @property
     def url(self) -> str:
@@ -39,8 +50,7 @@ class Mailbox:
 
     def to(self, recipient: str) -> list[EmailMessage]:
         """Returns the mails that a recipient got."""
-        with self.lock:
-            return [mail for address, mail in self.mails if address == recipient]
+        return [mail for address, mail in self.mails if address == recipient]
 
     # aiosmtpd's hooks.
 
@@ -77,10 +87,8 @@ class Mailbox:
         if self.data_reply.startswith("250"):
             content = envelope.content
             assert isinstance(content, bytes)
-            mail = message_from_bytes(content, policy=policy.default)
-            assert isinstance(mail, EmailMessage)
             with self.lock:
-                self.mails.extend((recipient, mail) for recipient in envelope.rcpt_tos)
+                self.received.extend((recipient, content) for recipient in envelope.rcpt_tos)
         return self.data_reply
 
 
@@ -116,3 +124,86 @@ def link_in(mail: EmailMessage) -> str:
     found = re.search(r"https?://\S+/v1/verify_email\?\S+", body.get_content())
     assert found, "the mail has no link"
     return found[0]
+
+
+@dataclass
+class ScriptedServer:
+    """An SMTP server on a bare socket that misbehaves at chosen steps."""
+
+    replies: dict[str, bytes | None]
+    """By step (CONNECT, EHLO, MAIL, RCPT, DATA, "." and so on): what it says; b"" hangs up, None hangs."""
+    close_after: int | None
+    """How many mails it takes on one connection before it answers 421."""
+    port: int
+    mails: int = 0
+    connections: int = 0
+
+    @property
+    def url(self) -> str:
+        """What `SMTP_URL` should be."""
+        return f"smtp://127.0.0.1:{self.port}"
+
+    def serve(self, connection: socket.socket) -> None:
+        """Talks to one client until one of both hangs up."""
+        self.connections += 1
+        mails = 0
+        with connection, connection.makefile("rb") as lines:
+            step = "CONNECT"
+            while True:
+                reply = self.replies.get(step, _REPLIES.get(step, b"250 OK"))
+                if step == "MAIL" and self.close_after is not None and mails >= self.close_after:
+                    reply = b"421 4.7.0 enough"
+                if reply is None:
+                    lines.read()  # until the client hangs up
+                if not reply:
+                    return
+                connection.sendall(reply + b"\r\n")
+                if reply.startswith(b"421"):
+                    return
+                if step == "DATA" and reply.startswith(b"354"):
+                    while (line := lines.readline()) not in (b".\r\n", b""):
+                        pass
+                    step = "."
+                    continue
+                if step == "." and reply.startswith(b"250"):
+                    mails += 1
+                    self.mails += 1
+                if not (line := lines.readline()):
+                    return
+                step = line.split()[0].decode(errors="replace").upper()
+
+
+_REPLIES = {"CONNECT": b"220 ready", "DATA": b"354 go on", "QUIT": b"221 bye"}
+
+
+@contextmanager
+def serve_script(
+    replies: dict[str, bytes | None] | None = None, close_after: int | None = None
+) -> Iterator[ScriptedServer]:
+    """Runs a server that misbehaves.
+
+    Args:
+        replies: what it says at which step, where that is not what it should say.
+        close_after: how many mails it takes on one connection.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = ScriptedServer(dict(replies or {}), close_after, listener.getsockname()[1])
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                Thread(target=_serve_quietly, args=(server, connection), daemon=True).start()
+
+        accepting = Thread(target=accept, daemon=True)
+        accepting.start()
+        yield server
+        listener.shutdown(socket.SHUT_RDWR)
+        accepting.join(5)
+
+
+def _serve_quietly(server: ScriptedServer, connection: socket.socket) -> None:
+    with suppress(OSError):
+        server.serve(connection)

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Mapping
+from email.headerregistry import Address
 from email.message import EmailMessage
 from email.utils import formatdate, parseaddr
 from html import escape
@@ -15,6 +16,7 @@ from outbox.queries import query
 from outbox.settings import WorkerSettings
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox.verification import secret_code
+from worker.mail import deliverable
 
 
 @handler(SEND_VERIFY_EMAIL)
@@ -43,7 +45,8 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
         ).fetchone()
     assert verification is not None
     code = secret_code(context.settings.secret_key, verification["id"], user["username"], verification["email"])
-    link = f"{context.settings.public_url}/v1/verify_email?{urlencode({'email_id': verification['id'], 'secret_code': code})}"
+    parameters = urlencode({"email_id": verification["id"], "secret_code": code})
+    link = f"{context.settings.public_url}/v1/verify_email?{parameters}"
     context.send(compose(context.settings, context.row, verification["email"], user["full_name"], link))
     return {"email": verification["email"]}
 
@@ -61,8 +64,9 @@ def compose(settings: WorkerSettings, row: int, recipient: str, full_name: str, 
     minutes = max(1, round(settings.link_lifetime / 60))
     lifetime = "1 minute" if minutes == 1 else f"{minutes} minutes"
     message = EmailMessage()
-    message["From"] = settings.mail_from
-    message["To"] = recipient
+    name, sender = parseaddr(settings.mail_from)
+    message["From"] = Address(name, addr_spec=deliverable(sender))
+    message["To"] = deliverable(recipient)
     message["Subject"] = "Please verify your email address"
     message["Date"] = formatdate()
     message["Message-ID"] = message_id(settings, row)
@@ -87,5 +91,5 @@ def compose(settings: WorkerSettings, row: int, recipient: str, full_name: str, 
 def message_id(settings: WorkerSettings, row: int) -> str:
     """Returns the row's Message-ID: the same at every attempt, and no other deployment's."""
     digest = hmac.new(settings.secret_key.encode(), f"message-id\0{row}".encode(), hashlib.sha256).hexdigest()
-    domain = parseaddr(settings.mail_from)[1].rpartition("@")[2]
+    domain = deliverable(parseaddr(settings.mail_from)[1]).rpartition("@")[2]
     return f"<outbox.{row}.{digest[:20]}@{domain}>"

@@ -1,0 +1,88 @@
+"""Creating users."""
+
+from typing import Any
+
+from litestar import Request, post
+from litestar.di import NamedDependency
+from litestar.exceptions import ClientException, SerializationException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.params import JSONBody
+
+from service import problems
+from service.passwords import Passwords
+from service.schemas import CreateUser, UserCreated, Violation
+from service.store import Store
+
+_ALICE = {
+    "username": "alice",
+    "full_name": "Alice Liddell",
+    "email": "alice@example.com",
+    "is_email_verified": False,
+    "password_changed_at": "2026-11-22T10:00:00Z",
+    "created_at": "2026-11-22T10:00:00Z",
+}
+
+
+async def _check_body(request: Request[Any, Any, Any]) -> None:
+    """Refuses what is not JSON, before the framework reads the body.
+
+    Raises:
+        ClientException: it is declared to be something else (415), or is not JSON that can be read (400). The
+            framework alone would answer 500 to text that is not UTF-8 and to a thousand nested arrays.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
+        raise ClientException("the body must be JSON: send it as application/json", status_code=415)
+    if not await request.body():
+        raise ClientException("the body is empty: send a JSON object")
+    try:
+        await request.json()
+    except SerializationException as error:
+        raise ClientException(f"the body is not JSON: {error}") from None
+    except UnicodeDecodeError:
+        raise ClientException("the body is not valid UTF-8") from None
+    except RecursionError:
+        raise ClientException("the body is nested too deeply") from None
+
+
+@post(
+    ["/v1/users", "/v1/create_user"],
+    before_request=_check_body,
+    summary="Create a user",
+    description="Creates a user, who gets a verification mail whatever happens after this answer.",
+    responses={
+        201: ResponseSpec(
+            UserCreated,
+            description="The user exists, and the mail is on its way.",
+            generate_examples=False,
+            examples=[Example(summary="created", value={"user": _ALICE})],
+        ),
+        400: problems.described(
+            400,
+            "Not JSON, or fields that are not valid; each is named.",
+            "the request has fields that are not valid; 'errors' names each",
+            [Violation(field="username", message="string should have at least 3 characters")],
+        ),
+        409: problems.described(
+            409,
+            "The username or email is taken.",
+            "this username is taken",
+            [Violation(field="username", message="is taken")],
+        ),
+        413: problems.described(413, "The body is over 64 KiB.", "Request Entity Too Large"),
+        415: problems.described(
+            415, "The body is declared not to be JSON.", "the body must be JSON: send it as application/json"
+        ),
+        503: problems.DESCRIBED_AWAY,
+    },
+)
+async def create_user(
+    request: Request[Any, Any, Any],
+    data: JSONBody[CreateUser],
+    store: NamedDependency[Store],
+    passwords: NamedDependency[Passwords],
+) -> UserCreated:
+    """Creates a user."""
+    hashed = await passwords.hash(data.password)
+    return UserCreated(user=await store.create_user(data, hashed, request.state["request_id"]))

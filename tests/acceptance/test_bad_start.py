@@ -1,0 +1,148 @@
+"""A process that cannot work says why in a sentence and ends; no process ever says a secret."""
+
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from aiosmtpd.smtp import AuthResult
+
+from outbox import redis as outbox_redis
+from outbox.up.embedded import EmbeddedServer, embedded_redis
+from tests.conftest import Connection
+from tests.support.mailbox import link_in, serve_mailbox
+from tests.support.processes import SECRET_KEY, Process, Stack
+from tests.support.waiting import eventually
+
+SECRET = "hunter2"
+
+WRONG = [
+    ("service", "DATABASE_URL", None),
+    ("service", "SECRET_KEY", SECRET),
+    ("service", "HTTP_SERVER_ADDRESS", "nowhere"),
+    ("relay", "DATABASE_URL", f"postgresql://me:{SECRET}@localhost/outbox?no_such_option=1"),
+    ("relay", "REDIS_URL", None),
+    ("relay", "REDIS_URL", f"http://:{SECRET}@localhost"),
+    ("relay", "REDIS_URL", f"redis://:{SECRET}@localhost/0?socket_timeout=long"),
+    ("relay", "REDIS_URL", f"redis://:{SECRET}@localhost/0?no_such_option=1"),
+    ("worker", "SMTP_URL", None),
+    ("worker", "SMTP_URL", f"ftp://me:{SECRET}@localhost"),
+    ("worker", "PUBLIC_URL", "example.com"),
+    ("worker", "OUTBOX_QUEUES", "critical=many"),
+    ("worker", "OUTBOX_HANDLERS", "no_such_module"),
+]
+
+
+def sentence_of(process: Process) -> str:
+    """Returns the one line that is not a log line; there must be no other, no traceback and no secret."""
+    assert "Traceback" not in process.text()
+    assert SECRET not in process.text()
+    (sentence,) = (line for line in process.text().splitlines() if not line.startswith("{"))
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def started_wrong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Process]]:
+    """One process per wrong setting, all at once."""
+    stack = Stack(
+        tmp_path_factory.mktemp("wrong"), "postgresql:///nowhere?host=/nonexistent", "unix:///nonexistent", "smtp://x"
+    )
+    good = dict(stack.environment)
+    processes = []
+    for module, variable, value in WRONG:
+        stack.environment = {name: text for name, text in good.items() if name != variable}
+        processes.append(stack.start(module, **({} if value is None else {variable: value})))
+    yield processes
+    stack.close()
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)), ids=["-".join(filter(None, wrong[:2])) for wrong in WRONG])
+def test_a_wrong_setting(started_wrong: list[Process], case: int) -> None:
+    """A missing or wrong setting ends the process at once with one sentence that names it, and exit code 2."""
+    process = started_wrong[case]
+    try:
+        code = process.wait(30)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"it runs: {process.text()}")
+    assert WRONG[case][1] in sentence_of(process)
+    assert code == 2
+
+
+def test_a_database_that_is_not_migrated(
+    tmp_path: Path, create_database: Callable[[str | None], str], redis_url: str
+) -> None:
+    """The sentence says which command to run."""
+    stack = Stack(tmp_path, create_database(None), redis_url, "smtp://127.0.0.1:1")
+    processes = [stack.start(module) for module in ("service", "relay", "worker")]
+    assert [process.wait() for process in processes] == [1, 1, 1]
+    assert all("outbox migrate" in sentence_of(process) for process in processes)
+
+
+def test_a_port_in_use(stack: Stack) -> None:
+    """The sentence names the variable and the address."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", stack.port))
+        listener.listen()
+        process = stack.start("service")
+        assert process.wait() == 1
+    sentence = sentence_of(process)
+    assert "HTTP_SERVER_ADDRESS" in sentence
+    assert f"127.0.0.1:{stack.port}" in sentence
+
+
+def test_a_host_that_cannot_be(stack: Stack) -> None:
+    """A host name with an empty label is a sentence too."""
+    process = stack.start("service", HTTP_SERVER_ADDRESS="a..b:8080")
+    assert process.wait() in (1, 2)
+    assert "HTTP_SERVER_ADDRESS" in sentence_of(process)
+
+
+def test_a_redis_cluster(stack: Stack, tmp_path: Path) -> None:
+    """Relay and worker refuse a Redis in cluster mode with a sentence."""
+    with embedded_redis(tmp_path / "cluster", settings=["cluster-enabled yes"]) as server:
+        processes = [stack.start(module, REDIS_URL=server.url) for module in ("relay", "worker")]
+        assert [process.wait() for process in processes] == [1, 1]
+    for process in processes:
+        assert "cluster" in sentence_of(process)
+
+
+def test_no_log_holds_a_secret(stack: Stack, connection: Connection, own_redis: EmbeddedServer) -> None:
+    """Neither passwords nor their hashes, nor the secret key, a URL's password or a link's code, even at `debug`."""
+    secrets = {"user": "correct horse 1", "postgres": "pg-pass-2", "redis": "redis-pass-3", "smtp": "smtp-pass-4"}
+    head, _, tail = stack.environment["DATABASE_URL"].partition("://")
+    name, _, rest = tail.partition("@")
+    with outbox_redis.connect(own_redis.url, "test") as client:
+        client.config_set("requirepass", secrets["redis"])
+    with serve_mailbox(
+        auth_require_tls=False, authenticator=lambda *_: AuthResult(success=True, handled=True)
+    ) as mailbox:
+        service, relay, worker = stack.run_all(
+            "service",
+            "relay",
+            "worker",
+            LOG_LEVEL="debug",
+            DATABASE_URL=f"{head}://{name.partition(':')[0]}:{secrets['postgres']}@{rest}",
+            REDIS_URL=own_redis.url.replace("unix://", f"unix://:{secrets['redis']}@"),
+            SMTP_URL=mailbox.url.replace("//", f"//me:{secrets['smtp']}@"),
+        )
+        user = {"username": "alice", "password": secrets["user"], "full_name": "Alice", "email": "alice@example.com"}
+        assert stack.post("/v1/users", {**user, "username": "A L I C E"})[0] == 400
+        assert stack.post("/v1/users", {**user, "hashed_password": secrets["user"]})[0] == 400
+        assert stack.post("/v1/users", user)[0] == 201
+        assert stack.post("/v1/users", user)[0] == 409
+        link = link_in(eventually(lambda: mailbox.to("alice@example.com"), 10, "the mail")[0])
+        (code,) = parse_qs(urlsplit(link).query)["secret_code"]
+        assert stack.get(link.removeprefix(stack.url))[0] == 200
+        assert stack.get(link.removeprefix(stack.url))[0] == 410
+        assert stack.get(link.removeprefix(stack.url)[:-1])[0] == 400
+        worker.await_event("processed task")
+        assert [process.stop() for process in (worker, relay, service)] == [0, 0, 0]
+
+    row = connection.execute("SELECT hashed_password FROM users").fetchone()
+    assert row is not None
+    logged = "".join(process.text() for process in (service, relay, worker))
+    assert logged.count('"event"') > 10, "they did log"
+    forbidden = [*secrets.values(), row["hashed_password"], row["hashed_password"][-20:], "argon2id", SECRET_KEY]
+    assert [secret for secret in [*forbidden, code, code[:-1]] if secret in logged] == []

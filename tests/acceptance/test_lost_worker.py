@@ -1,0 +1,79 @@
+"""A mail is not lost where it is sent: the worker is killed, or the mail server is away."""
+
+import pytest
+
+from tests.conftest import Connection
+from tests.support.mailbox import Mailbox, free_port, serve_mailbox
+from tests.support.processes import QUICK, Stack, add_users
+from tests.support.waiting import eventually
+
+
+@pytest.fixture
+def stack(stack: Stack) -> Stack:
+    """A stack that finds lost rows within seconds."""
+    stack.environment |= QUICK
+    return stack
+
+
+def test_a_killed_workers_rows_are_sent_by_another(stack: Stack, connection: Connection, mailbox: Mailbox) -> None:
+    """SIGKILL while handlers hang in the mail server: after the lease, and not before, another worker sends each."""
+    mailbox.data_delay = 60
+    first, _ = stack.run_all("worker", "relay")
+    names = [f"user_{n}" for n in range(10)]
+    add_users(connection, names)
+    eventually(lambda: mailbox.taking == 10, 10, "ten handlers hang in the mail server")
+
+    first.kill()
+    mailbox.data_delay = 0
+    second = stack.run("worker")
+
+    eventually(lambda: len(mailbox.mails) >= 10, 20, "ten mails")
+    eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 10, "all done")
+    assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in names)
+    rows = connection.execute("SELECT attempts, delivery, worker, last_error FROM outbox").fetchall()
+    assert {(row["attempts"], row["delivery"]) for row in rows} == {(2, 2)}
+    assert {row["worker"] for row in rows} == {second.events("started")[0]["worker"]}
+    assert all(first.events("started")[0]["worker"] in row["last_error"] for row in rows)
+    assert all("vanished" in row["last_error"] for row in rows)
+
+
+def test_a_living_worker_keeps_its_rows_beyond_the_lease(
+    stack: Stack, connection: Connection, mailbox: Mailbox
+) -> None:
+    """A handler that takes longer than the lease keeps its row: leases are renewed, and nobody sends it again."""
+    mailbox.data_delay = 2.5
+    stack.run_all("worker", "worker", "relay", OUTBOX_LEASE="1")
+    add_users(connection, ["slow"])
+
+    eventually(lambda: len(mailbox.mails) == 1, 15, "the mail")
+    eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 5, "done")
+    assert mailbox.taking == 1
+    assert connection.execute("SELECT attempts, delivery FROM outbox").fetchall() == [{"attempts": 1, "delivery": 1}]
+
+
+def test_users_created_while_the_mail_server_is_down(stack: Stack, connection: Connection) -> None:
+    """The rows are kept for later with an error that says what was wrong; once it is up, the mails arrive."""
+    port = free_port()
+    # Within the horizon a row waits in rq-scheduler's set, where setting `run_at` reaches it no more.
+    _, _, worker = stack.run_all("service", "relay", "worker", SMTP_URL=f"smtp://127.0.0.1:{port}", OUTBOX_HORIZON="1")
+    names = [f"user_{n}" for n in range(5)]
+    assert [stack.create_user(name)[0] for name in names] == [201] * 5
+
+    def failed() -> list[dict[str, object]]:
+        return connection.execute(
+            "SELECT last_error, run_at > now() + interval '10 s' AS waits FROM outbox "
+            "WHERE status = 'pending' AND attempts = 1"
+        ).fetchall()
+
+    eventually(lambda: len(failed()) == 5, 15, "five failed attempts")
+    assert all("Connection refused" in str(row["last_error"]) for row in failed())
+    assert all(row["waits"] for row in failed()), "the next attempt waits for the backoff"
+    assert len(worker.events("process task failed")) == 5
+    assert worker.events("process task failed")[0]["next_try"] > 10
+
+    with serve_mailbox(port) as mailbox:
+        connection.execute("UPDATE outbox SET run_at = now()")
+        eventually(lambda: len(mailbox.mails) >= 5, 15, "five mails")
+        eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 5, "done")
+    assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in names)
+    assert "Traceback" not in worker.text()

@@ -1,0 +1,111 @@
+"""Postgres goes away and comes back: the service says so, and nothing that it had promised is lost."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from outbox import postgres
+from outbox.up.embedded import EmbeddedServer
+from tests.support.mailbox import Mailbox
+from tests.support.processes import QUICK, Stack, add_users, take_down
+from tests.support.waiting import eventually
+
+RECOVERY = 3.0
+"""Seconds after which the service must be ready again once Postgres accepts connections."""
+
+
+@pytest.fixture
+def stack(tmp_path: Path, own_postgres: EmbeddedServer, redis_url: str, mailbox: Mailbox) -> Iterator[Stack]:
+    """A stack on a Postgres of its own."""
+    opened = Stack(tmp_path, own_postgres.url, redis_url, mailbox.url)
+    opened.environment |= QUICK
+    yield opened
+    opened.close()
+
+
+def user(name: str) -> dict[str, str]:
+    """Returns a body for POST /v1/users."""
+    return {"username": name, "password": "correct horse", "full_name": "A User", "email": f"{name}@example.com"}
+
+
+def is_accepting(server: EmbeddedServer) -> bool:
+    """Whether Postgres takes connections."""
+    try:
+        postgres.connect(server.url, "test").close()
+    except postgres.AWAY:
+        return False
+    return True
+
+
+def test_postgres_stopped_and_back(stack: Stack, own_postgres: EmbeddedServer, mailbox: Mailbox) -> None:
+    """Meanwhile the service answers 503 with Retry-After and is not ready; relay and worker stay up and say it once.
+
+    Back again, it creates users within seconds, and whoever was created before the outage gets one mail, as does
+    everybody whose create was answered with 201 since; a create that was answered with 503 has left nothing.
+    """
+    service, relay, worker = stack.run_all("service", "relay", "worker")
+    names = [f"before_{n}" for n in range(20)]
+    with postgres.connect(own_postgres.url, "test") as connection:
+        add_users(connection, names, delay=1)
+    with httpx.Client(base_url=stack.url, timeout=20) as client:
+        assert client.get("/readyz").status_code == 200
+
+        take_down(own_postgres)
+        # A create waits 5 s for Postgres before it gives up: long enough for several tries of everybody.
+        with ThreadPoolExecutor() as clients:
+            creating = clients.submit(client.post, "/v1/users", json=user("refused"))
+            assert client.get("/healthz").status_code == 200
+            assert client.get("/readyz").status_code == 503
+            refused = creating.result()
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.headers["Content-Type"] == "application/problem+json"
+        own_postgres.restart()
+        eventually(lambda: is_accepting(own_postgres), 20, "Postgres is back")
+        back = time.monotonic()
+        eventually(lambda: client.get("/readyz").status_code == 200, 20, "the service is ready")
+        recovery = time.monotonic() - back
+
+        assert client.post("/v1/users", json=user("after")).status_code == 201
+        eventually(lambda: len(mailbox.mails) >= 21, 20, "the mails")
+        with postgres.connect(own_postgres.url, "test") as connection:
+            eventually(
+                lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 10, "all done"
+            )
+            created = [row["username"] for row in connection.execute("SELECT username FROM users")]
+
+    assert sorted(created) == sorted([*names, "after"])
+    assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in created)
+    for process in (relay, worker):
+        assert len(process.events("Postgres is away")) == 1, process.text()
+        assert len(process.events("Postgres is back")) == 1, process.text()
+    assert not [process.text() for process in (service, relay, worker) if not process.is_up()]
+    assert not [process.text() for process in (service, relay, worker) if "Traceback" in process.text()]
+    assert recovery < RECOVERY
+
+
+def test_postgres_goes_while_handlers_run(stack: Stack, own_postgres: EmbeddedServer, mailbox: Mailbox) -> None:
+    """A mail that is being handed to the mail server when Postgres goes is marked done when it is back: one mail."""
+    mailbox.data_delay = 1
+    stack.run_all("relay", "worker", OUTBOX_LEASE="5")
+    names = [f"user_{n}" for n in range(5)]
+    with postgres.connect(own_postgres.url, "test") as connection:
+        add_users(connection, names)
+    eventually(lambda: mailbox.taking == 5, 10, "five mails on their way")
+
+    take_down(own_postgres)
+    eventually(lambda: len(mailbox.mails) == 5, 10, "five mails")
+    own_postgres.restart()
+
+    eventually(lambda: is_accepting(own_postgres), 20, "Postgres is back")
+    with postgres.connect(own_postgres.url, "test") as connection:
+        eventually(
+            lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 20, "all done"
+        )
+        attempts = [row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")]
+    assert attempts == [1] * 5
+    assert len(mailbox.mails) == 5

@@ -1,0 +1,119 @@
+"""SIGTERM in the middle of work: what was begun is finished, what was not is left for others, nothing is doubled."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from outbox import redis as outbox_redis
+from tests.conftest import Connection
+from tests.support.mailbox import Mailbox
+from tests.support.processes import QUICK, Stack, add_users
+from tests.support.waiting import eventually
+
+
+@pytest.fixture
+def stack(stack: Stack) -> Stack:
+    """A stack that finds lost rows within seconds."""
+    stack.environment |= QUICK
+    return stack
+
+
+def test_the_service_finishes_the_requests_in_flight(stack: Stack, connection: Connection) -> None:
+    """Of many parallel creates, those that were begun are answered with 201 and have a row; the others left nothing."""
+    service = stack.run("service")
+    answers: dict[str, int] = {}
+
+    def create(name: str) -> None:
+        answers[name] = stack.create_user(name)[0]
+
+    with ThreadPoolExecutor(25) as clients:
+        # Two creates per client: some are in flight when the signal comes, and some are begun after it.
+        for n in range(50):
+            clients.submit(create, f"user_{n}")
+        eventually(lambda: len(answers) >= 5, 10, "the first answers")
+        service.stop()
+        begun = len([line for line in service.events("received an HTTP request") if line["path"] == "/v1/users"])
+
+    created = {name for name, status in answers.items() if status == 201}
+    assert service.popen.returncode == 0, service.text()
+    assert set(answers.values()) <= {201, 0}, "a client got an answer to rely on, or none"
+    assert 5 < len(created) < 50
+    assert begun == len(created), "whatever was begun was finished and answered"
+    assert {row["username"] for row in connection.execute("SELECT username FROM users")} == created
+    rows = connection.execute("SELECT payload ->> 'username' AS username FROM outbox").fetchall()
+    assert sorted(row["username"] for row in rows) == sorted(created)
+    assert "Traceback" not in service.text()
+
+
+def test_the_relay_stops_between_batches(stack: Stack, connection: Connection, redis_url: str) -> None:
+    """It ends with exit code 0 and leaves every row either pending or enqueued with its job; another one goes on."""
+    rows = 3000
+    relay = stack.run("relay", OUTBOX_BATCH="5")
+    add_users(connection, [f"user_{n}" for n in range(rows)])
+    with outbox_redis.connect(redis_url, "test") as client:
+
+        def jobs() -> list[str]:
+            return sorted(job_id.decode() for job_id in client.lrange("rq:queue:critical", 0, -1))
+
+        def marked() -> list[str]:
+            found = connection.execute("SELECT id, delivery FROM outbox WHERE status = 'enqueued'")
+            return sorted(f"{row['id']}-{row['delivery']}" for row in found)
+
+        eventually(lambda: client.llen("rq:queue:critical") > 100, 10, "a hundred jobs")
+        assert relay.stop() == 0, relay.text()
+        assert 100 < len(jobs()) < rows, "it was in the middle"
+        assert jobs() == marked()
+        assert relay.events("stopped")
+
+        other = stack.run("relay")
+        eventually(lambda: len(marked()) == rows, 10, "all rows are handed over")
+        eventually(lambda: len(jobs()) == rows, 5, "all jobs")
+        assert jobs() == marked()
+        assert other.stop() == 0
+
+
+def test_the_worker_finishes_what_runs(stack: Stack, connection: Connection, mailbox: Mailbox) -> None:
+    """It lets its handlers end, exits 0 within the grace time, and another worker takes the rest: one mail each."""
+    mailbox.data_delay = 0.5
+    worker, _ = stack.run_all("worker", "relay", OUTBOX_CONCURRENCY="8", OUTBOX_GRACE="10")
+    names = [f"user_{n}" for n in range(40)]
+    add_users(connection, names)
+    eventually(lambda: mailbox.taking > 8, 10, "the second round of handlers")
+
+    started = time.monotonic()
+    assert worker.stop() == 0, worker.text()
+    assert time.monotonic() - started < 5
+    stopped = worker.events("stopped")[0]
+    assert (stopped["given_back"], stopped["all_marked"]) == (0, True)
+    assert mailbox.taking == len(mailbox.mails), "every handler that was begun has ended"
+    assert 8 < len(mailbox.mails) < 40
+    counts = connection.execute("SELECT status, count(*) AS rows FROM outbox GROUP BY status").fetchall()
+    left = {row["status"]: row["rows"] for row in counts}
+    assert left["done"] == len(mailbox.mails), "what was sent is marked"
+    assert "running" not in left
+
+    mailbox.data_delay = 0
+    stack.run("worker")
+    eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 20, "all done")
+    assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in names)
+    assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
+
+
+def test_the_worker_gives_back_what_does_not_end(stack: Stack, connection: Connection, mailbox: Mailbox) -> None:
+    """A handler that hangs beyond the grace time does not hold up the end: its row is another worker's, uncounted."""
+    mailbox.data_delay = 60
+    worker, _ = stack.run_all("worker", "relay", OUTBOX_GRACE="1", OUTBOX_LEASE="60")
+    add_users(connection, ["slow"])
+    eventually(lambda: mailbox.taking == 1, 10, "a handler that hangs")
+
+    started = time.monotonic()
+    assert worker.stop() == 0, worker.text()
+    assert 0.9 < time.monotonic() - started < 5
+    assert worker.events("stopped")[0]["given_back"] == 1
+
+    mailbox.data_delay = 0
+    stack.run("worker")
+    eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 10, "done")
+    assert connection.execute("SELECT attempts FROM outbox").fetchall() == [{"attempts": 1}]
+    assert [address for address, _ in mailbox.mails] == ["slow@example.com"]

@@ -1,0 +1,156 @@
+"""Adding a row to the outbox: in the caller's transaction, or not at all."""
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+from pydantic import BaseModel
+
+import outbox
+from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
+
+Connection = psycopg.Connection[dict[str, Any]]
+ALICE = SendVerifyEmail(username="alice")
+_UNCHECKED = SendVerifyEmail.model_construct()  # type: ignore[call-arg]
+
+
+class Report(BaseModel):
+    """A payload of the tests' own task."""
+
+    month: int
+    notes: dict[str, Any] = {}
+
+
+REPORT = outbox.Task("report", Report, delay=5, max_retries=3, timeout=60)
+
+
+def _rows(connection: Connection) -> list[dict[str, Any]]:
+    return connection.execute(
+        "SELECT *, extract(epoch FROM run_at - created_at)::float8 AS delay FROM outbox ORDER BY id"
+    ).fetchall()
+
+
+def _add_user(connection: Connection) -> None:
+    connection.execute("INSERT INTO users VALUES ('alice', 'hash', 'Alice A', 'alice@example.com')")
+
+
+def test_a_row_commits_with_the_change_it_belongs_to(connection: Connection, database_url: str) -> None:
+    """Nobody sees the row before the caller's commit, and everybody after."""
+    with psycopg.connect(database_url, autocommit=True, row_factory=dict_row) as other:
+        with connection.transaction():
+            _add_user(connection)
+            added = outbox.add(connection, SEND_VERIFY_EMAIL, ALICE, request_id="r1").fetchone()
+            assert _rows(other) == []
+        (row,) = _rows(other)
+    assert added == {"id": row["id"]}
+    assert (row["task"], row["payload"], row["queue"], row["status"]) == (
+        "send_verify_email",
+        {"username": "alice"},
+        "critical",
+        "pending",
+    )
+    assert (row["delay"], row["max_retries"], row["timeout"], row["request_id"]) == (10, 10, 30, "r1")
+    assert (row["delivery"], row["attempts"], row["unique_key"]) == (0, 0, None)
+
+
+def test_a_row_rolls_back_with_the_change_it_belongs_to(connection: Connection) -> None:
+    """A caller that fails after adding leaves neither the change nor the row."""
+
+    def change() -> None:
+        with connection.transaction():
+            _add_user(connection)
+            outbox.add(connection, SEND_VERIFY_EMAIL, ALICE)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        change()
+    assert _rows(connection) == []
+    assert connection.execute("SELECT * FROM users").fetchall() == []
+
+
+def test_both_colours_of_connection_serve(connection: Connection, database_url: str) -> None:
+    """An asynchronous caller awaits what a synchronous one gets at once; commit and rollback are the same."""
+
+    async def run() -> None:
+        async with await psycopg.AsyncConnection.connect(database_url) as asynchronous:
+            await outbox.add(asynchronous, SEND_VERIFY_EMAIL, ALICE)
+            await asynchronous.rollback()
+            cursor = await outbox.add(asynchronous, SEND_VERIFY_EMAIL, {"username": "bob"})
+            assert await cursor.fetchone() is not None
+            await asynchronous.commit()
+
+    asyncio.run(run())
+    assert [row["payload"] for row in _rows(connection)] == [{"username": "bob"}]
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        ({}, "username"),
+        ({"username": 1}, "username"),
+        ({"username": "alice", "password": "x"}, "password"),
+        ({"username": "a\0b"}, "username"),
+        ({"username": "\ud800"}, "username"),
+        (_UNCHECKED, "username"),
+        (Report(month=1), "month"),
+    ],
+)
+def test_a_payload_that_does_not_fit_is_refused(connection: Connection, payload: Any, field: str) -> None:
+    """The error names the field, nothing is written, and the caller's transaction can go on."""
+    with connection.transaction():
+        with pytest.raises(outbox.PayloadError, match=f"{field}: "):
+            outbox.add(connection, SEND_VERIFY_EMAIL, payload)
+        _add_user(connection)
+    assert _rows(connection) == []
+    assert connection.execute("SELECT count(*) AS users FROM users").fetchall() == [{"users": 1}]
+
+
+def test_options_override_the_tasks_defaults(connection: Connection) -> None:
+    """Each by itself; zero is a value too."""
+    outbox.add(connection, REPORT, {"month": 1})
+    outbox.add(connection, REPORT, {"month": 2}, delay=0, queue="critical", max_retries=0, timeout=1)
+    outbox.add(connection, REPORT, {"month": 3}, delay=timedelta(hours=1.5))
+    rows = _rows(connection)
+    found = [(row["delay"], row["queue"], row["max_retries"], row["timeout"]) for row in rows]
+    assert found == [(5, "default", 3, 60), (0, "critical", 0, 1), (5400, "default", 3, 60)]
+    assert rows[0]["payload"] == {"month": 1, "notes": {}}
+
+
+@pytest.mark.parametrize("options", [{"queue": "two words"}, {"max_retries": -1}, {"timeout": 0}, {"unique_key": ""}])
+def test_options_beyond_the_limits_are_refused(connection: Connection, options: dict[str, Any]) -> None:
+    """The table keeps its limits, whoever writes."""
+    with pytest.raises(psycopg.errors.CheckViolation):
+        outbox.add(connection, REPORT, {"month": 1}, **options)
+    assert _rows(connection) == []
+
+
+def test_a_unique_key_is_taken_until_its_row_is_done(connection: Connection) -> None:
+    """A second row with the key is not written, while the first is pending, running or dead; done frees it."""
+
+    def add() -> bool:
+        return outbox.add(connection, REPORT, {"month": 1}, unique_key="month-1").fetchone() is not None
+
+    assert add()
+    assert not add()
+    for change in (
+        "status = 'enqueued'",
+        "status = 'running', lease_until = now()",
+        "status = 'dead', lease_until = NULL",
+    ):
+        connection.execute(psycopg.sql.SQL("UPDATE outbox SET " + change))
+        assert not add(), change
+    connection.execute("UPDATE outbox SET status = 'done', done_at = now()")
+    assert add()
+    assert not add()
+    assert outbox.add(connection, REPORT, {"month": 2}, unique_key="month-2").fetchone() is not None
+    assert len(_rows(connection)) == 3
+
+
+def test_rows_without_a_key_may_repeat(connection: Connection) -> None:
+    """Null is no key."""
+    for _ in range(2):
+        outbox.add(connection, REPORT, {"month": 1})
+    assert len(_rows(connection)) == 2

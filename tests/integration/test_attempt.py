@@ -1,0 +1,254 @@
+"""One attempt: what a handler may do, and what becomes of its row."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import pytest
+from psycopg_pool import ConnectionPool
+from pydantic import BaseModel
+from structlog.testing import capture_logs
+
+from outbox import Context, Handler, SkipRetry, Task
+from outbox.jobs import Delivery
+from outbox.settings import WorkerSettings
+from tests.conftest import Connection
+from tests.integration.test_claim import add_row, read_row
+from worker.attempt import UNKNOWN_TASK_DELAY, Outcome, attempt
+from worker.claim import Claim, claim
+from worker.limit import TimeLimitReached, call_within
+from worker.mark import Marker
+
+
+class Note(BaseModel):
+    """A payload."""
+
+    text: str = ""
+
+
+NOTED = Task("noted", Note)
+
+Function = Callable[[Note, Context], Mapping[str, object] | None]
+
+
+@pytest.fixture
+def context() -> Context:
+    """What handlers are given; these need none of it."""
+    settings = WorkerSettings.model_validate(
+        {
+            "database_url": "postgresql://nowhere/none",
+            "redis_url": "redis://nowhere",
+            "smtp_server": "smtp://nowhere",
+            "mail_from": "no-reply@example.com",
+            "public_url": "http://localhost",
+            "secret_key": "k" * 32,
+        }
+    )
+    pool: ConnectionPool[Any] = ConnectionPool(settings.database_url, min_size=0, max_size=1, open=False)
+    return Context(row=1, attempt=1, database=pool, send=lambda _: None, settings=settings)
+
+
+def claim_of(**changes: Any) -> Claim:
+    """Returns a claim that no database knows."""
+    values: dict[str, Any] = {
+        "delivery": Delivery(1, 1),
+        "task": "noted",
+        "payload": {"text": "hello"},
+        "queue": "default",
+        "attempt": 1,
+        "max_retries": 3,
+        "timeout": 30,
+        "request_id": None,
+    }
+    return Claim(**{**values, **changes})
+
+
+def tried(function: Function, context: Context, **changes: Any) -> Outcome:
+    """Makes one attempt with a handler."""
+    return attempt(claim_of(**changes), {"noted": Handler(NOTED, function)}, context)
+
+
+def raising(error: BaseException) -> Function:
+    """Returns a handler that raises."""
+
+    def function(payload: Note, context: Context) -> NoReturn:
+        raise error
+
+    return function
+
+
+class Unspeakable(Exception):  # noqa: N818
+    """An error that cannot even say what it is."""
+
+    def __str__(self) -> str:
+        sys.exit("no")
+
+
+class Drastic(BaseException):
+    """Not an Exception."""
+
+
+def test_a_handler_that_returns_is_done(context: Context) -> None:
+    """The log line carries the payload, the handler's own fields and the duration."""
+    with capture_logs() as lines:
+        outcome = tried(lambda payload, _: {"email": f"{payload.text}@example.com"}, context)
+    assert outcome == Outcome(Delivery(1, 1), "done", 1)
+    assert (lines[0]["event"], lines[0]["payload"]) == ("processed task", {"text": "hello"})
+    assert lines[0]["email"] == "hello@example.com"
+    assert lines[0]["duration"] >= 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"duration": 1, "payload": 2}, {"event": "x"}, {1: 2}, {"self": 1}, "text", 42, True, ["x"], {"level": "x"}],
+)
+def test_a_strange_return_value_is_no_failure(fields: Any, context: Context) -> None:
+    """The work is done; it must not be done again because its log line is odd."""
+    with capture_logs() as lines:
+        assert tried(lambda *_: fields, context).status == "done"
+    assert [line["event"] for line in lines] == ["processed task"]
+    assert lines[0]["payload"] == {"text": "hello"}
+
+
+@pytest.mark.parametrize("attempt_number", [1, 4])
+def test_skip_retry_is_dead_at_once(attempt_number: int, context: Context) -> None:
+    """With the handler's own sentence, however many retries are left."""
+    with capture_logs() as lines:
+        outcome = tried(raising(SkipRetry("the user is gone")), context, attempt=attempt_number)
+    assert outcome == Outcome(Delivery(1, 1), "dead", attempt_number, error="the user is gone")
+    assert lines == [
+        {
+            "event": "process task failed",
+            "log_level": "error",
+            "error": "the user is gone",
+            "attempt": attempt_number,
+            "next_try": None,
+        }
+    ]
+
+
+def test_a_payload_that_does_not_fit_is_dead(context: Context) -> None:
+    """The handler is not called, and the error names the field."""
+    outcome = tried(raising(AssertionError("called")), context, payload={"text": [1]})
+    assert outcome.status == "dead"
+    assert "text: " in str(outcome.error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("no luck"),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        Drastic("stop"),
+        MemoryError(),
+        RecursionError("deep"),
+        Unspeakable(),
+        TimeLimitReached(),
+    ],
+)
+def test_whatever_a_handler_raises_is_tried_again(error: BaseException, context: Context) -> None:
+    """Not only exceptions: nothing a handler raises leaves the attempt, and the log says when it is tried again."""
+    with capture_logs() as lines:
+        outcome = tried(raising(error), context, attempt=2)
+    assert (outcome.status, outcome.attempts) == ("pending", 2)
+    assert 16 <= outcome.delay <= 76, "asynq's formula at the second attempt"
+    assert outcome.error
+    (line,) = lines
+    assert (line["event"], line["error"], line["attempt"]) == ("process task failed", outcome.error, 2)
+    assert line["next_try"] == pytest.approx(outcome.delay, abs=0.06)
+
+
+def test_retries_are_used_up(context: Context) -> None:
+    """The first attempt and `max_retries` more; then the row is dead."""
+    function = raising(ValueError("no luck"))
+    assert [tried(function, context, attempt=n, max_retries=2).status for n in (1, 2, 3)] == ["pending"] * 2 + ["dead"]
+    assert tried(function, context, attempt=1, max_retries=0).status == "dead"
+
+
+def test_an_unknown_task_is_kept_for_a_newer_worker(context: Context) -> None:
+    """It is not counted, however often that was tried, and the error names the task."""
+    outcome = tried(raising(AssertionError()), context, task="brand_new", attempt=99)
+    assert (outcome.status, outcome.attempts, outcome.delay) == ("pending", 98, UNKNOWN_TASK_DELAY)
+    assert "brand_new" in str(outcome.error)
+
+
+def test_errors_can_be_stored_and_read(connection: Connection, database_url: str, context: Context) -> None:
+    """NUL, halves of surrogate pairs and endless texts end as one readable line in the row."""
+    texts = ["a\0b", "lone \ud800", "x" * 100_000, "two\nlines"]
+    functions = [raising(kind(text)) for kind in (ValueError, SkipRetry) for text in texts]
+    claims = claim(connection, [add_row(connection) for _ in functions], "me", 15)
+    marker = Marker(database_url, lease=15)
+    for claimed, function in zip(claims, functions, strict=True):
+        marker.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context))
+    marker.start()
+    assert marker.close(5)
+    rows = [read_row(connection, claimed.delivery) for claimed in claims]
+    assert [row["status"] for row in rows] == ["pending"] * 4 + ["dead"] * 4
+    for row in rows:
+        assert 0 < len(row["last_error"]) <= 500
+        assert row["last_error"].isprintable()
+
+
+def spin(payload: Note, context: Context) -> NoReturn:
+    """Never ends, and swallows every Exception."""
+    while True:
+        try:
+            threading.Event().wait(0.01)
+        except Exception:  # noqa: BLE001
+            pass
+
+
+def test_the_time_limit_says_so(context: Context) -> None:
+    """A handler that takes too long is stopped, even one that swallows exceptions, and tried again."""
+    started = time.monotonic()
+    outcome = tried(spin, context, timeout=1)
+    assert time.monotonic() - started < 3
+    assert (outcome.status, outcome.error) == ("pending", "the attempt took longer than its 1 s")
+
+
+def test_the_time_limit_strikes_nobody_else() -> None:
+    """However closely calls end at their limit, the exception comes out of the call or not at all."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.00001)
+    struck = 0
+    try:
+        for n in range(300):
+            until = time.monotonic() + 0.002 + (n % 40 - 20) / 20_000
+            try:
+                call_within(0.002, busy_until, until)
+            except TimeLimitReached:
+                struck += 1
+            busy_until(time.monotonic() + 0.0005)  # where a late strike would end the test
+    finally:
+        sys.setswitchinterval(before)
+    assert 0 < struck < 300, "some did and some did not"
+
+
+def busy_until(end: float) -> None:
+    """Computes until a time."""
+    while time.monotonic() < end:
+        pass
+
+
+def test_the_time_limit_strikes_its_own_thread() -> None:
+    """Of two calls at once, the one with the shorter limit ends."""
+    results: dict[str, str] = {}
+
+    def work(name: str, limit: float) -> None:
+        until = time.monotonic() + 0.4
+        try:
+            call_within(limit, busy_until, until)
+            results[name] = "returned"
+        except TimeLimitReached:
+            results[name] = "struck"
+
+    threads = [threading.Thread(target=work, args=args) for args in (("short", 0.1), ("long", 5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert results == {"short": "struck", "long": "returned"}

@@ -1,0 +1,158 @@
+"""Claiming: from what Redis says to what this worker holds."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from outbox import postgres
+from outbox import redis as outbox_redis
+from outbox.jobs import Delivery
+from outbox.settings import RelaySettings
+from relay.publish import publish
+from tests.conftest import Connection
+from tests.support.waiting import eventually
+from worker.claim import Claim, claim
+from worker.take import Queues
+
+
+def add_row(connection: Connection, **columns: Any) -> Delivery:
+    """Adds a row, handed over once unless told otherwise, and returns its delivery."""
+    values = {"task": "noted", "payload": "{}", "status": "enqueued", "delivery": 1, **columns}
+    row = connection.execute(
+        "INSERT INTO outbox (task, payload, queue, status, delivery, attempts, max_retries, timeout, run_at, done_at, "
+        "lease_until) VALUES (%(task)s, %(payload)s, %(queue)s, %(status)s, %(delivery)s, %(attempts)s, "
+        "%(max_retries)s, %(timeout)s, now() + make_interval(secs => %(delay)s), "
+        "CASE WHEN %(status)s = 'done' THEN now() END, "
+        "CASE WHEN %(status)s = 'running' THEN now() + interval '1 hour' END) RETURNING id",
+        {"queue": "default", "attempts": 0, "max_retries": 3, "timeout": 30, "delay": 0, **values},
+    ).fetchone()
+    assert row is not None
+    return Delivery(row["id"], values["delivery"])
+
+
+def read_row(connection: Connection, delivery: Delivery) -> dict[str, Any]:
+    """Returns a row as it is now."""
+    row = connection.execute(
+        "SELECT *, extract(epoch FROM lease_until - now())::float8 AS lease, "
+        "extract(epoch FROM run_at - now())::float8 AS waits FROM outbox WHERE id = %s",
+        [delivery.row],
+    ).fetchone()
+    assert row is not None
+    return row
+
+
+def test_a_claim_holds_the_row(connection: Connection) -> None:
+    """The row is running, leased, counted and named after its worker; the claim carries all that an attempt needs."""
+    delivery = add_row(connection, payload='{"n": 1}', attempts=2, delivery=3, timeout=7)
+    claims = claim(connection, [delivery], "me", 15)
+    assert claims == [Claim(delivery, "noted", {"n": 1}, "default", 3, 3, 7, None)]
+    row = read_row(connection, delivery)
+    assert (row["status"], row["attempts"], row["worker"]) == ("running", 3, "me")
+    assert 14 < row["lease"] <= 15
+    assert row["started_at"]
+
+
+def test_a_claim_waits_for_the_relay_to_commit(
+    connection: Connection, database_url: str, redis_url: str, relay_settings: RelaySettings
+) -> None:
+    """A job may be popped before its relay has committed: the claim waits for that and then gets the row."""
+    delivery = add_row(connection, status="pending", delivery=0)
+    with (
+        postgres.connect(database_url, "relay") as relaying,
+        postgres.connect(database_url, "worker") as claiming,
+        outbox_redis.connect(redis_url, "test") as client,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        with relaying.transaction():
+            assert publish(relaying, client, "default", relay_settings) == 1
+            taken = Queues(client, {"default": 1}).take(5)
+            assert taken == [Delivery(delivery.row, 1)], "Redis has the job before Postgres has committed"
+            claims = thread.submit(claim, claiming, taken, "me", 15)
+            eventually(
+                lambda: connection.execute(
+                    "SELECT FROM pg_stat_activity WHERE application_name = 'worker' AND wait_event_type = 'Lock'"
+                ).fetchall(),
+                what="the claim waits",
+            )
+            assert not claims.done()
+        assert [claimed.delivery for claimed in claims.result(10)] == taken
+
+
+def test_a_claim_of_what_the_relay_rolled_back_gets_nothing(connection: Connection, database_url: str) -> None:
+    """The job of a transaction that failed after publishing is dropped; the row is still the relay's."""
+    delivery = add_row(connection, status="pending", delivery=0)
+    with (
+        postgres.connect(database_url, "relay") as relaying,
+        postgres.connect(database_url, "worker") as claiming,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        with relaying.transaction(force_rollback=True):
+            relaying.execute("UPDATE outbox SET status = 'enqueued', delivery = 1 WHERE id = %s", [delivery.row])
+            claims = thread.submit(claim, claiming, [Delivery(delivery.row, 1)], "me", 15)
+            eventually(
+                lambda: connection.execute(
+                    "SELECT FROM pg_stat_activity WHERE application_name = 'worker' AND wait_event_type = 'Lock'"
+                ).fetchall()
+            )
+        assert claims.result(10) == []
+    assert read_row(connection, delivery)["status"] == "pending"
+
+
+@pytest.mark.parametrize(
+    ("columns", "number", "why"),
+    [
+        ({"delivery": 3}, 2, "the row's newest delivery is 3"),
+        ({"delivery": 3}, 4, "the row's newest delivery is 3"),
+        ({"status": "done"}, 1, "the row is done"),
+        ({"status": "dead"}, 1, "the row is dead"),
+        ({"status": "pending"}, 1, "the row is pending"),
+        ({"status": "running"}, 1, "the row is running"),
+        ({"delay": 60}, 1, "the row is not due yet"),
+    ],
+)
+def test_what_is_not_to_be_had_is_dropped(connection: Connection, columns: Any, number: int, why: str) -> None:
+    """One log line says which job and why; the row stays as it was, and a real job beside it is claimed."""
+    row = add_row(connection, **columns).row
+    before = connection.execute("SELECT * FROM outbox").fetchall()
+    real = add_row(connection)
+    with capture_logs() as lines:
+        claims = claim(connection, [Delivery(row, number), real], "me", 15)
+    assert [claimed.delivery for claimed in claims] == [real]
+    assert [(line["event"], line["job"], line["why"]) for line in lines] == [("dropped job", f"{row}-{number}", why)]
+    assert connection.execute("SELECT * FROM outbox WHERE id = %s", [row]).fetchall() == before
+
+
+def test_rows_that_do_not_exist_are_dropped(connection: Connection) -> None:
+    """Up to the largest id that the table could hold."""
+    nonsense = [Delivery(1, 1), Delivery(2**63 - 1, 2**31 - 1), Delivery(2**31, 1)]
+    with capture_logs() as lines:
+        assert claim(connection, nonsense, "me", 15) == []
+    assert [line["why"] for line in lines] == ["there is no such row"] * 3
+
+
+def test_duplicates_in_one_batch_are_one_claim(connection: Connection) -> None:
+    """The same job many times is claimed once; a made-up delivery beside it does not hide it."""
+    delivery = add_row(connection, delivery=2)
+    strange = [Delivery(delivery.row, 1), Delivery(delivery.row, 2**31 - 1)]
+    with capture_logs() as lines:
+        claims = claim(connection, [strange[1], delivery, delivery, strange[0], delivery], "me", 15)
+    assert [claimed.delivery for claimed in claims] == [delivery]
+    assert read_row(connection, delivery)["attempts"] == 1
+    assert sorted(line["job"] for line in lines) == sorted(one.job_id for one in strange)
+
+
+def test_of_two_workers_one_wins(connection: Connection, database_url: str) -> None:
+    """Two workers that claim the same jobs at once share them out: each job is one worker's."""
+    deliveries = [add_row(connection) for _ in range(20)]
+
+    def work(name: str) -> list[Delivery]:
+        with postgres.connect(database_url, name) as own:
+            return [claimed.delivery for one in deliveries for claimed in claim(own, [one], name, 15)]
+
+    with ThreadPoolExecutor(2) as threads, capture_logs() as lines:
+        claimed = list(threads.map(work, ["first", "second"]))
+    assert sorted(claimed[0] + claimed[1]) == sorted(deliveries)
+    assert len(lines) == 20
+    assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}

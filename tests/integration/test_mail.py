@@ -1,0 +1,334 @@
+"""Sending mail: every kind of server, connections that are kept, and servers that misbehave at every step."""
+
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from aiosmtpd.smtp import AuthResult
+from structlog.testing import capture_logs
+
+from outbox import SkipRetry
+from outbox.settings import WorkerSettings
+from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script
+from tests.support.waiting import eventually
+from worker.mail import Mailer, MailError
+
+
+@pytest.fixture
+def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
+    """A certificate authority that this machine trusts for the time of the test."""
+    made = trustme.CA()
+    made.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return made
+
+
+def tls(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
+    """Returns a server's context with a certificate for a name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
+def login(*args: Any) -> AuthResult:
+    """Lets one user in."""
+    data = args[-1]
+    return AuthResult(success=(data.login, data.password) == (b"user@x", b"p:/w"), handled=False)
+
+
+LOGIN = {"authenticator": login, "auth_required": True}
+
+
+def mailer(url: str, **changes: Any) -> Mailer:
+    """Returns a mailer for a server."""
+    return Mailer(
+        WorkerSettings.model_validate(
+            {
+                "database_url": "postgresql://nowhere/none",
+                "redis_url": "redis://nowhere",
+                "smtp_server": url,
+                "mail_from": "Sign-up <no-reply@example.com>",
+                "public_url": "http://localhost",
+                "secret_key": "k" * 32,
+                "smtp_timeout": 0.3,
+                **changes,
+            }
+        )
+    )
+
+
+def mail(to: str = "alice@example.com") -> EmailMessage:
+    """Returns a small mail."""
+    message = EmailMessage()
+    message["From"] = "no-reply@example.com"
+    message["To"] = to
+    message["Subject"] = "Hello"
+    message.set_content("Hello\n.\nDot\n")
+    return message
+
+
+def close(*mailers: Mailer) -> None:
+    """Closes the connections that this thread keeps."""
+    for one in mailers:
+        one._drop()
+
+
+def test_plain(mailbox: Mailbox) -> None:
+    """smtp:// without a login; a line with a single dot ends nothing."""
+    sender = mailer(mailbox.url)
+    sender.send(mail())
+    (received,) = mailbox.to("alice@example.com")
+    assert received.get_content().splitlines() == ["Hello", ".", "Dot"]
+    close(sender)
+
+
+@pytest.mark.parametrize("scheme", ["smtp", "smtps", "smtp+starttls"])
+def test_logins_over_every_scheme(scheme: str, authority: trustme.CA) -> None:
+    """With and without TLS, with a user and password that are percent-encoded in the URL."""
+    options: dict[str, Any] = {
+        "smtp": {"auth_require_tls": False},
+        "smtps": {"ssl_context": tls(authority), "auth_require_tls": False},
+        "smtp+starttls": {"tls_context": tls(authority), "require_starttls": True},
+    }[scheme]
+    with serve_mailbox(**options, **LOGIN) as mailbox:
+        sender = mailer(f"{scheme}://user%40x:p%3A%2Fw@127.0.0.1:{mailbox.port}", smtp_timeout=5)
+        sender.send(mail())
+        assert len(mailbox.to("alice@example.com")) == 1
+        close(sender)
+
+
+@pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
+@pytest.mark.parametrize("flaw", ["another name", "another authority"])
+def test_a_wrong_certificate_is_refused(scheme: str, flaw: str, authority: trustme.CA) -> None:
+    """Neither the mail nor the password is sent to somebody who is not who they should be; tried again later."""
+    context = tls(authority, "mail.example.org") if flaw == "another name" else tls(trustme.CA())
+    options: dict[str, Any] = {"ssl_context": context} if scheme == "smtps" else {"tls_context": context}
+    with serve_mailbox(**options, authenticator=login, auth_require_tls=False) as mailbox:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            mailer(f"{scheme}://user%40x:p%3A%2Fw@127.0.0.1:{mailbox.port}", smtp_timeout=5).send(mail())
+        assert not mailbox.mails
+
+
+def test_a_server_without_starttls_is_told_nothing(mailbox: Mailbox) -> None:
+    """Somebody in between who takes STARTTLS away gets no mail and no password."""
+    with pytest.raises(Exception, match="STARTTLS"):
+        mailer(mailbox.url.replace("smtp:", "smtp+starttls:")).send(mail())
+    assert not mailbox.mails
+
+
+def test_a_connection_is_kept(mailbox: Mailbox) -> None:
+    """Many mails from one thread are one connection; another thread has its own."""
+    sender = mailer(mailbox.url)
+    for _ in range(5):
+        sender.send(mail())
+    assert mailbox.connections == 1
+
+    def other() -> None:
+        sender.send(mail())
+        sender.send(mail())
+        close(sender)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join(5)
+    assert (mailbox.connections, len(mailbox.mails)) == (2, 7)
+    close(sender)
+
+
+def test_a_connection_that_was_closed_meanwhile_is_replaced() -> None:
+    """A server that has gone and come back, or has closed an idle connection, costs no mail its attempt."""
+    port = free_port()
+    sender = mailer(f"smtp://127.0.0.1:{port}")
+    for _ in range(2):
+        with serve_mailbox(port) as mailbox:
+            sender.send(mail())
+            assert (len(mailbox.mails), mailbox.connections) == (1, 1)
+    close(sender)
+
+
+def test_a_connection_that_has_served_its_time_is_replaced() -> None:
+    """A server that takes only so many mails on one connection (421, 452) gets the next on another."""
+    with serve_script(close_after=1) as server:
+        sender = mailer(server.url)
+        sender.send(mail())
+        sender.send(mail())
+        eventually(lambda: (server.mails, server.connections) == (2, 2))
+        close(sender)
+
+
+def test_a_server_that_is_down_is_tried_again() -> None:
+    """Connection refused is no SkipRetry."""
+    with pytest.raises(ConnectionRefusedError):
+        mailer(f"smtp://127.0.0.1:{free_port()}").send(mail())
+
+
+@pytest.mark.parametrize("step", ["mail_reply", "rcpt_reply", "data_reply"])
+@pytest.mark.parametrize("reply", ["421 4.3.2 shutting down", "450 4.2.1 busy", "452 4.2.2 full"])
+def test_a_4xx_is_tried_again(mailbox: Mailbox, step: str, reply: str) -> None:
+    """At every step, with the server's words, and quietly; the next mail goes through."""
+    sender = mailer(mailbox.url)
+    setattr(mailbox, step, reply)
+    with capture_logs() as lines, pytest.raises(MailError, match=reply):
+        sender.send(mail())
+    assert not lines
+    setattr(mailbox, step, "250 OK")
+    sender.send(mail())
+    assert len(mailbox.mails) == 1
+    close(sender)
+
+
+@pytest.mark.parametrize("reply", ["550 5.1.1 no such user", "553 name", "552 5.2.2 full", "501 5.1.3 bad address"])
+def test_a_5xx_for_the_address_is_final(mailbox: Mailbox, reply: str) -> None:
+    """The server knows that this address will never do; the next address is not affected."""
+    sender = mailer(mailbox.url)
+    mailbox.rcpt_reply = reply
+    with pytest.raises(SkipRetry, match=f"refuses alice@example.com for good: {reply}"):
+        sender.send(mail())
+    mailbox.rcpt_reply = "250 OK"
+    sender.send(mail("bob@example.com"))
+    assert len(mailbox.to("bob@example.com")) == 1
+    assert mailbox.connections == 1, "a refused address does not cost the connection"
+    close(sender)
+
+
+@pytest.mark.parametrize(
+    ("step", "reply"),
+    [
+        ("rcpt_reply", "550 5.7.1 relaying denied"),
+        ("rcpt_reply", "530 5.7.0 log in first"),
+        ("rcpt_reply", "503 MAIL first"),
+        ("mail_reply", "550 5.7.1 sender not allowed"),
+        ("mail_reply", "530 log in first"),
+        ("data_reply", "554 5.6.0 message looks like spam"),
+    ],
+)
+def test_a_5xx_for_us_is_shouted_about_and_tried_again(mailbox: Mailbox, step: str, reply: str) -> None:
+    """It is our configuration, and nobody's row should die of it."""
+    sender = mailer(mailbox.url)
+    setattr(mailbox, step, reply)
+    with capture_logs() as lines, pytest.raises(MailError, match=reply):
+        sender.send(mail())
+    assert [(line["log_level"], line["event"], line["reply"]) for line in lines] == [
+        ("error", "mail server refuses us", reply)
+    ]
+    setattr(mailbox, step, "250 OK")
+    sender.send(mail())
+    assert len(mailbox.mails) == 1
+    close(sender)
+
+
+def test_a_failed_login_is_shouted_about_and_tried_again() -> None:
+    """Without the password in the error or the log."""
+    with serve_mailbox(auth_require_tls=False, **LOGIN) as mailbox:
+        sender = mailer(f"smtp://user%40x:wrong-password@127.0.0.1:{mailbox.port}")
+        with capture_logs() as lines, pytest.raises(MailError, match="does not take the login: 535") as caught:
+            sender.send(mail())
+    assert [line["log_level"] for line in lines] == ["error"]
+    assert "wrong-password" not in f"{caught.value}{lines}"
+
+
+def test_a_password_that_no_login_can_carry_is_not_quoted() -> None:
+    """The error says where to look, and shows nothing of it."""
+    with serve_mailbox(auth_require_tls=False, **LOGIN) as mailbox:
+        with pytest.raises(MailError, match="SMTP_URL") as caught:
+            mailer(f"smtp://user:p%C3%A4ss@127.0.0.1:{mailbox.port}").send(mail())
+    assert "ä" not in str(caught.value)
+    assert "xe4" not in str(caught.value)
+
+
+def test_data_refused_before_the_mail() -> None:
+    """A DATA command that is answered with 4xx or 5xx is a refusal like any other."""
+    with serve_script(replies={"DATA": b"554 5.7.0 no mails today"}) as server:
+        sender = mailer(server.url)
+        with capture_logs() as lines, pytest.raises(MailError, match="does not take the mail: 554 5.7.0 no mails"):
+            sender.send(mail())
+        assert [line["log_level"] for line in lines] == ["error"]
+        close(sender)
+
+
+@pytest.mark.parametrize("step", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "."])
+@pytest.mark.parametrize("does", ["hangs", "hangs up", "talks nonsense"])
+def test_a_server_that_misbehaves_at_a_step(step: str, does: str) -> None:
+    """A time limit ends every wait, and whatever happened, it is tried again on a new connection, never made dead."""
+    replies = {"hangs": None, "hangs up": b"", "talks nonsense": b"\xff\xfe\0 what?"}
+    steps = (step, "HELO") if step == "EHLO" else (step,)
+    with serve_script(replies=dict.fromkeys(steps, replies[does])) as server:
+        sender = mailer(server.url)
+        started = time.monotonic()
+        with pytest.raises((OSError, MailError)) as caught:  # smtplib's errors are OSErrors
+            sender.send(mail())
+        assert time.monotonic() - started < 1.5
+        assert not isinstance(caught.value, SkipRetry)
+        server.replies.clear()
+        sender.send(mail())
+        eventually(lambda: server.mails == 1)
+        close(sender)
+
+
+def test_a_server_that_hangs_after_a_refusal_changes_nothing() -> None:
+    """What was refused stays refused when RSET gets no answer."""
+    with serve_script(replies={"RCPT": b"550 5.1.1 no", "RSET": None}) as server, pytest.raises(SkipRetry):
+        mailer(server.url).send(mail())
+
+
+def test_an_endless_reply_is_cut() -> None:
+    """An error holds a readable part of what the server said."""
+    reply = b"\r\n".join([b"450-" + b"x" * 500] * 100 + [b"450 end"])
+    with serve_script(replies={"RCPT": reply}) as server:
+        sender = mailer(server.url)
+        with pytest.raises(MailError) as caught:
+            sender.send(mail())
+        assert len(str(caught.value)) < 400
+        close(sender)
+
+
+def test_an_international_address() -> None:
+    """It is sent with SMTPUTF8 where the server can, and refused with a sentence where it cannot."""
+    with serve_mailbox(enable_SMTPUTF8=True) as mailbox:
+        sender = mailer(mailbox.url)
+        sender.send(mail("jürgen@example.com"))
+        sender.send(mail("alice@example.com"))
+        assert [address for address, _ in mailbox.mails] == ["jürgen@example.com", "alice@example.com"]
+        close(sender)
+    with serve_mailbox(enable_SMTPUTF8=False) as mailbox:
+        sender = mailer(mailbox.url)
+        with pytest.raises(SkipRetry, match="cannot send to international addresses"):
+            sender.send(mail("jürgen@example.com"))
+        sender.send(mail("alice@example.com"))
+        with pytest.raises(SkipRetry, match="cannot send to international addresses"):
+            sender.send(mail("jürgen@example.com"))
+        assert len(mailbox.mails) == 1
+        close(sender)
+
+
+def test_an_international_domain_needs_nothing_special() -> None:
+    """The envelope carries its ASCII form, the sender's as well, to a server that knows no SMTPUTF8."""
+    with serve_mailbox(enable_SMTPUTF8=False) as mailbox:
+        sender = mailer(mailbox.url, mail_from="no-reply@exämple.com")
+        sender.send(mail("user@exämple.com"))
+        assert [address for address, _ in mailbox.mails] == ["user@xn--exmple-cua.com"]
+        close(sender)
+
+
+@pytest.mark.parametrize("address", ["not an address", "a@example.com, b@example.com", "<>", "a@b@c"])
+def test_what_is_no_address_is_final(address: str, mailbox: Mailbox) -> None:
+    """It will never be one, and the server is not asked."""
+    with pytest.raises(SkipRetry, match="not valid"):
+        mailer(mailbox.url).send(mail(address))
+    assert mailbox.connections == 0
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Aiosmtpd warns of logins without TLS, which is what some of these tests are about."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Requiring AUTH while not requiring TLS")
+        yield

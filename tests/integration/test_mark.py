@@ -1,0 +1,165 @@
+"""Marking: what became of attempts, and the leases of what runs."""
+
+import time
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from structlog.testing import capture_logs
+
+from outbox import postgres
+from outbox.jobs import Delivery
+from outbox.up.embedded import EmbeddedServer
+from tests.conftest import Connection
+from tests.integration.test_claim import add_row, read_row
+from tests.support.processes import take_down
+from tests.support.waiting import eventually
+from worker.attempt import Outcome
+from worker.claim import Claim, claim
+from worker.mark import Marker
+
+
+@pytest.fixture
+def marker(database_url: str) -> Iterator[Marker]:
+    """A running marker with leases of one second."""
+    opened = Marker(database_url, lease=1)
+    opened.start()
+    yield opened
+    opened.close(5)
+
+
+def claimed(connection: Connection, rows: int = 1) -> list[Claim]:
+    """Adds rows and claims them."""
+    return claim(connection, [add_row(connection) for _ in range(rows)], "me", 1)
+
+
+def test_a_batch_is_marked(connection: Connection, marker: Marker) -> None:
+    """Done, pending and dead outcomes are written together, each with what belongs to it."""
+    done, again, dead = (one.delivery for one in claimed(connection, 3))
+    marker.put(Outcome(done, "done", 1))
+    marker.put(Outcome(again, "pending", 1, delay=100, error="try later"))
+    marker.put(Outcome(dead, "dead", 1, error="never"))
+    eventually(lambda: read_row(connection, dead)["status"] == "dead")
+    assert (read_row(connection, done)["status"], read_row(connection, done)["last_error"]) == ("done", None)
+    assert read_row(connection, done)["done_at"]
+    row = read_row(connection, again)
+    assert (row["status"], row["last_error"], row["attempts"]) == ("pending", "try later", 1)
+    assert 95 < row["waits"] <= 100, "the delay counts from Postgres' now"
+    assert read_row(connection, dead)["last_error"] == "never"
+    assert all(read_row(connection, one)["lease"] is None for one in (done, again, dead))
+
+
+def test_many_outcomes_are_few_statements(connection: Connection, marker: Marker) -> None:
+    """More outcomes than fit a batch are all written."""
+    claims = claimed(connection, 1200)
+    for one in claims:
+        marker.put(Outcome(one.delivery, "done", 1))
+    eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall())
+
+
+@pytest.mark.parametrize("case", ["handed over again", "rescued", "claimed anew"])
+def test_a_late_outcome_writes_nothing(connection: Connection, marker: Marker, case: str) -> None:
+    """The fence: what belongs to somebody else by now is left alone, and the loser says so."""
+    (one,) = claimed(connection)
+    statement = {
+        "handed over again": "UPDATE outbox SET status = 'enqueued', delivery = 2, lease_until = NULL",
+        "rescued": "UPDATE outbox SET status = 'pending', lease_until = NULL",
+        "claimed anew": "UPDATE outbox SET delivery = 2, worker = 'another', attempts = 2",
+    }[case]
+    connection.execute(psycopg.sql.SQL(statement))  # type: ignore[arg-type]
+    before = read_row(connection, one.delivery)
+    other = claimed(connection)[0].delivery
+    with capture_logs() as lines:
+        marker.put(Outcome(one.delivery, "done", 1))
+        marker.put(Outcome(other, "done", 1))
+        eventually(lambda: read_row(connection, other)["status"] == "done")
+        eventually(lambda: lines)
+    after = read_row(connection, one.delivery)
+    compared = ("status", "delivery", "worker", "attempts", "last_error", "run_at", "lease_until")
+    assert [after[name] for name in compared] == [before[name] for name in compared]
+    assert [(line["event"], line["row"]) for line in lines] == [("dropped outcome", one.delivery.row)]
+
+
+def test_the_newest_outcome_of_a_delivery_counts(connection: Connection, database_url: str) -> None:
+    """A handler that ends just after its row was given back has done its work: it is not done again."""
+    marker = Marker(database_url, lease=1)
+    delivery = claimed(connection)[0].delivery
+    marker.put(Outcome(delivery, "pending", 0, error="given back"))
+    marker.put(Outcome(delivery, "done", 1))
+    marker.start()
+    assert marker.close(5)
+    assert read_row(connection, delivery)["status"] == "done"
+
+
+def test_leases_are_kept_until_the_time_limit_is_overrun(
+    connection: Connection, marker: Marker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease of one second is renewed as long as the attempt may take, and then no more."""
+    monkeypatch.setattr("worker.mark.OVERTIME", 0.5)
+    patient = claim(connection, [add_row(connection)], "me", 1)
+    overrun = claim(connection, [add_row(connection, timeout=1)], "me", 1)
+    marker.hold([*patient, *overrun])
+    assert sorted(marker.held()) == sorted(one.delivery for one in [*patient, *overrun])
+
+    started = time.monotonic()
+
+    def longer_than_a_lease() -> bool:
+        assert read_row(connection, patient[0].delivery)["lease"] > 0
+        assert read_row(connection, overrun[0].delivery)["lease"] > 0
+        return time.monotonic() - started > 1.4
+
+    eventually(longer_than_a_lease)
+    eventually(lambda: read_row(connection, overrun[0].delivery)["lease"] < 0, 3, "the lease is let go")
+    assert read_row(connection, patient[0].delivery)["lease"] > 0
+    marker.put(Outcome(patient[0].delivery, "done", 1))
+    eventually(lambda: patient[0].delivery not in marker.held())
+
+
+def test_outcomes_wait_for_postgres(own_postgres: EmbeddedServer) -> None:
+    """A Postgres that is killed in between loses no outcome: they are written when it is back."""
+    with postgres.connect(own_postgres.url, "test") as connection:
+        claims = claimed(connection, 3)
+    marker = Marker(own_postgres.url, lease=15)
+    marker.start()
+    marker.hold(claims)
+    take_down(own_postgres)
+    for one in claims:
+        marker.put(Outcome(one.delivery, "done", 1))
+    assert not marker.close(0.3), "they cannot be written now"
+    own_postgres.restart()
+    assert marker.close(20)
+    with postgres.connect(own_postgres.url, "test") as connection:
+        assert {read_row(connection, one.delivery)["status"] for one in claims} == {"done"}
+
+
+def test_an_unwritable_outcome_is_no_end(connection: Connection, marker: Marker) -> None:
+    """Whatever Postgres says to a mark, the marker goes on trying: without it, none of the worker's rows would end."""
+    delivery = claimed(connection)[0].delivery
+    connection.execute("ALTER TABLE outbox RENAME TO gone")
+    with capture_logs() as lines:
+        marker.put(Outcome(delivery, "done", 1))
+        eventually(lambda: [line for line in lines if line["event"] == "marks cannot be written"])
+    connection.execute("ALTER TABLE gone RENAME TO outbox")
+    eventually(lambda: read_row(connection, delivery)["status"] == "done")
+
+
+def test_a_cut_connection_costs_nothing(connection: Connection, marker: Marker) -> None:
+    """A terminated connection is replaced, and what was to be written is."""
+    claims = claimed(connection, 2)
+    marker.put(Outcome(claims[0].delivery, "done", 1))
+    eventually(lambda: read_row(connection, claims[0].delivery)["status"] == "done")
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND application_name = 'outbox worker marks'"
+    )
+    marker.put(Outcome(claims[1].delivery, "done", 1))
+    eventually(lambda: read_row(connection, claims[1].delivery)["status"] == "done")
+
+
+def test_nothing_held_and_nothing_to_write_ends_at_once(database_url: str) -> None:
+    """Closing waits for nobody."""
+    marker = Marker(database_url, lease=15)
+    marker.start()
+    assert marker.close(5)
+    assert marker.held() == []
+    assert Delivery(1, 1) not in marker.held()

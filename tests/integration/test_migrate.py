@@ -1,0 +1,145 @@
+"""Migrations: one at a time, once, and known to have happened."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import psycopg
+import pytest
+
+from outbox import postgres
+from outbox.errors import NotMigratedError
+from outbox.migrate import migrate
+
+Connection = psycopg.Connection[dict[str, Any]]
+CreateDatabase = Callable[[str | None], str]
+
+
+@pytest.fixture
+def empty_url(create_database: CreateDatabase) -> str:
+    """A database without anything."""
+    return create_database(None)
+
+
+@pytest.fixture(scope="module")
+def table(create_database: CreateDatabase, template: str) -> Iterator[Connection]:
+    """A connection to a database that tests leave as they found it."""
+    with postgres.connect(create_database(template), "test") as opened:
+        yield opened
+
+
+def test_four_that_migrate_at_once_do_no_harm(empty_url: str) -> None:
+    """Each migration is applied by exactly one of them, and none fails."""
+    barrier = Barrier(4)
+
+    def run() -> list[str]:
+        barrier.wait(10)
+        return migrate(empty_url)
+
+    with ThreadPoolExecutor(4) as threads:
+        applied = [name for future in [threads.submit(run) for _ in range(4)] for name in future.result(30)]
+    assert sorted(applied) == postgres.migrations()
+
+
+def test_two_commands_at_once_do_no_harm(empty_url: str) -> None:
+    """`outbox migrate` twice at the same moment: both succeed, and the schema is there."""
+    environment = {**os.environ, "DATABASE_URL": empty_url}
+    command = [sys.executable, "-m", "outbox", "migrate"]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate(timeout=30)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert all("db migrated" in output for output in outputs)
+    with postgres.connect(empty_url, "test") as connection:
+        postgres.check_migrated(connection)
+
+
+def test_a_second_run_does_nothing(database_url: str, connection: Connection) -> None:
+    """What is applied stays as it is."""
+    before = connection.execute("SELECT * FROM _yoyo_migration").fetchall()
+    assert migrate(database_url) == []
+    assert connection.execute("SELECT * FROM _yoyo_migration").fetchall() == before
+
+
+def test_a_killed_migration_does_not_block_the_next(empty_url: str) -> None:
+    """The lock row that a killed process leaves behind is no obstacle to the next run."""
+    migrate(empty_url)
+    with postgres.connect(empty_url, "test") as connection:
+        connection.execute("INSERT INTO yoyo_lock (locked, ctime, pid) VALUES (1, now(), 999999)")
+        connection.execute("DROP TABLE outbox, verify_emails, users")
+        connection.execute("DELETE FROM _yoyo_migration")
+        assert migrate(empty_url) == postgres.migrations()
+        assert connection.execute("SELECT * FROM yoyo_lock").fetchall() == []
+
+
+def test_an_unmigrated_database_is_told_from_a_migrated_one(empty_url: str) -> None:
+    """The sentence says which command to run."""
+    with postgres.connect(empty_url, "test") as connection:
+        with pytest.raises(NotMigratedError, match="run 'outbox migrate'"):
+            postgres.check_migrated(connection)
+        migrate(empty_url)
+        postgres.check_migrated(connection)
+
+
+def test_a_half_migrated_database_is_refused(connection: Connection) -> None:
+    """Where one migration is missing, it is named."""
+    last = postgres.migrations()[-1]
+    connection.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [last])
+    with pytest.raises(NotMigratedError, match=last):
+        postgres.check_migrated(connection)
+
+
+def test_a_newer_database_is_accepted(connection: Connection) -> None:
+    """During a rolling deploy the old version goes on with the new schema."""
+    connection.execute(
+        "INSERT INTO _yoyo_migration (migration_hash, migration_id, applied_at_utc) VALUES ('x', '9999_newer', now())"
+    )
+    postgres.check_migrated(connection)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "column", "value"),
+    [
+        ("outbox_status_known", "status", "paused"),
+        ("outbox_task_valid", "task", ""),
+        ("outbox_task_valid", "task", "x" * 101),
+        ("outbox_queue_valid", "queue", "two words"),
+        ("outbox_queue_valid", "queue", ""),
+        ("outbox_delivery_valid", "delivery", -1),
+        ("outbox_attempts_valid", "attempts", -1),
+        ("outbox_max_retries_valid", "max_retries", -1),
+        ("outbox_max_retries_valid", "max_retries", 1001),
+        ("outbox_timeout_valid", "timeout", 0),
+        ("outbox_timeout_valid", "timeout", 86_401),
+        ("outbox_unique_key_valid", "unique_key", ""),
+        ("outbox_unique_key_valid", "unique_key", "x" * 201),
+        ("outbox_payload_object", "payload", "[]"),
+        ("outbox_running_is_leased", "status", "running"),
+        ("outbox_running_is_leased", "lease_until", "2030-01-01"),
+        ("outbox_done_is_dated", "status", "done"),
+        ("outbox_done_is_dated", "done_at", "2030-01-01"),
+    ],
+)
+def test_the_table_refuses_states_that_cannot_be(
+    table: Connection, constraint: str, column: str, value: object
+) -> None:
+    """Whatever a bug writes, a row is always in a state that the relay and the worker understand."""
+    table.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
+    with pytest.raises(psycopg.errors.CheckViolation) as caught:
+        table.execute(psycopg.sql.SQL("UPDATE outbox SET {} = %s").format(psycopg.sql.Identifier(column)), [value])
+    assert caught.value.diag.constraint_name == constraint
+
+
+def test_every_column_of_the_outbox_is_explained(connection: Connection) -> None:
+    """The table explains itself in psql: no column without a comment, and the contract's columns are all there."""
+    columns = connection.execute(
+        "SELECT attname AS name, col_description(attrelid, attnum) AS comment FROM pg_attribute"
+        " WHERE attrelid = 'outbox'::regclass AND attnum > 0 AND NOT attisdropped"
+    ).fetchall()
+    assert [column["name"] for column in columns if not column["comment"]] == []
+    contract = "id task payload queue status run_at delivery attempts max_retries timeout lease_until worker"
+    contract += " unique_key last_error created_at enqueued_at started_at done_at"
+    assert {column["name"] for column in columns} >= set(contract.split())

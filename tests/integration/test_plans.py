@@ -1,0 +1,151 @@
+"""What relay and worker execute never scans history: plans with 1,000,000 done rows."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from outbox import postgres
+from outbox.queries import query
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+_IDS = list(range(1, 33))
+_MANY = list(range(1, 10_001))
+_OUTCOMES = {
+    "statuses": ["done"] * 32,
+    "delays": [0.0] * 32,
+    "attempts": [1] * 32,
+    "errors": [None] * 32,
+}
+STATEMENTS: dict[str, dict[str, Any]] = {
+    "hand_over": {"queue": "default", "window": 10_000, "horizon": 60.0, "batch": 500},
+    "sweep_candidates": {"grace": 2.0},
+    "sweep": {"ids": _MANY, "deliveries": [1] * len(_MANY)},
+    "rescue": {"batch": 500},
+    "retention": {"retention": 86_400.0, "batch": 1000},
+    "unserved_queues": {"queues": ["critical", "default"]},
+    "lock_jobs": {"ids": _IDS},
+    "claim": {"ids": _IDS, "worker": "w", "lease": 15.0},
+    "renew_leases": {"ids": _IDS, "deliveries": [1] * 32, "lease": 15.0},
+    "mark": {"ids": _IDS, "deliveries": [1] * 32, **_OUTCOMES},
+}
+"""Every statement of relay and worker that touches the outbox, with parameters as they come."""
+
+INDEXES = {
+    "hand_over": "outbox_pending",
+    "sweep_candidates": "outbox_enqueued",
+    "rescue": "outbox_running",
+    "retention": "outbox_done",
+    "unserved_queues": "outbox_pending",
+}
+"""The index that a statement cannot do without, besides the primary key."""
+
+
+@pytest.fixture(scope="module")
+def history(create_database: Callable[[str | None], str], template: str) -> Iterator[Connection]:
+    """1,000,000 done rows, 10,000 pending, 2,000 enqueued, 500 running, 200 dead, analysed."""
+    with postgres.connect(create_database(template), "test") as connection:
+        connection.execute("SET synchronous_commit = off")
+        connection.execute(
+            """
+            INSERT INTO outbox (id, task, payload, status, delivery, done_at)
+            OVERRIDING SYSTEM VALUE
+            SELECT n, 't', '{}', 'done', 1, now() - interval '2 days' + n * interval '0.1 s'
+            FROM generate_series(1, 1000000) AS n
+            """
+        )
+        connection.execute(
+            """
+            INSERT INTO outbox (id, task, payload, queue, status, delivery, run_at, enqueued_at, lease_until)
+            OVERRIDING SYSTEM VALUE
+            SELECT n, 't', '{}', CASE WHEN n % 3 = 0 THEN 'critical' ELSE 'default' END, status, 1,
+                   now() - make_interval(secs => n / 10), now() - interval '1 minute',
+                   CASE WHEN status = 'running' THEN now() + make_interval(secs => n % 30) END
+            FROM generate_series(1000001, 1012700) AS n,
+                 LATERAL (SELECT CASE WHEN n <= 1010000 THEN 'pending' WHEN n <= 1012000 THEN 'enqueued'
+                                      WHEN n <= 1012500 THEN 'running' ELSE 'dead' END AS status) AS s
+            """
+        )
+        connection.execute("ANALYZE outbox")
+        yield connection
+
+
+def _plan(connection: Connection, name: str, mode: str) -> list[dict[str, Any]]:
+    """Returns the nodes of a statement's plan as psycopg sends it from its sixth execution on: prepared."""
+    parameters = STATEMENTS[name]
+    order: list[str] = []
+
+    def number(match: re.Match[str]) -> str:
+        if match[1] not in order:
+            order.append(match[1])
+        return f"${order.index(match[1]) + 1}"
+
+    text = re.sub(r"%\((\w+)\)s", number, query(name))
+    literals = psycopg.sql.SQL(", ").join(psycopg.sql.Literal(parameters[key]) for key in order)
+    arguments = psycopg.sql.SQL("({})").format(literals) if order else psycopg.sql.SQL("")
+    with connection.transaction(force_rollback=True):
+        connection.execute(psycopg.sql.SQL("SET LOCAL plan_cache_mode = {}").format(psycopg.sql.Literal(mode)))
+        connection.execute(psycopg.sql.SQL("PREPARE statement AS " + text))
+        try:
+            found = connection.execute(
+                psycopg.sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE statement{}").format(arguments)
+            ).fetchone()
+        finally:
+            connection.execute("DEALLOCATE statement")
+    assert found is not None
+    plan = found["QUERY PLAN"]
+    return list(_nodes((json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]))
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from _nodes(child)
+
+
+def _scans_everything(nodes: list[dict[str, Any]]) -> bool:
+    return any(node["Node Type"].endswith("Seq Scan") and node.get("Relation Name") == "outbox" for node in nodes)
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_no_statement_scans_the_history(history: Connection, name: str, mode: str) -> None:
+    """With 1,000,000 done rows every statement finds its rows by index, planned for its parameters or for any."""
+    nodes = _plan(history, name, mode)
+    assert not _scans_everything(nodes), nodes
+    used = {node["Index Name"] for node in nodes if "Index Name" in node}
+    allowed = {"outbox_pkey", "outbox_pending", "outbox_enqueued", "outbox_running"}
+    assert used <= (allowed | {"outbox_done"} if name == "retention" else allowed)
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_a_long_backlog_is_handed_over_by_index(connection: Connection, mode: str) -> None:
+    """After a long outage most of the table may be pending; a batch is found by index all the same."""
+    connection.execute("INSERT INTO outbox (task, payload) SELECT 't', '{}' FROM generate_series(1, 30000)")
+    connection.execute("ANALYZE outbox")
+    assert not _scans_everything(_plan(connection, "hand_over", mode))
+
+
+@pytest.mark.parametrize(("name", "index"), INDEXES.items())
+def test_without_its_index_a_statement_scans_the_history(history: Connection, name: str, index: str) -> None:
+    """The test above can fail: one index less, and the plan is a sequential scan."""
+    with history.transaction(force_rollback=True):
+        history.execute(psycopg.sql.SQL("DROP INDEX {}").format(psycopg.sql.Identifier(index)))
+        assert _scans_everything(_plan(history, name, "force_custom_plan"))
+
+
+def test_every_statement_on_the_outbox_is_looked_at() -> None:
+    """A new statement of relay or worker must come with its plan."""
+    from pathlib import Path
+
+    code = "".join(path.read_text() for folder in ("relay", "worker") for path in Path(folder).rglob("*.py"))
+    on_the_outbox = {
+        name
+        for name in re.findall(r'query\("(\w+)"\)', code)
+        if re.search(r"\b(FROM|JOIN|UPDATE)\s+outbox\b", query(name))
+    }
+    assert on_the_outbox == set(STATEMENTS)

@@ -1,0 +1,288 @@
+"""The relay as a whole: woken by hints, polling without them, and alive through outages of either server."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+from structlog.testing import capture_logs
+
+from outbox import postgres
+from outbox import redis as outbox_redis
+from outbox.errors import NotMigratedError, UnsupportedRedisError
+from outbox.migrate import migrate
+from outbox.queries import query
+from outbox.settings import RelaySettings
+from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
+from relay.loop import Relay
+from tests.support.waiting import eventually
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+
+@pytest.fixture
+def lines() -> Iterator[list[Any]]:
+    """All that is logged meanwhile."""
+    with capture_logs() as captured:
+        yield captured
+
+
+@contextmanager
+def _running(settings: RelaySettings) -> Iterator[Thread]:
+    """Runs a relay in a thread; it must still live in the end, and stop when told."""
+    stop = Event()
+    thread = Thread(target=Relay(settings, stop).run, name="relay", daemon=True)
+    thread.start()
+    try:
+        yield thread
+        assert thread.is_alive()
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A migrated Postgres that a test may stop."""
+    with embedded_postgres(tmp_path_factory.mktemp("own_postgres"), settings=["fsync=off"]) as server:
+        migrate(server.url)
+        yield server
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A Redis that a test may stop."""
+    with embedded_redis(tmp_path / "own_redis") as server:
+        yield server
+
+
+def _stop(server: EmbeddedServer) -> None:
+    server.process.send_signal(signal.SIGINT)
+    server.process.wait(20)
+
+
+def _add(connection: Connection, queue: str = "default", delay: float = 0) -> int:
+    row = connection.execute(
+        "INSERT INTO outbox (task, payload, queue, run_at)"
+        " VALUES ('t', '{}', %s, now() + make_interval(secs => %s)) RETURNING id",
+        [queue, delay],
+    ).fetchone()
+    assert row is not None
+    return int(row["id"])
+
+
+def _status(connection: Connection, row: int) -> str:
+    found = connection.execute("SELECT status FROM outbox WHERE id = %s", [row]).fetchone()
+    assert found is not None
+    return str(found["status"])
+
+
+def _queued(client: redis.Redis, queue: str = "default") -> list[Any]:
+    return client.lrange(f"rq:queue:{queue}", 0, -1)
+
+
+def _hint(connection: Connection, row: int) -> int:
+    connection.execute(query("notify_relays"))
+    return row
+
+
+def _events(lines: list[Any], *events: str) -> list[str]:
+    return [line["event"] for line in lines if line["event"] in events]
+
+
+def _with(settings: RelaySettings, **changes: Any) -> RelaySettings:
+    return settings.model_copy(update=changes)
+
+
+def test_a_hint_wakes_it(connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings) -> None:
+    """With a poll interval of half a minute, a row is handed over as soon as its NOTIFY comes."""
+    with _running(_with(relay_settings, poll_interval=30.0)):
+        first = _add(connection)
+        eventually(lambda: _status(connection, _hint(connection, first)) == "enqueued", 10)
+        second = _add(connection, "critical")
+        connection.execute(query("notify_relays"))
+        eventually(lambda: _status(connection, second) == "enqueued", 5, "the hint wakes the relay")
+    assert (_queued(redis_client), _queued(redis_client, "critical")) == ([b"1-1"], [b"2-1"])
+
+
+def test_polling_alone_serves(connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings) -> None:
+    """Where no hint ever comes, as behind PgBouncer, rows are handed over all the same."""
+    with _running(_with(relay_settings, poll_interval=0.1)):
+        row = _add(connection)
+        eventually(lambda: _status(connection, row) == "enqueued", 5)
+
+
+def test_a_delayed_row_goes_out_at_its_time(
+    connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
+) -> None:
+    """It waits in rq-scheduler's set, and is in its queue neither before its time nor a second after."""
+    with _running(_with(relay_settings, poll_interval=0.1)):
+        _add(connection, delay=1.2)
+        eventually(lambda: redis_client.zcard("rq:scheduler:scheduled_jobs"), 5, "the job is scheduled")
+        assert _queued(redis_client) == []
+        eventually(lambda: _queued(redis_client) == [b"1-1"], 5, "the job is queued")
+        late = connection.execute(
+            "SELECT extract(epoch FROM clock_timestamp() - run_at)::float8 AS seconds FROM outbox"
+        ).fetchone()
+    assert late is not None
+    assert 0 <= late["seconds"] < 1
+
+
+def test_every_duty_is_done(connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings) -> None:
+    """Lost jobs, dead workers' rows, old history and strangers' keys: nobody has to do anything."""
+    settings = _with(relay_settings, poll_interval=0.1, sweep_interval=0.1, sweep_grace=0.1, lease=0.2)
+    connection.execute("INSERT INTO outbox (task, payload, status, done_at) VALUES ('t', '{}', 'done', '2000-01-01')")
+    connection.execute(
+        "INSERT INTO outbox (task, payload, status, lease_until) VALUES ('t', '{}', 'running', '2000-01-01')"
+    )
+    redis_client.set("rq:queue:default", "a stranger's")
+    with _running(settings):
+        eventually(lambda: _queued_or_nothing(redis_client) == [b"2-1"], 10, "the rescued row is handed over")
+        assert connection.execute("SELECT id FROM outbox WHERE id = 1").fetchall() == []
+        redis_client.flushall()
+        eventually(lambda: _queued(redis_client) == [b"2-2"], 10, "the swept row is handed over")
+
+
+def _queued_or_nothing(client: redis.Redis) -> list[bytes]:
+    try:
+        return _queued(client)
+    except redis.ResponseError:
+        return []
+
+
+def test_redis_away_is_a_line_at_each_end(
+    connection: Connection, relay_settings: RelaySettings, own_redis: EmbeddedServer, lines: list[Any]
+) -> None:
+    """Redis stops and comes back empty: one line each, the process stays up, and every row reaches a queue."""
+    settings = _with(relay_settings, redis_url=own_redis.url, poll_interval=0.1, sweep_interval=0.2, sweep_grace=0.1)
+    with _running(settings), outbox_redis.connect(own_redis.url, "test") as client:
+        before = _add(connection)
+        eventually(lambda: _status(connection, before) == "enqueued", 10)
+        _stop(own_redis)
+        while_away = _add(connection)
+        eventually(lambda: _events(lines, "Redis is away"), 10)
+        own_redis.restart()
+        eventually(lambda: _status(connection, while_away) == "enqueued", 10, "Redis is used again")
+        eventually(lambda: sorted(_queued(client)) == [b"1-2", b"2-1"], 10, "both rows are there")
+    assert _events(lines, "Redis is away", "Redis is back") == ["Redis is away", "Redis is back"]
+
+
+@pytest.mark.parametrize("queue", ["critical", "default"])
+def test_a_redis_without_memory_is_away(
+    connection: Connection, relay_settings: RelaySettings, own_redis: EmbeddedServer, lines: list[Any], queue: str
+) -> None:
+    """A Redis that answers and takes no writes does not come and go with every try."""
+    settings = _with(relay_settings, redis_url=own_redis.url, poll_interval=0.05, sweep_interval=0.1)
+    with outbox_redis.connect(own_redis.url, "test") as client, _running(settings):
+        client.config_set("maxmemory", "1")
+        row = _add(connection, queue)
+        eventually(lambda: _events(lines, "Redis is away"), 10)
+        tries = client.info("stats")["total_commands_processed"]
+        eventually(lambda: client.info("stats")["total_commands_processed"] > tries + 30, 10, "it tries again")
+        assert _events(lines, "Redis is back") == []
+        client.config_set("maxmemory", "0")
+        eventually(lambda: _status(connection, row) == "enqueued", 10)
+    assert _events(lines, "Redis is away", "Redis is back") == ["Redis is away", "Redis is back"]
+
+
+def test_redis_may_be_away_from_the_start(
+    connection: Connection, relay_settings: RelaySettings, tmp_path: Path, lines: list[Any]
+) -> None:
+    """The relay starts without it, does what it can without it, and says so once."""
+    connection.execute(
+        "INSERT INTO outbox (task, payload, status, lease_until) VALUES ('t', '{}', 'running', '2000-01-01')"
+    )
+    with _running(_with(relay_settings, redis_url=f"unix://{tmp_path}/none.sock", lease=0.2)):
+        eventually(lambda: _status(connection, 1) == "pending", 10, "rescue goes on")
+        eventually(lambda: _events(lines, "Redis is away"), 10)
+    assert _events(lines, "Redis is away", "Redis is back") == ["Redis is away"]
+
+
+def test_postgres_away_is_a_line_at_each_end(
+    relay_settings: RelaySettings, own_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
+) -> None:
+    """Postgres stops and comes back: one line each, and the relay goes on where it was."""
+    settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1)
+    with _running(settings):
+        with postgres.connect(own_postgres.url, "test") as connection:
+            first = _add(connection)
+            eventually(lambda: _status(connection, first) == "enqueued", 10)
+        _stop(own_postgres)
+        eventually(lambda: _events(lines, "Postgres is away"), 10)
+        own_postgres.restart()
+        eventually(lambda: _events(lines, "Postgres is back"), 20)
+        with postgres.connect(own_postgres.url, "test") as connection:
+            second = _add(connection)
+            eventually(lambda: _status(connection, second) == "enqueued", 10)
+    assert _events(lines, "Postgres is away", "Postgres is back") == ["Postgres is away", "Postgres is back"]
+
+
+def test_a_postgres_that_takes_no_writes_is_away(
+    connection: Connection, relay_settings: RelaySettings, lines: list[Any]
+) -> None:
+    """A standby that has not been promoted yet is an outage like any other, and not a line per try."""
+
+    def read_only(to: str) -> None:
+        name = psycopg.sql.Identifier(connection.info.dbname)
+        connection.execute("SET default_transaction_read_only = off")
+        connection.execute(
+            psycopg.sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}").format(
+                name,
+                psycopg.sql.SQL(to),
+            )
+        )
+
+    row = _add(connection)
+    read_only("on")
+    with _running(_with(relay_settings, poll_interval=0.1)):
+        eventually(lambda: _events(lines, "Postgres is away"), 10)
+        tries = _sessions(connection)
+        eventually(lambda: _sessions(connection) > tries + 2, 15, "it tries again")
+        assert len(_events(lines, "Postgres is away", "Postgres is back")) == 1
+        read_only("off")
+        eventually(lambda: _status(connection, row) == "enqueued", 10)
+        eventually(lambda: _events(lines, "Postgres is back"), 5)
+
+
+def _sessions(connection: Connection) -> int:
+    row = connection.execute("SELECT sessions FROM pg_stat_database WHERE datname = current_database()").fetchone()
+    assert row is not None
+    return int(row["sessions"])
+
+
+def test_an_unmigrated_database_ends_it(
+    create_database: Callable[[str | None], str], relay_settings: RelaySettings
+) -> None:
+    """It does not wait for somebody to migrate: the sentence says which command to run."""
+    with pytest.raises(NotMigratedError, match="outbox migrate"):
+        Relay(_with(relay_settings, database_url=create_database(None)), Event()).run()
+
+
+def test_a_cluster_ends_it(relay_settings: RelaySettings, tmp_path: Path) -> None:
+    """RQ cannot work on a Redis cluster: a sentence at once, and not an outage for ever."""
+    with (
+        embedded_redis(tmp_path, settings=["cluster-enabled yes"]) as server,
+        pytest.raises(UnsupportedRedisError, match="names a Redis cluster"),
+    ):
+        Relay(_with(relay_settings, redis_url=server.url), Event()).run()
+
+
+def test_it_can_be_stopped_before_it_starts(relay_settings: RelaySettings) -> None:
+    """A stop that came early is kept."""
+    stop = Event()
+    stop.set()
+    Relay(relay_settings, stop).run()
+
+
+def test_it_stops_in_the_middle_of_a_wait(relay_settings: RelaySettings, lines: list[Any], tmp_path: Path) -> None:
+    """SIGTERM is obeyed while neither server answers."""
+    away = {"database_url": f"postgresql:///x?host={tmp_path}", "redis_url": f"unix://{tmp_path}/none.sock"}
+    with _running(_with(relay_settings, **away)):
+        eventually(lambda: _events(lines, "Postgres is away"), 10)
+    assert _events(lines, "stopped") == ["stopped"]

@@ -1,0 +1,92 @@
+"""Taking rows from workers that died, and from no others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from structlog.testing import capture_logs
+
+from outbox import postgres
+from outbox.queries import query
+from relay.rescue import rescue
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+
+@pytest.fixture
+def other(database_url: str) -> Iterator[Connection]:
+    """A second connection: a worker's or another relay's."""
+    with postgres.connect(database_url, "other") as opened:
+        yield opened
+
+
+def _run(connection: Connection, lease: float, attempts: int = 1, max_retries: int = 2) -> None:
+    connection.execute(
+        "INSERT INTO outbox (task, payload, status, delivery, attempts, max_retries, worker, lease_until)"
+        " VALUES ('t', '{}', 'running', 1, %s, %s, 'w1', now() + make_interval(secs => %s))",
+        [attempts, max_retries, lease],
+    )
+
+
+def _states(connection: Connection) -> list[str]:
+    return [row["status"] for row in connection.execute("SELECT status FROM outbox ORDER BY id").fetchall()]
+
+
+def test_a_dead_workers_row_is_tried_again(connection: Connection) -> None:
+    """Its attempt counts, the error says what happened, and the log has a line."""
+    _run(connection, lease=-1)
+    with capture_logs() as lines:
+        assert rescue(connection) == 1
+    row = connection.execute("SELECT * FROM outbox").fetchone()
+    assert row is not None
+    assert (row["status"], row["attempts"], row["delivery"], row["lease_until"]) == ("pending", 1, 1, None)
+    assert row["last_error"] == "the worker w1 vanished: it did not renew its lease in time"
+    assert [(line["event"], line["row"], line["status"]) for line in lines] == [("rescued row", row["id"], "pending")]
+
+
+def test_a_row_that_kills_its_workers_dies_in_the_end(connection: Connection) -> None:
+    """With the attempts used up it is dead; one attempt less, and it has another."""
+    _run(connection, lease=-1, attempts=2, max_retries=2)
+    _run(connection, lease=-1, attempts=3, max_retries=2)
+    _run(connection, lease=-1, attempts=1, max_retries=0)
+    assert rescue(connection) == 3
+    assert _states(connection) == ["pending", "dead", "dead"]
+
+
+def test_a_living_workers_row_stays(connection: Connection) -> None:
+    """A lease that has not passed is not touched."""
+    _run(connection, lease=1)
+    assert rescue(connection) == 0
+    assert _states(connection) == ["running"]
+
+
+def test_a_renewal_in_the_last_moment_wins(connection: Connection, other: Connection) -> None:
+    """A row that its worker is renewing or marking right now is left to it."""
+    _run(connection, lease=-1)
+    _run(connection, lease=-1)
+    with other.transaction():
+        other.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 15.0})
+        assert rescue(connection) == 1
+    assert rescue(connection) == 0
+    assert _states(connection) == ["running", "pending"]
+
+
+def test_two_relays_rescue_a_row_once(connection: Connection, other: Connection) -> None:
+    """The second skips what the first is rescuing, and finds nothing afterwards."""
+    _run(connection, lease=-1)
+    with connection.transaction():
+        assert rescue(connection) == 1
+        assert rescue(other) == 0
+    assert rescue(other) == 0
+
+
+def test_a_late_worker_is_shut_out(connection: Connection) -> None:
+    """What a worker that was taken for dead still writes changes nothing, neither its lease nor its outcome."""
+    _run(connection, lease=-1)
+    rescue(connection)
+    late = {"ids": [1], "deliveries": [1]}
+    assert connection.execute(query("renew_leases"), {**late, "lease": 15.0}).rowcount == 0
+    outcome = {**late, "statuses": ["done"], "delays": [0.0], "attempts": [1], "errors": [None]}
+    assert connection.execute(query("mark"), outcome).fetchall() == []
+    assert _states(connection) == ["pending"]

@@ -1,0 +1,65 @@
+"""Done rows go after their time; dead rows stay; rows that nobody will hand over are told of."""
+
+from typing import Any
+
+import psycopg
+from structlog.testing import capture_logs
+
+from outbox.settings import RelaySettings
+from relay.retention import BATCH, retention, tell_of_unserved_queues
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+
+def _done(connection: Connection, age: float, count: int = 1) -> None:
+    connection.execute(
+        "INSERT INTO outbox (task, payload, status, done_at)"
+        " SELECT 't', '{}', 'done', now() - make_interval(secs => %s) FROM generate_series(1, %s)",
+        [age, count],
+    )
+
+
+def _count(connection: Connection) -> int:
+    row = connection.execute("SELECT count(*) AS rows FROM outbox").fetchone()
+    assert row is not None
+    return int(row["rows"])
+
+
+def test_done_rows_go_after_the_retention_time(connection: Connection, relay_settings: RelaySettings) -> None:
+    """It counts from when they were done, and is what the setting says."""
+    _done(connection, 86_401)
+    _done(connection, 86_390)
+    assert retention(connection, relay_settings) == 1
+    assert retention(connection, relay_settings) == 0
+    assert _count(connection) == 1
+    assert retention(connection, relay_settings.model_copy(update={"retention": 60.0})) == 1
+
+
+def test_other_rows_stay_however_old(connection: Connection, relay_settings: RelaySettings) -> None:
+    """A dead row waits for somebody to decide; pending, enqueued and running rows are work."""
+    for status, lease in (("dead", None), ("pending", None), ("enqueued", None), ("running", "2000-01-01")):
+        connection.execute(
+            "INSERT INTO outbox (task, payload, status, created_at, run_at, enqueued_at, started_at, lease_until)"
+            " VALUES ('t', '{}', %s, '2000-01-01', '2000-01-01', '2000-01-01', '2000-01-01', %s)",
+            [status, lease],
+        )
+    assert retention(connection, relay_settings) == 0
+    assert _count(connection) == 4
+
+
+def test_history_goes_in_batches(connection: Connection, relay_settings: RelaySettings) -> None:
+    """No statement deletes without bound."""
+    _done(connection, 100_000, BATCH + 5)
+    assert [retention(connection, relay_settings) for _ in range(3)] == [BATCH, 5, 0]
+
+
+def test_rows_in_a_queue_that_nobody_serves_are_told_of(connection: Connection, relay_settings: RelaySettings) -> None:
+    """One line per queue with the number of rows; silence where all is served."""
+    connection.execute("INSERT INTO outbox (task, payload, queue) VALUES ('t', '{}', 'default')")
+    with capture_logs() as lines:
+        tell_of_unserved_queues(connection, relay_settings)
+    assert lines == []
+    connection.execute("INSERT INTO outbox (task, payload, queue) SELECT 't', '{}', 'bulk' FROM generate_series(1, 3)")
+    with capture_logs() as lines:
+        tell_of_unserved_queues(connection, relay_settings)
+    assert [(line["log_level"], line["queue"], line["rows"]) for line in lines] == [("error", "bulk", 3)]

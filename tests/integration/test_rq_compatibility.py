@@ -1,0 +1,137 @@
+"""To the outside it is an RQ worker: stock RQ's own tools see it and command it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from rq import Worker
+from rq.command import send_shutdown_command, send_stop_job_command
+from rq.suspension import resume, suspend
+from structlog.testing import capture_logs
+
+from outbox.settings import WorkerSettings
+from tests.conftest import Connection
+from tests.integration.test_claim import add_row, read_row
+from tests.support.processes import Process, Stack
+from tests.support.waiting import eventually
+from worker.worker import OutboxWorker
+
+
+@pytest.fixture
+def running(stack: Stack, redis_client: redis.Redis) -> Process:
+    """A worker that has registered."""
+    process = stack.run("worker")
+    eventually(lambda: Worker.all(connection=redis_client), 5, "its registration")
+    return process
+
+
+@pytest.fixture
+def worker(worker_settings: WorkerSettings) -> Iterator[OutboxWorker]:
+    """A worker of this process that does not run, to beat by hand."""
+    made = OutboxWorker(worker_settings, {})
+    yield made
+    made._sign_off()
+    if made._commands is not None:
+        made._commands.join(5)
+    made._client.close()
+
+
+def test_rq_lists_suspends_resumes_and_stops_it(
+    running: Process, connection: Connection, redis_client: redis.Redis, redis_url: str
+) -> None:
+    """`rq info` shows it with its queues and state; suspend pauses it, resume resumes it, shutdown ends it with 0."""
+    (seen,) = Worker.all(connection=redis_client)
+    assert sorted(seen.queue_names()) == ["critical", "default"]
+    assert seen.get_state() == "idle"
+    assert seen.pid == running.popen.pid
+    command = [str(Path(sys.executable).with_name("rq")), "info", "--url", redis_url, "--raw"]
+    info = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    (line,) = [line for line in info.splitlines() if line.startswith(f"worker {seen.name} ")]
+    assert " idle critical, default." in line
+
+    suspend(redis_client)
+    eventually(lambda: redis_client.get("rq:suspended") and running.is_up())
+    row = add_row(connection, task="send_verify_email", payload='{"username": "nobody"}')
+    eventually(lambda: _is_paused(redis_client), 5, "it blocks on no queue")
+    redis_client.rpush("rq:queue:default", row.job_id)
+    resumed_at = connection.execute("SELECT now() AS now").fetchone()
+    resume(redis_client)
+    eventually(lambda: read_row(connection, row)["status"] == "dead", 5, "the row, whose user is gone")
+    assert resumed_at is not None
+    assert read_row(connection, row)["started_at"] > resumed_at["now"], "nothing was taken while it was suspended"
+
+    send_shutdown_command(redis_client, seen.name)
+    assert running.wait(10) == 0
+    assert Worker.all(connection=redis_client) == []
+    assert running.events("stopped")
+
+
+def _is_paused(client: redis.Redis) -> bool:
+    return all(found["cmd"] != "blpop" for found in client.client_list())  # type: ignore[union-attr]
+
+
+def test_garbage_on_its_channel_is_ignored(running: Process, redis_client: redis.Redis) -> None:
+    """Whatever is published, the next command is heard."""
+    (seen,) = Worker.all(connection=redis_client)
+    channel = f"rq:pubsub:{seen.name}"
+    eventually(lambda: dict(redis_client.pubsub_numsub(channel)).get(channel.encode()) == 1)
+    garbage = [b"", b"\xff\0", b"{", b"[]", b"7", b'{"command": ["shutdown"]}', b"[" * 100_000, b"x" * 5_000_000]
+    garbage += [b'{"command": "stop-job", "job_id": "\\"command\\": \\"shutdown\\""}', b'{"command": "kill-horse"}']
+    for message in garbage:
+        redis_client.publish(channel, message)
+    eventually(lambda: len(running.events("ignored an RQ command")) == len(garbage))
+    assert running.is_up()
+    redis_client.publish(channel, b'{"command":"shutdown"}')
+    assert running.wait(10) == 0
+    assert "Traceback" not in running.text()
+
+
+def test_its_registration_comes_back(worker: OutboxWorker, redis_client: redis.Redis) -> None:
+    """The next heartbeat after a FLUSHALL registers it anew, with queues, birth and an expiry."""
+    worker._beat()
+    born = worker.birth_date
+    redis_client.flushdb()
+    worker._beat()
+    assert Worker.all(connection=redis_client) == [], "not before it is due"
+    worker._beat_at = 0.0
+    worker._beat()
+    (seen,) = Worker.all(connection=redis_client)
+    assert (seen.name, sorted(seen.queue_names())) == (worker.name, ["critical", "default"])
+    assert seen.birth_date == born
+    assert 0 < redis_client.ttl(worker.key) <= 420
+
+
+@pytest.mark.parametrize("key", ["rq:workers", "rq:workers:critical", "own"])
+def test_a_strangers_key_does_not_stop_a_heartbeat(worker: OutboxWorker, redis_client: redis.Redis, key: str) -> None:
+    """Work goes on unlisted; its own key is put right, the others are the relay's to mend."""
+    redis_client.set(worker.key if key == "own" else key, "x")
+    with capture_logs() as lines:
+        worker._beat()
+    assert redis_client.hget(worker.key, "hostname") == worker.hostname.encode()
+    assert [line["event"] for line in lines] == ([] if key == "own" else ["registered in part"])
+
+
+def test_rq_tools_that_want_a_job_find_none(redis_client: redis.Redis) -> None:
+    """RQ's stop-job command needs a running job's hash, which does not exist here; it says so and harms nothing."""
+    from rq.exceptions import NoSuchJobError
+
+    with pytest.raises(NoSuchJobError):
+        send_stop_job_command(redis_client, "1-1")
+
+
+def test_a_signal_from_rq_is_an_ordinary_stop(worker: OutboxWorker) -> None:
+    """The shutdown command is SIGINT to the process itself, as in RQ."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        worker.handle_payload({"data": b'{"command": "shutdown"}'})
+        eventually(lambda: heard)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]
+    assert os.getpid() == worker.pid

@@ -1,0 +1,147 @@
+"""Moving due jobs to their queues, whatever else is in rq-scheduler's set."""
+
+import time
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from structlog.testing import capture_logs
+
+from outbox.settings import RelaySettings
+from relay.clock import MAX_AGE, Clock
+from relay.publish import publish
+from relay.schedule import SCHEDULED_JOBS, Schedule
+from tests.support.waiting import eventually
+
+Connection = psycopg.Connection[dict[str, Any]]
+QUEUES = ["critical", "default"]
+
+
+@pytest.fixture
+def schedule(redis_client: redis.Redis) -> Schedule:
+    """The schedule of a relay."""
+    return Schedule(redis_client, QUEUES)
+
+
+def _scheduled(connection: Connection, client: redis.Redis, settings: RelaySettings, *delays: float) -> list[float]:
+    """Hands rows over and returns their times."""
+    for delay in delays:
+        connection.execute(
+            "INSERT INTO outbox (task, payload, run_at) VALUES ('t', '{}', now() + make_interval(secs => %s))", [delay]
+        )
+    publish(connection, client, "default", settings)
+    rows = connection.execute("SELECT extract(epoch FROM run_at)::float8 AS at FROM outbox ORDER BY id").fetchall()
+    return [row["at"] for row in rows]
+
+
+def _queued(client: redis.Redis, queue: str = "default") -> list[Any]:
+    return client.lrange(f"rq:queue:{queue}", 0, -1)
+
+
+def test_a_job_is_moved_at_its_time_and_not_before(
+    connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings, schedule: Schedule
+) -> None:
+    """A moment before its time it stays, and the caller learns when to look again; at its time it is a queued job."""
+    first, second = _scheduled(connection, redis_client, relay_settings, 10, 20)
+    assert schedule.move_due(first - 0.001) == first
+    assert _queued(redis_client) == []
+    assert schedule.move_due(first) == second
+    assert _queued(redis_client) == [b"1-1"]
+    assert Job.fetch("1-1", connection=redis_client, serializer=JSONSerializer).get_status() == "queued"
+    assert schedule.move_due(second + 1) is None
+    assert _queued(redis_client) == [b"1-1", b"2-1"]
+    assert schedule.move_due(second + 2) is None
+    assert _queued(redis_client) == [b"1-1", b"2-1"]
+
+
+def test_any_number_is_moved_at_once(redis_client: redis.Redis, schedule: Schedule) -> None:
+    """More than one batch that came due together."""
+    with redis_client.pipeline() as pipeline:
+        for row in range(1, 1301):
+            pipeline.hset(f"rq:job:{row}-1", "origin", "default")
+            pipeline.zadd(SCHEDULED_JOBS, {f"{row}-1": row})
+        pipeline.execute()
+    assert schedule.move_due(5000) is None
+    assert len(_queued(redis_client)) == 1300
+
+
+def test_hostile_members_stop_nothing(
+    connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings, schedule: Schedule
+) -> None:
+    """Garbage, huge ids, keys of a wrong type, foreign queues and lost hashes are dropped, each with a line."""
+    (at,) = _scheduled(connection, redis_client, relay_settings, 5)
+    redis_client.set("rq:job:7-1", "a string")
+    redis_client.rpush("rq:job:8-1", "a list")
+    redis_client.hset("rq:job:9-1", "origin", "someone_elses")
+    redis_client.hset("rq:job:10-1", "status", "no origin")
+    redis_client.hset("rq:job:not-ours", "origin", "default")
+    hostile: dict[Any, float] = {
+        b"x" * 10_000_000: 1,
+        b"\xff\x00'\n": 2,
+        b"": 3,
+        "*": 4,
+        "7-1": 5,
+        "8-1": 6,
+        "9-1": 7,
+        "10-1": 8,
+        "11-1": 9,
+        "not-ours": float("-inf"),
+        "9" * 400 + "-1": 10,
+    }
+    redis_client.zadd(SCHEDULED_JOBS, hostile)
+    with capture_logs() as lines:
+        assert schedule.move_due(at) is None
+    assert _queued(redis_client) == [b"1-1"]
+    assert redis_client.zcard(SCHEDULED_JOBS) == 0
+    assert redis_client.keys("rq:queue:*") == [b"rq:queue:default"]
+    dropped = [line["job"] for line in lines if line["event"] == "dropped job"]
+    assert len(dropped) == len(hostile)
+    assert max(map(len, dropped)) < 500
+
+
+def test_a_hostile_member_in_the_future_changes_no_pace(redis_client: redis.Redis, schedule: Schedule) -> None:
+    """A score of infinity is just a time that never comes."""
+    redis_client.zadd(SCHEDULED_JOBS, {"x": float("inf")})
+    assert schedule.move_due(time.time()) == float("inf")
+
+
+def test_the_script_is_loaded_again_after_a_restart(redis_client: redis.Redis, schedule: Schedule) -> None:
+    """A Redis that has lost its scripts is told them again."""
+    schedule.move_due(0)
+    redis_client.script_flush()
+    assert schedule.move_due(0) is None
+
+
+def test_the_relays_own_clock_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes on from what Postgres told, with nothing but the time that has passed; then it asks again."""
+    passed = 100.0
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: passed)
+    clock = Clock()
+    assert clock.is_stale()
+    clock.set(5_000_000.0)
+    assert not clock.is_stale()
+    passed += 7.5
+    assert clock.now() == 5_000_007.5
+    passed += MAX_AGE
+    assert clock.is_stale()
+    clock.set(4_000_000.0)
+    assert clock.now() == 4_000_000.0
+
+
+def test_the_clock_is_never_early(connection: Connection) -> None:
+    """What it says is at most what Postgres says afterwards."""
+    clock = Clock()
+
+    def told() -> float:
+        row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8 AS now").fetchone()
+        assert row is not None
+        return float(row["now"])
+
+    clock.set(told())
+    for _ in range(100):
+        assert clock.now() <= told() + 0.0005
+    assert eventually(lambda: clock.now() > told() - 1, 2)

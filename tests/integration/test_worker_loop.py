@@ -1,0 +1,274 @@
+"""The worker's loop against a Redis in which strangers write, servers that come and go, and signals."""
+
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from rq.job import Job
+from rq.queue import Queue
+from structlog.testing import capture_logs
+
+from outbox import redis as outbox_redis
+from outbox.jobs import Delivery
+from outbox.up.embedded import EmbeddedServer
+from tests.conftest import Connection
+from tests.integration.test_claim import add_row, read_row
+from tests.support.processes import Process, Stack, take_down
+from tests.support.waiting import eventually
+from worker.take import Queues, Suspended
+
+HANDLERS = '''
+"""Handlers of a test."""
+import sys, threading
+from pathlib import Path
+from pydantic import BaseModel
+from outbox import Context, Task, handler
+
+class Note(BaseModel):
+    does: str = "returns"
+    path: str = ""
+
+@handler(Task("noted", Note))
+def noted(payload: Note, context: Context) -> None:
+    if payload.does == "exits":
+        sys.exit(1)
+    if payload.does == "interrupts":
+        raise KeyboardInterrupt
+    if payload.does == "waits":
+        Path(payload.path).touch()
+        while not Path(payload.path + ".go").exists():
+            threading.Event().wait(0.02)
+    with context.database.connection() as connection:
+        connection.execute("SELECT 1")
+'''
+
+
+@pytest.fixture
+def stack(stack: Stack, tmp_path: Path) -> Stack:
+    """A stack whose workers know the task `noted`."""
+    (tmp_path / "handlers_of_the_test.py").write_text(HANDLERS)
+    stack.environment |= {
+        "OUTBOX_HANDLERS": "handlers_of_the_test",
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path.cwd())]),
+        "OUTBOX_LEASE": "1",
+    }
+    return stack
+
+
+def offer(client: redis.Redis, *job_ids: str | bytes, queue: str = "default") -> None:
+    """Puts ids into a queue."""
+    client.rpush(f"rq:queue:{queue}", *job_ids)
+
+
+def is_done(connection: Connection, delivery: Delivery) -> bool:
+    """Whether the row is done."""
+    return bool(read_row(connection, delivery)["status"] == "done")
+
+
+class Trap:
+    """What creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_nothing_foreign_runs_or_stops_anything(
+    stack: Stack, connection: Connection, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    """Strangers' jobs, ids and keys cost a log line each; the next real job is handled; no pickle is ever loaded."""
+    sprung = tmp_path / "sprung"
+    trap = pickle.dumps(Trap(sprung))
+    real = [add_row(connection) for _ in range(3)]
+    done = add_row(connection, status="done")
+    older = add_row(connection, delivery=5)
+    Queue("critical", connection=redis_client).enqueue(os.mkdir, str(sprung))
+    stranger = Job.create(os.mkdir, args=(str(sprung),), connection=redis_client, id="stranger")
+    stranger.save()
+    garbage = [b"stranger", trap[:100], b"", b"\xff\xfe\0", b"-1-1", b"1-1-1", b"0-1", f"{2**63}-1".encode()]
+    offer(redis_client, *garbage, b"x" * 10_000_000, b"7" * 10_000_000, queue="critical")
+    nowhere = [f"{2**63 - 1}-1", f"{done.row}-1", f"{older.row}-4", f"{older.row}-6"]
+    offer(redis_client, *nowhere, *nowhere, real[0].job_id, queue="critical")
+    redis_client.hset(f"rq:job:{real[0].job_id}", mapping={"data": trap, "origin": trap, "timeout": "garbage"})
+    redis_client.set(f"rq:job:{real[1].job_id}", trap)  # no hash at all
+    redis_client.set("rq:queue:default", trap)
+    redis_client.set("rq:workers", trap)
+
+    worker = stack.run("worker")
+    eventually(lambda: is_done(connection, real[0]), 10, "the real job behind all that")
+    eventually(lambda: worker.events("deleted key"), 5, "the stranger's key is gone")
+    offer(redis_client, real[1].job_id)
+    eventually(lambda: is_done(connection, real[1]), 10, "a real job in the queue that was a stranger's")
+    offer(redis_client, *garbage, real[2].job_id)
+    eventually(lambda: is_done(connection, real[2]), 10, "a job that was waited for")
+
+    assert not sprung.exists()
+    dropped = [line["job"] for line in worker.events("dropped job")]
+    assert len([job for job in dropped if "stranger" in job]) == 2
+    assert {*nowhere} <= {*dropped}
+    assert all(len(line) < 2000 for line in worker.text().splitlines()), "no log line holds what a stranger wrote"
+    assert len(dropped) == 1 + 8 + 2 + 4 + 8, "one line for each"
+    assert worker.stop() == 0
+    assert "Traceback" not in worker.text()
+    assert read_row(connection, older)["status"] == "enqueued"
+
+
+def test_a_job_leaves_nothing_behind(redis_client: redis.Redis) -> None:
+    """Its hash goes with its id, whether it was there already or was waited for."""
+    queues = Queues(redis_client, {"critical": 10, "default": 5})
+    for take in (lambda: queues.take(3), queues.wait):
+        redis_client.hset("rq:job:1-1", "data", "x")
+        offer(redis_client, "1-1")
+        assert take() == [Delivery(1, 1)]
+        assert redis_client.keys("rq:job:*") == []
+
+
+def test_both_queues_are_taken_by_weight(redis_client: redis.Redis) -> None:
+    """With both full, critical and default are taken as 10 : 5, in whatever portions; with one empty, all slots serve."""
+    queues = Queues(redis_client, {"critical": 10, "default": 5})
+    offer(redis_client, *[f"{n}-1" for n in range(1, 3001)], queue="critical")
+    offer(redis_client, *[f"{n}-2" for n in range(1, 3001)], queue="default")
+    for count in (1, 2, 4, 15, 32):
+        taken = [delivery for _ in range(600 // count) for delivery in queues.take(count)]
+        part = sum(delivery.number == 1 for delivery in taken) / len(taken)
+        assert part == pytest.approx(2 / 3, abs=0.09), f"{count} at a time"
+    redis_client.delete("rq:queue:critical")
+    assert len(queues.take(32)) == 32
+
+
+def test_a_stranger_key_does_not_hide_the_other_queue(redis_client: redis.Redis) -> None:
+    """A queue's key of another type is removed and reported, and the other queue is taken from at once."""
+    queues = Queues(redis_client, {"critical": 10, "default": 5})
+    redis_client.hset("rq:queue:critical", "a", "b")
+    offer(redis_client, "1-1")
+    with capture_logs() as lines:
+        assert queues.take(4) == [Delivery(1, 1)]
+    assert [(line["event"], line["key"]) for line in lines] == [("deleted key", "rq:queue:critical")]
+
+
+def test_a_suspended_queue_gives_nothing(redis_client: redis.Redis) -> None:
+    """What is there stays there."""
+    offer(redis_client, "1-1")
+    redis_client.set("rq:suspended", 1)
+    with pytest.raises(Suspended):
+        Queues(redis_client, {"default": 5}).take(4)
+    redis_client.delete("rq:suspended")
+    assert redis_client.llen("rq:queue:default") == 1
+
+
+def test_handlers_cannot_end_the_worker(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
+    """sys.exit() and KeyboardInterrupt in a handler are failures like others, even when there is only one slot."""
+    rows = [add_row(connection, payload=f'{{"does": "{does}"}}') for does in ("exits", "interrupts", "returns")]
+    offer(redis_client, *[row.job_id for row in rows])
+    worker = stack.run("worker", OUTBOX_CONCURRENCY="1")
+    eventually(lambda: is_done(connection, rows[2]), 10, "the handler that returns")
+    for row, name in zip(rows, ("SystemExit", "KeyboardInterrupt"), strict=False):
+        assert read_row(connection, row)["status"] == "pending"
+        assert name in read_row(connection, row)["last_error"]
+    assert worker.stop() == 0
+
+
+def test_cut_connections_cost_no_attempt(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
+    """After Postgres has cut every connection, the next row is handled at its first attempt."""
+    worker = stack.run("worker")
+    first, second = add_row(connection), add_row(connection)
+    offer(redis_client, first.job_id)
+    eventually(lambda: is_done(connection, first))
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    offer(redis_client, second.job_id)
+    eventually(lambda: is_done(connection, second), 10, "the second row")
+    assert read_row(connection, second)["attempts"] == 1
+    assert not worker.events("process task failed")
+
+
+def waiting(stack: Stack, connection: Connection, client: redis.Redis, **environment: str) -> tuple[Process, Any, Path]:
+    """Starts a worker with a handler that waits for a file."""
+    flag = stack.folder / "begun"
+    row = add_row(connection, payload=f'{{"does": "waits", "path": "{flag}"}}')
+    offer(client, row.job_id)
+    worker = stack.run("worker", **environment)
+    eventually(flag.exists, 10, "the handler has begun")
+    return worker, row, flag.with_name("begun.go")
+
+
+def test_a_long_handler_keeps_its_row(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
+    """Its lease of one second is renewed while it runs for three; SIGTERM then lets it end, and the exit code is 0."""
+    worker, row, go = waiting(stack, connection, redis_client)
+    started = time.monotonic()
+
+    def has_run_for_three_seconds() -> bool:
+        assert read_row(connection, row)["lease"] > 0
+        return time.monotonic() - started > 3
+
+    eventually(has_run_for_three_seconds)
+    untouched = add_row(connection)
+    worker.send(signal.SIGTERM)
+    go.touch()
+    assert worker.wait(10) == 0
+    assert is_done(connection, row)
+    assert read_row(connection, row)["attempts"] == 1
+    assert read_row(connection, untouched)["status"] == "enqueued"
+
+
+def test_a_second_sigterm_gives_the_row_back(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
+    """More than a second after the first, it ends the worker at once; the row is pending, uncounted, and may be had."""
+    worker, row, _ = waiting(stack, connection, redis_client)
+    worker.send(signal.SIGTERM)
+    worker.send(signal.SIGTERM)
+    asked = time.monotonic()
+
+    def has_waited() -> bool:
+        assert worker.is_up(), "two at once are one"
+        assert read_row(connection, row)["status"] == "running"
+        return time.monotonic() - asked > 1.2
+
+    eventually(has_waited)
+    worker.send(signal.SIGTERM)
+    assert worker.wait(5) == 0
+    now = read_row(connection, row)
+    assert (now["status"], now["attempts"], now["lease"]) == ("pending", 0, None)
+    assert now["waits"] <= 0
+    assert "given back" in now["last_error"]
+
+
+def test_redis_away_at_the_start_and_later(stack: Stack, connection: Connection, own_redis: EmbeddedServer) -> None:
+    """The worker waits for Redis, says so once, and works when it is there."""
+    take_down(own_redis)
+    worker = stack.start("worker", REDIS_URL=own_redis.url)
+    worker.await_event("Redis is away")
+    row = add_row(connection)
+    own_redis.restart()
+    worker.await_event("Redis is back")
+    with outbox_redis.connect(own_redis.url, "test") as client:
+        offer(client, row.job_id)
+    eventually(lambda: is_done(connection, row), 10, "the row")
+    assert len(worker.events("Redis is away")) == 1
+    assert worker.stop() == 0
+
+
+def test_postgres_away_at_the_start(stack: Stack, own_postgres: EmbeddedServer, redis_client: redis.Redis) -> None:
+    """The worker waits for Postgres, says so once, and works when it is there."""
+    from outbox import postgres
+
+    with postgres.connect(own_postgres.url, "test") as connection:
+        row = add_row(connection)
+    take_down(own_postgres)
+    offer(redis_client, row.job_id)
+    worker = stack.start("worker", DATABASE_URL=own_postgres.url)
+    worker.await_event("Postgres is away")
+    own_postgres.restart()
+    worker.await_event("Postgres is back")
+    with postgres.connect(own_postgres.url, "test") as connection:
+        eventually(lambda: is_done(connection, row), 10, "the row")
+    assert len(worker.events("Postgres is away")) == 1
+    assert worker.stop() == 0

@@ -1,0 +1,31 @@
+"""How long to wait."""
+
+import random
+
+import pytest
+
+from outbox.backoff import reconnect_delay, retry_delay
+
+
+@pytest.mark.parametrize("attempt", [1, 2, 3, 10, 25, 1001])
+def test_a_retry_waits_as_asynq_does(attempt: int) -> None:
+    """The n-th retry waits n⁴ + 15 seconds and a random part of up to 30 · (n + 1)."""
+    retried = attempt - 1
+    least = retried**4 + 15
+    for seed in range(50):
+        assert least <= retry_delay(attempt, random.Random(seed)) <= least + 30 * attempt
+
+
+def test_rows_that_failed_together_do_not_come_back_together() -> None:
+    """The random part spreads the first retry over half a minute."""
+    draw = random.Random(1)
+    delays = [retry_delay(1, draw) for _ in range(200)]
+    assert max(delays) - min(delays) > 20
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3, 4, 5, 100, 10**6])
+def test_a_server_is_tried_again_within_a_second(failures: int) -> None:
+    """The wait doubles from 0.1 s to 1 s and no further, however long the outage."""
+    ceiling = min(1.0, 0.1 * 2 ** min(failures - 1, 10))
+    for seed in range(50):
+        assert ceiling / 2 <= reconnect_delay(failures, random.Random(seed)) <= ceiling

@@ -1,0 +1,138 @@
+"""The verification mail: what is in it, and what can never get into it."""
+
+from email import message_from_bytes, policy
+from email.message import EmailMessage
+from typing import Any
+
+import pytest
+
+from outbox.errors import SettingsError
+from outbox.settings import WorkerSettings
+from worker.handlers.send_verify_email import compose, message_id
+
+LINK = "https://example.com/app/v1/verify_email?email_id=1&secret_code=abc"
+
+
+def settings(**changes: Any) -> WorkerSettings:
+    """Returns settings of a worker that is never started."""
+    return WorkerSettings.model_validate(
+        {
+            "database_url": "postgresql://nowhere/none",
+            "redis_url": "redis://nowhere",
+            "smtp_server": "smtp://nowhere",
+            "mail_from": "Sign-up <no-reply@example.com>",
+            "public_url": "https://example.com/app",
+            "secret_key": "k" * 32,
+            **changes,
+        }
+    )
+
+
+def sent(mail: EmailMessage) -> EmailMessage:
+    """Returns the mail as a recipient's program reads it."""
+    read = message_from_bytes(mail.as_bytes(policy=policy.SMTP), policy=policy.default)
+    assert isinstance(read, EmailMessage)
+    return read
+
+
+def body(mail: EmailMessage, kind: str) -> str:
+    """Returns the text of one part."""
+    part = mail.get_body((kind,))
+    assert part is not None
+    return str(part.get_content())
+
+
+def test_both_parts_carry_the_link() -> None:
+    """A text part and an HTML part, each with the name, the whole link and how long it works."""
+    mail = sent(compose(settings(), 7, "alice@example.com", "Alice Liddell", LINK))
+    assert [part.get_content_type() for part in mail.iter_parts()] == ["text/plain", "text/html"]
+    assert LINK in body(mail, "plain")
+    assert f'href="{LINK.replace("&", "&amp;")}"' in body(mail, "html")
+    for kind in ("plain", "html"):
+        assert "Hello Alice Liddell," in body(mail, kind)
+        assert "15 minutes" in body(mail, kind)
+    assert (mail["To"], mail["From"]) == ("alice@example.com", "Sign-up <no-reply@example.com>")
+    assert mail["Subject"]
+    assert mail["Date"]
+    assert mail["Auto-Submitted"] == "auto-generated"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(900, "15 minutes"), (60, "1 minute"), (1, "1 minute"), (90, "2 min")])
+def test_the_lifetime_is_told_in_minutes(seconds: float, text: str) -> None:
+    """Rounded, and never 0."""
+    mail = compose(settings(link_lifetime=seconds), 7, "a@example.com", "Alice", LINK)
+    assert f"It works for {text}" in body(mail, "plain")
+
+
+def test_the_message_id_is_the_rows() -> None:
+    """The same for a row at every attempt; another for another row, and for another deployment."""
+    here = settings()
+    assert (
+        message_id(here, 7) == message_id(settings(), 7) == compose(here, 7, "a@example.com", "A", LINK)["Message-ID"]
+    )
+    assert message_id(here, 7).endswith("@example.com>")
+    assert len({message_id(here, 7), message_id(here, 8), message_id(settings(secret_key="x" * 32), 7)}) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["Eve\r\nBcc: victim@example.com", "Eve\nX: y", "Eve\u2028Bcc: v@example.com", "E\0ve"]
+)
+def test_a_name_never_gets_into_the_headers(name: str) -> None:
+    """Line breaks of all kinds stay in the body, where they are text."""
+    mail = sent(compose(settings(), 7, "eve@example.com", name, LINK))
+    assert sorted(mail.keys()) == sorted(
+        ["From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted", "MIME-Version", "Content-Type"]
+    )
+    assert "Eve" not in "".join(str(value) for value in mail.values())
+
+
+@pytest.mark.parametrize("recipient", ["a@example.com\r\nBcc: victim@example.com", "a@example.com\nX: y"])
+def test_an_address_with_a_line_break_makes_no_mail(recipient: str) -> None:
+    """The service refuses such an address; if one got into the table all the same, no mail is made of it."""
+    with pytest.raises(ValueError, match="linefeed"):
+        compose(settings(), 7, recipient, "Alice", LINK)
+
+
+@pytest.mark.parametrize("sender", ["a@example.com\r\nBcc: v@example.com", "A\n <a@example.com>", "a@b\u2028Bcc: x@y"])
+def test_a_sender_with_a_line_break_is_a_wrong_setting(sender: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MAIL_FROM is checked at the start, so no mail is ever tried with it."""
+    values = {
+        "DATABASE_URL": "postgresql://nowhere/none",
+        "REDIS_URL": "redis://nowhere",
+        "SMTP_URL": "smtp://nowhere",
+        "MAIL_FROM": sender,
+        "PUBLIC_URL": "https://example.com",
+        "SECRET_KEY": "k" * 32,
+    }
+    for variable, value in values.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match="MAIL_FROM"):
+        WorkerSettings.from_environment()
+
+
+def test_a_name_is_text_in_html() -> None:
+    """Markup in a name is shown, not run."""
+    mail = compose(settings(), 7, "eve@example.com", "<script>alert('x')</script> & \"co\"", LINK)
+    html = body(mail, "html")
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert "<script>" in body(mail, "plain"), "plain text needs no escapes"
+
+
+def test_an_international_domain_is_ascii_in_every_header() -> None:
+    """A domain has an ASCII form that every mail server takes; an encoded word in an address is no address at all."""
+    mail = compose(settings(mail_from="Grüße <no-reply@exämple.com>"), 7, "user@exämple.com", "Alice", LINK)
+    wire = mail.as_bytes(policy=policy.SMTP)
+    assert b"To: user@xn--exmple-cua.com\r\n" in wire
+    assert b"<no-reply@xn--exmple-cua.com>" in wire
+    assert mail["Message-ID"].endswith("@xn--exmple-cua.com>")
+    assert sent(mail)["From"].addresses[0].display_name == "Grüße"
+
+
+def test_long_names_and_addresses_survive() -> None:
+    """The longest that the service takes are not broken by folding."""
+    recipient = f"{'a' * 64}@{'b' * 60}.{'c' * 60}.com"
+    mail = sent(compose(settings(), 7, recipient, "N" * 100, LINK + "x" * 900))
+    assert mail["To"] == recipient
+    assert "N" * 100 in body(mail, "plain")
+    assert LINK + "x" * 900 in body(mail, "plain")

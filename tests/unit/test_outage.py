@@ -1,0 +1,72 @@
+"""One log line when a server goes, one when it is back; and what a server may be."""
+
+import threading
+
+import pytest
+from structlog.testing import capture_logs
+
+from outbox.errors import UnsupportedRedisError
+from outbox.outage import Outage, one_line
+from outbox.redis import check_server
+
+
+def test_an_outage_is_one_line_at_each_end() -> None:
+    """However many tries fail, the log says once that the server is away and once that it is back."""
+    with capture_logs() as lines:
+        outage = Outage("Redis")
+        assert [outage.back(), outage.is_on] == [False, False]
+        for _ in range(5):
+            outage.away(ConnectionError("refused"))
+        assert [outage.is_on, outage.back(), outage.back(), outage.is_on] == [True, True, False, False]
+    assert [line["event"] for line in lines] == ["Redis is away", "Redis is back"]
+    assert lines[0]["error"] == "ConnectionError: refused"
+
+
+def test_threads_share_an_outage() -> None:
+    """Threads that notice at once write one line together."""
+    outage = Outage("Postgres")
+    barrier = threading.Barrier(8)
+
+    def fail_and_recover() -> None:
+        barrier.wait(10)
+        for _ in range(100):
+            outage.away(OSError("away"))
+        barrier.wait(10)
+        outage.back()
+
+    with capture_logs() as lines:
+        threads = [threading.Thread(target=fail_and_recover) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    assert [line["event"] for line in lines] == ["Postgres is away", "Postgres is back"]
+
+
+def test_an_error_is_one_line_that_postgres_can_store() -> None:
+    """Line breaks, NUL, lone surrogates and length are tamed."""
+    text = one_line(ValueError("a\nb\0c\ud800" + "x" * 1000))
+    assert text.startswith("ValueError: a b\ufffdc?xxx")
+    assert len(text) == 500
+    text.encode()
+    assert one_line(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize("version", ["6.2.0", "6.2.14", "7.0.0", "8.4.0-rc1", "10.0"])
+def test_redis_of_6_2_or_newer_serves(version: str) -> None:
+    """Versions are compared as numbers, not as text."""
+    check_server(version, "standalone")
+
+
+@pytest.mark.parametrize("version", ["6.0.16", "5.0.7", "2.8", "0", ""])
+def test_an_older_redis_is_refused(version: str) -> None:
+    """The sentence names the version that is there and the one that is needed."""
+    with pytest.raises(UnsupportedRedisError, match=r"too old: REDIS_URL must name one of version 6\.2 or newer"):
+        check_server(version, "standalone")
+
+
+@pytest.mark.parametrize("mode", ["cluster", "sentinel"])
+def test_what_is_no_single_server_is_refused(mode: str) -> None:
+    """RQ needs one server: the sentence says what was named instead."""
+    with pytest.raises(UnsupportedRedisError, match=f"names a Redis {mode}"):
+        check_server("7.2.4", mode)

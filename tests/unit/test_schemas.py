@@ -1,0 +1,152 @@
+"""The rules for a new user, at their boundaries."""
+
+from collections.abc import Mapping
+
+import pytest
+from pydantic import ValidationError
+
+from service.schemas import CreateUser, User
+
+VALID = {
+    "username": "alice",
+    "password": "correct horse",
+    "full_name": "Alice Liddell",
+    "email": "alice@example.com",
+}
+
+
+def wrong_fields(changes: Mapping[str, object]) -> set[object]:
+    """Returns the fields that a user with these changes is refused for; empty where it is taken."""
+    try:
+        CreateUser.model_validate({**VALID, **changes})
+    except ValidationError as error:
+        return {violation["loc"][0] for violation in error.errors()}
+    return set()
+
+
+def email_of(length: int) -> str:
+    """Returns an address of this many characters; a label of a domain has at most 63."""
+    domain = ".".join(["d" * 60] * 3) + ".com"
+    return "a" * (length - len(domain) - 1) + "@" + domain
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("username", "abc"),
+        ("username", "a" * 100),
+        ("username", "0_9"),
+        ("username", "___"),
+        ("password", "sixsix"),
+        ("password", "p" * 100),
+        ("password", "ключ🔑ы"),
+        ("password", "      "),
+        ("full_name", "Ann"),
+        ("full_name", "N" * 100),
+        ("full_name", "A B"),
+        ("full_name", "नरेन्द्र मोदी"),
+        ("full_name", "محمد علي"),
+        ("full_name", "王小明"),
+        ("full_name", "Zoe\u0308 B"),
+        ("full_name", "𐌰𐌱𐌲"),
+        ("email", "a@b.co"),
+        ("email", email_of(200)),
+        ("email", "first.last+tag@example.com"),
+        ("email", "a@exämple.com"),
+    ],
+)
+def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
+    """The shortest and the longest of each field, and all that it may be made of."""
+    assert wrong_fields({field: value}) == set()
+    assert getattr(CreateUser.model_validate({**VALID, field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("username", ""),
+        ("username", "ab"),
+        ("username", "a" * 101),
+        ("username", "Alice"),
+        ("username", "alice bob"),
+        ("username", "alice-bob"),
+        ("username", "alice\n"),
+        ("username", "alice\0"),
+        ("username", "аlice"),  # noqa: RUF001 - the first letter is Cyrillic
+        ("username", "ali٣"),
+        ("username", 12345),
+        ("username", None),
+        ("password", ""),
+        ("password", "five5"),
+        ("password", "p" * 101),
+        ("password", "nul\0nul"),
+        ("password", "sur\ud800gate"),
+        ("password", 1234567),
+        ("password", ["correct horse"]),
+        ("full_name", "Al"),
+        ("full_name", "N" * 101),
+        ("full_name", "   "),
+        ("full_name", "\u0308\u0308\u0308"),
+        ("full_name", "R2D2"),
+        ("full_name", "Alice\tLiddell"),
+        ("full_name", "Alice\nBcc: x"),
+        ("full_name", "O'Brien"),
+        ("full_name", "Smith, J"),
+        ("full_name", "<b>Al</b>"),
+        ("full_name", "Alice\0"),
+        ("full_name", "Alice\u202egnp"),
+        ("full_name", "Ali٣ce"),
+        ("full_name", "😀😀😀"),
+        ("email", ""),
+        ("email", "alice"),
+        ("email", "alice@"),
+        ("email", "@example.com"),
+        ("email", "alice@localhost"),
+        ("email", "alice@[127.0.0.1]"),
+        ("email", "a b@example.com"),
+        ("email", "a..b@example.com"),
+        ("email", "alice@example.com\nBcc: x@example.com"),
+        ("email", "alice@example.com\0"),
+        ("email", "Alice <alice@example.com>"),
+        ("email", '"Alice" <alice@example.com>'),
+        ("email", "<alice@example.com>"),
+        ("email", email_of(201)),
+        ("email", "a" * 10_000 + "@example.com"),
+        ("email", 5),
+        ("id", 1),
+        ("is_email_verified", True),
+        ("hashed_password", "x"),
+        ("", "x"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused_for_it(field: str, value: object) -> None:
+    """One too short and one too long, a character too many, another type, a field that nobody knows."""
+    assert wrong_fields({field: value}) == {field}
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    """Each field is named, also those that are missing."""
+    assert wrong_fields({"username": "A", "password": "", "full_name": "1", "email": "x", "role": "admin"}) == {
+        *VALID,
+        "role",
+    }
+    with pytest.raises(ValidationError) as caught:
+        CreateUser.model_validate({})
+    assert [violation["loc"] for violation in caught.value.errors()] == [(field,) for field in VALID]
+
+
+def test_an_error_does_not_repeat_the_password() -> None:
+    """What is logged or answered about a wrong body has nothing of it."""
+    with pytest.raises(ValidationError) as caught:
+        CreateUser.model_validate({**VALID, "password": "hunter2" * 20, "username": "A"})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_domain_is_written_one_way() -> None:
+    """The domain of an address is lower case, its local part as it was typed."""
+    assert CreateUser.model_validate({**VALID, "email": "Alice@EXAMPLE.com"}).email == "Alice@example.com"
+
+
+def test_no_user_is_shown_with_a_hash() -> None:
+    """What the API tells of a user has no field for it."""
+    assert not {name for name in User.model_fields if "hash" in name or name == "password"}

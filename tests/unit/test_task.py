@@ -1,0 +1,170 @@
+"""The task registry: what a task is, and how handlers are found."""
+
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, RootModel
+
+from outbox import Context, Handler, PayloadError, Task, TaskError, handler
+from outbox.task import delay_of, load_registry
+from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
+
+
+class Greeting(BaseModel):
+    """A payload."""
+
+    name: str
+    times: int = Field(default=1, ge=1)
+
+
+GREET = Task("greet", Greeting)
+
+
+@handler(GREET)
+def greet(payload: Greeting, context: Context) -> None:
+    """A handler."""
+
+
+def _module(**members: object) -> ModuleType:
+    module = ModuleType("handlers_of_a_test")
+    vars(module).update(members)
+    return module
+
+
+def test_a_second_task_is_one_definition_and_one_function() -> None:
+    """The registry finds a new task's handler beside the first one's, with nothing else to be told."""
+    registry = load_registry(["worker.handlers.send_verify_email", __name__])
+    assert set(registry) == {"send_verify_email", "greet"}
+    assert registry["greet"] is greet
+    assert registry["greet"].task is GREET
+
+
+def test_a_handler_may_be_seen_twice() -> None:
+    """A handler that is imported into another module, or has two names, is still one."""
+    assert load_registry([_module(a=greet, b=greet), _module(c=greet, other=42)]) == {"greet": greet}
+
+
+def test_two_handlers_for_one_task_are_refused() -> None:
+    """The error names the task and both modules."""
+    second = Handler(GREET, lambda payload, context: None)
+    with pytest.raises(TaskError, match=rf"greet has two handlers, in {__name__} and {__name__}"):
+        load_registry([_module(a=greet), _module(a=second)])
+
+
+@pytest.mark.parametrize("name", ["no_such_module", "outbox.no_such_module", ".relative", "a..b", ""])
+def test_a_module_that_is_not_there_is_a_sentence(name: str) -> None:
+    """What OUTBOX_HANDLERS names wrongly is named in the error."""
+    with pytest.raises(TaskError, match=f"the module {name} with handlers cannot be imported"):
+        load_registry([name])
+
+
+@pytest.mark.parametrize("source", ["def", "1 / 0", "import no_such_module", "from outbox import Task; Task('', 1)"])
+def test_a_module_that_breaks_is_a_sentence(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing runs the module's code, which may fail in any way."""
+    (tmp_path / "broken_handlers.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TaskError, match="the module broken_handlers with handlers cannot be imported: "):
+        load_registry(["broken_handlers"])
+    sys.modules.pop("broken_handlers", None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": ""},
+        {"name": "x" * 101},
+        {"queue": ""},
+        {"queue": "two words"},
+        {"queue": "x" * 51},
+        {"delay": -1},
+        {"max_retries": -1},
+        {"max_retries": 1001},
+        {"timeout": 0},
+        {"timeout": 86_401},
+    ],
+)
+def test_a_task_that_the_table_would_refuse_cannot_be_defined(options: dict[str, Any]) -> None:
+    """Limits of the table are limits of the definition, so that a mistake shows at import and not at run time."""
+    with pytest.raises(TaskError):
+        Task(**{"name": "greet", "payload": Greeting, **options})
+
+
+def test_the_verification_mail_is_the_contract() -> None:
+    """Name, queue, retries, delay and timeout are what outside things depend on; other tasks have other defaults."""
+    task = SEND_VERIFY_EMAIL
+    assert (task.name, task.queue, task.max_retries, task.delay, task.timeout) == (
+        "send_verify_email",
+        "critical",
+        10,
+        10,
+        30,
+    )
+    assert (GREET.queue, GREET.max_retries, GREET.delay) == ("default", 25, 0)
+
+
+def test_a_misfit_names_every_field_and_no_value() -> None:
+    """All violations at once; the values stay out, as they may be secrets."""
+    with pytest.raises(PayloadError) as caught:
+        GREET.dump({"name": 12345, "times": 0})
+    text = str(caught.value)
+    assert "greet" in text
+    assert "name: " in text
+    assert "times: " in text
+    assert "12345" not in text
+
+
+def test_a_model_is_checked_like_a_mapping() -> None:
+    """A model that was made unchecked, or changed since, does not slip through."""
+    changed = SendVerifyEmail(username="alice")
+    changed.username = None  # type: ignore[assignment]
+    unchecked = SendVerifyEmail.model_construct(username=7)  # type: ignore[arg-type]
+    empty = SendVerifyEmail.model_construct()  # type: ignore[call-arg]
+    for payload in (changed, unchecked, empty):
+        with pytest.raises(PayloadError, match="username: "):
+            SEND_VERIFY_EMAIL.dump(payload)
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\ud800", ["x", "\0"], {"\0": 1}, float("nan"), [float("-inf")]])
+def test_what_postgres_cannot_store_is_refused_here(value: object) -> None:
+    """NUL, lone surrogates and NaN pass through pydantic's Any and would break the caller's transaction."""
+
+    class Anything(BaseModel):
+        model_config = ConfigDict(ser_json_inf_nan="constants")
+
+        value: Any
+
+    with pytest.raises(PayloadError, match="value"):
+        Task("anything", Anything).dump({"value": value})
+
+
+def test_a_payload_is_an_object() -> None:
+    """A model whose JSON is a list is refused here, and not by the table."""
+    with pytest.raises(PayloadError, match="payload: must be an object"):
+        Task("numbers", RootModel[list[int]]).dump(RootModel([1]))
+
+
+def test_what_is_stored_can_be_read() -> None:
+    """Models with aliases, strict types and times survive the way through JSON."""
+
+    class Reminder(BaseModel):
+        model_config = ConfigDict(strict=True)
+
+        at: datetime
+        address: str = Field(alias="emailAddress")
+
+    task = Task("remind", Reminder)
+    reminder = Reminder(at=datetime(2030, 1, 2, tzinfo=UTC), emailAddress="a@example.com")
+    stored = task.dump(reminder)
+    assert stored == {"at": "2030-01-02T00:00:00Z", "emailAddress": "a@example.com"}
+    assert task.parse(stored) == reminder
+
+
+def test_the_delay_is_the_callers_or_the_tasks() -> None:
+    """Seconds or a timedelta; 0 is a wish too."""
+    assert delay_of(SEND_VERIFY_EMAIL, None) == 10
+    assert delay_of(SEND_VERIFY_EMAIL, 0) == 0
+    assert delay_of(SEND_VERIFY_EMAIL, timedelta(minutes=1.5)) == 90
