@@ -1,7 +1,7 @@
 """`python -m relay`: one relay, configured by the environment, stopped by SIGTERM."""
 
 import signal
-from threading import Event
+from threading import Event, Thread
 
 from outbox import logs, start
 from outbox.settings import RelaySettings
@@ -14,7 +14,8 @@ def main() -> None:
     logs.configure("relay", settings.log_level, settings.log_format)
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        # In a thread: the signal may have struck inside the event's own lock.
+        signal.signal(number, lambda *_: Thread(target=stop.set).start())
     Relay(settings, stop).run()
 
 

@@ -57,7 +57,7 @@ def create_database(server_url: str) -> Iterator[Callable[[str | None], str]]:
 
     def execute(statement: str, *names: str) -> None:
         with psycopg.connect(server_url, autocommit=True) as connection:
-            connection.execute(psycopg.sql.SQL(statement).format(*map(psycopg.sql.Identifier, names)))  # type: ignore[arg-type]
+            connection.execute(psycopg.sql.SQL(statement).format(*map(psycopg.sql.Identifier, names)))
 
     def create(template: str | None = None) -> str:
         name = f"outbox_test_{secrets.token_hex(6)}"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from threading import Condition, Event
+from threading import Condition, Event, Thread
 from types import FrameType
 from typing import Any
 
@@ -188,7 +188,10 @@ class OutboxWorker(BaseWorker):
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's arguments
         """Takes nothing new and lets handlers end; asked again a second later or more, gives them up at once."""
-        now = time.monotonic()
+        # In a thread: the signal may have struck inside an event's own lock.
+        Thread(target=self._stop_or_hurry, args=(time.monotonic(),)).start()
+
+    def _stop_or_hurry(self, now: float) -> None:
         if self._stopping.is_set() and now - self._stop_requested_at > 1:
             self._hurry.set()  # one Ctrl-C may arrive twice, from the terminal and from whoever started us
         if not self._stopping.is_set():

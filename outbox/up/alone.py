@@ -3,7 +3,7 @@
 import signal
 import sys
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 from outbox import logs, start
 from outbox.errors import StartError
@@ -24,7 +24,7 @@ def main() -> None:
         raise StartError(f"name one of {', '.join(SERVERS)}")
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: Thread(target=stop.set).start())
     logs.configure("up", "info", None)
     variable, embedded = SERVERS[name]
     with held(Path(f".outbox-{name}")) as folder, embedded(folder.path) as server:

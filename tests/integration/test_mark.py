@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from typing import LiteralString
 
-import psycopg
 import pytest
 from structlog.testing import capture_logs
 
@@ -61,12 +61,12 @@ def test_many_outcomes_are_few_statements(connection: Connection, marker: Marker
 def test_a_late_outcome_writes_nothing(connection: Connection, marker: Marker, case: str) -> None:
     """The fence: what belongs to somebody else by now is left alone, and the loser says so."""
     (one,) = claimed(connection)
-    statement = {
+    statements: dict[str, LiteralString] = {
         "handed over again": "UPDATE outbox SET status = 'enqueued', delivery = 2, lease_until = NULL",
         "rescued": "UPDATE outbox SET status = 'pending', lease_until = NULL",
         "claimed anew": "UPDATE outbox SET delivery = 2, worker = 'another', attempts = 2",
-    }[case]
-    connection.execute(psycopg.sql.SQL(statement))  # type: ignore[arg-type]
+    }
+    connection.execute(statements[case])
     before = read_row(connection, one.delivery)
     other = claimed(connection)[0].delivery
     with capture_logs() as lines:

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from worker.take import Queues, Suspended
 HANDLERS = '''
 """Handlers of a test."""
 import sys, threading
+from collections.abc import Callable
 from pathlib import Path
 from pydantic import BaseModel
 from outbox import Context, Task, handler
@@ -123,7 +125,8 @@ def test_nothing_foreign_runs_or_stops_anything(
 def test_a_job_leaves_nothing_behind(redis_client: redis.Redis) -> None:
     """Its hash goes with its id, whether it was there already or was waited for."""
     queues = Queues(redis_client, {"critical": 10, "default": 5})
-    for take in (lambda: queues.take(3), queues.wait):
+    takes: list[Callable[[], list[Delivery]]] = [lambda: queues.take(3), queues.wait]
+    for take in takes:
         redis_client.hset("rq:job:1-1", "data", "x")
         offer(redis_client, "1-1")
         assert take() == [Delivery(1, 1)]
@@ -131,7 +134,7 @@ def test_a_job_leaves_nothing_behind(redis_client: redis.Redis) -> None:
 
 
 def test_both_queues_are_taken_by_weight(redis_client: redis.Redis) -> None:
-    """With both full, critical and default are taken as 10 : 5, in whatever portions; with one empty, all slots serve."""
+    """With both full, critical and default are taken as 10 : 5, in any portions; an empty one costs nothing."""
     queues = Queues(redis_client, {"critical": 10, "default": 5})
     offer(redis_client, *[f"{n}-1" for n in range(1, 3001)], queue="critical")
     offer(redis_client, *[f"{n}-2" for n in range(1, 3001)], queue="default")
