@@ -14,7 +14,7 @@ up *arguments: setup
 
 # Run all tests, with branch coverage over every process (arguments go to pytest)
 test *arguments: setup
-    @{{ bin }}/pytest --cov --cov-report=term --cov-fail-under=90 --numprocesses=auto --maxprocesses=4 --dist=loadfile {{ arguments }}
+    @{{ bin }}/pytest --cov --cov-report=term --cov-fail-under=90 --numprocesses=3 --dist=loadfile {{ arguments }}
 
 # Check formatting, lint, types and import rules
 check: setup

@@ -1,7 +1,9 @@
 """Logging: one line per event, readable on a terminal and JSON elsewhere, for our own events and libraries' alike."""
 
+import io
 import logging
 import sys
+from contextlib import suppress
 from typing import Literal
 
 import structlog
@@ -13,6 +15,19 @@ _LIBRARIES = {
     **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler", "uvicorn", "yoyo"), logging.WARNING),
     "psycopg.pool": logging.ERROR,  # it warns at every try of an outage, which we log once
 }
+
+
+class _Output(io.TextIOBase):
+    """Standard output, as it is at each write. A line that cannot be written is lost, and no work with it."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
 
 
 def configure(process: str, level: str, log_format: Literal["console", "json"] | None) -> None:
@@ -45,14 +60,15 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
     else:
         final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
 
+    output = _Output()
     structlog.configure(
         processors=[*shared, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=structlog.PrintLoggerFactory(output),
         cache_logger_on_first_use=True,
     )
 
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -14,6 +14,7 @@ from tests.support.processes import QUICK, Process, Stack, add_users
 from tests.support.waiting import eventually
 
 ROWS = 2000
+SOME = 800
 
 
 class Number(BaseModel):
@@ -38,8 +39,8 @@ def stack(stack: Stack) -> Stack:
     return stack
 
 
-def all_done_at_once(connection: Connection) -> None:
-    """Waits until all rows are done; each must have been so at its first attempt."""
+def all_done_at_once(connection: Connection, count: int) -> None:
+    """Waits until so many rows are done; each must have been so at its first attempt."""
 
     def unfinished() -> int:
         row = connection.execute("SELECT count(*) AS rows FROM outbox WHERE status <> 'done'").fetchone()
@@ -48,7 +49,7 @@ def all_done_at_once(connection: Connection) -> None:
 
     eventually(lambda: unfinished() == 0, 40, "all rows are done")
     attempts = connection.execute("SELECT attempts, count(*) AS rows FROM outbox GROUP BY attempts").fetchall()
-    assert attempts == [{"attempts": 1, "rows": ROWS}]
+    assert attempts == [{"attempts": 1, "rows": count}]
 
 
 def enqueued(relay: Process) -> list[tuple[int, int]]:
@@ -62,7 +63,7 @@ def test_two_relays_and_two_workers_on_2000_rows(stack: Stack, connection: Conne
 
     add_users(connection, [f"user_{n}" for n in range(ROWS)])
 
-    all_done_at_once(connection)
+    all_done_at_once(connection, ROWS)
     assert Counter(address for address, _ in mailbox.received) == Counter(f"user_{n}@example.com" for n in range(ROWS))
     assert len({_message_id(mail) for _, mail in mailbox.received}) == ROWS
     assert enqueued(one)
@@ -78,20 +79,20 @@ def _message_id(mail: bytes) -> bytes:
     return found[1]
 
 
-def test_a_relay_is_killed_in_the_middle_of_2000_rows(stack: Stack, connection: Connection, redis_url: str) -> None:
+def test_a_relay_is_killed_in_the_middle(stack: Stack, connection: Connection, redis_url: str) -> None:
     """SIGKILL strikes while batches are handed over; another relay goes on, and each row is handled once."""
     first = stack.run("relay", OUTBOX_BATCH="5")
     with outbox_redis.connect(redis_url, "test") as client:
         with connection.transaction():
-            for number in range(ROWS):
+            for number in range(SOME):
                 outbox.add(connection, COUNT_ME, Number(number=number))
         eventually(lambda: client.llen("rq:queue:default") > 100, 10, "a hundred jobs")
         first.kill()
         in_redis = client.llen("rq:queue:default")
-    assert 100 < in_redis < ROWS, "it was in the middle"
+    assert 100 < in_redis < SOME, "it was in the middle"
 
     _, worker = stack.run_all("relay", "worker", OUTBOX_HANDLERS=__name__)
 
-    all_done_at_once(connection)
+    all_done_at_once(connection, SOME)
     handled = [line["number"] for line in worker.events("processed task")]
-    assert sorted(handled) == list(range(ROWS))
+    assert sorted(handled) == list(range(SOME))

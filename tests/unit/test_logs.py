@@ -1,0 +1,46 @@
+"""Log lines: what they hold, what they never hold, and what happens when nobody takes them."""
+
+import json
+import subprocess
+import sys
+
+SET_UP = "from outbox import logs; logs.configure('test', 'info', {!r}); "
+
+
+def _run(code: str, log_format: str = "json") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SET_UP.format(log_format) + code], capture_output=True, text=True, check=False
+    )
+
+
+def test_libraries_log_as_we_do() -> None:
+    """Our events and a library's warnings are JSON lines of one form; a library's chatter is left out."""
+    done = _run(
+        "import logging; logs.get().info('ours', row=1); logging.getLogger('rq.worker').info('chatter');"
+        "logging.getLogger('rq.worker').warning('theirs')"
+    )
+    ours, theirs = map(json.loads, done.stdout.splitlines())
+    assert (ours["event"], ours["row"], ours["process"], ours["level"]) == ("ours", 1, "test", "info")
+    assert (theirs["event"], theirs["process"], theirs["level"]) == ("theirs", "test", "warning")
+
+
+def test_a_traceback_shows_no_local_variable() -> None:
+    """A password may be in one, on the console as well as in JSON."""
+    code = (
+        "\ndef fail(password):\n    raise ValueError('no')\n"
+        "try:\n    fail('open' + '-sesame')\nexcept ValueError:\n    logs.get().error('failed', exc_info=True)"
+    )
+    for log_format in ("console", "json"):
+        done = _run(code, log_format)
+        assert "ValueError: no" in done.stdout
+        assert "open-sesame" not in done.stdout
+
+
+def test_work_goes_on_when_nobody_takes_the_lines() -> None:
+    """With standard output closed at the other end, a log line is lost and nothing else."""
+    code = (
+        "import os, sys; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r);"
+        "logs.get().info('lost'); logs.get().info('lost again'); sys.stderr.write('went on'); os._exit(0)"
+    )
+    done = _run(code)
+    assert (done.stderr, done.returncode) == ("went on", 0)
