@@ -4,7 +4,7 @@ import io
 import logging
 import sys
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
@@ -18,16 +18,19 @@ _LIBRARIES = {
 
 
 class _Output(io.TextIOBase):
-    """Standard output, as it is at each write. A line that cannot be written is lost, and no work with it."""
+    """Where lines go. One that cannot be written is lost, and no work with it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):
-            sys.stdout.write(text)
+            self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):
-            sys.stdout.flush()
+            self._stream.flush()
 
 
 def configure(process: str, level: str, log_format: Literal["console", "json"] | None) -> None:
@@ -60,7 +63,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
     else:
         final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
 
-    output = _Output()
+    output = cast("TextIO", _Output(sys.stdout))
     structlog.configure(
         processors=[*shared, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
