@@ -3,6 +3,7 @@
 from outbox.add import add
 from outbox.context import Context
 from outbox.errors import OutboxError, PayloadError, SkipRetry, TaskError
-from outbox.task import Handler, Task, handler
+from outbox.registry import Handler, handler
+from outbox.task import Task
 
 __all__ = ["Context", "Handler", "OutboxError", "PayloadError", "SkipRetry", "Task", "TaskError", "add", "handler"]

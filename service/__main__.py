@@ -6,9 +6,10 @@ import socket
 import uvicorn
 
 from outbox import logs, postgres, start
+from outbox.endpoints import Address
 from outbox.errors import StartError
 from outbox.outage import one_line
-from outbox.settings import Address, ServiceSettings
+from outbox.settings import ServiceSettings
 from service.app import create_app
 from service.requests import RequestLog
 

@@ -14,7 +14,7 @@ from outbox.context import Context
 from outbox.errors import PayloadError, SkipRetry
 from outbox.jobs import Delivery
 from outbox.outage import one_line
-from outbox.task import Registry
+from outbox.registry import Registry
 from worker.claim import Claim
 from worker.limit import TimeLimitReached, call_within
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from outbox.endpoints import Address
 from outbox.errors import SettingsError, StartError
-from outbox.settings import Address, RelaySettings, ServiceSettings, WorkerSettings
+from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
 
 MAIL_FROM = "Outbox <no-reply@example.com>"
 

@@ -35,7 +35,7 @@ def worker(worker_settings: WorkerSettings) -> Iterator[OutboxWorker]:
     """A worker of this process that does not run, to beat by hand."""
     made = OutboxWorker(worker_settings, {})
     yield made
-    made._sign_off()
+    made.sign_off()
     if made._commands is not None:
         made._commands.join(5)
     made._client.close()
@@ -93,13 +93,13 @@ def test_garbage_on_its_channel_is_ignored(running: Process, redis_client: redis
 
 def test_its_registration_comes_back(worker: OutboxWorker, redis_client: redis.Redis) -> None:
     """The next heartbeat after a FLUSHALL registers it anew, with queues, birth and an expiry."""
-    worker._beat()
+    worker.beat(busy=False)
     born = worker.birth_date
     redis_client.flushdb()
-    worker._beat()
+    worker.beat(busy=False)
     assert Worker.all(connection=redis_client) == [], "not before it is due"
-    worker._beat_at = 0.0
-    worker._beat()
+    worker.forget()
+    worker.beat(busy=False)
     (seen,) = Worker.all(connection=redis_client)
     assert (seen.name, sorted(seen.queue_names())) == (worker.name, ["critical", "default"])
     assert seen.birth_date == born
@@ -116,9 +116,9 @@ def test_a_strangers_key_does_not_stop_a_heartbeat(worker: OutboxWorker, redis_c
     for key, said in cases:
         redis_client.delete("rq:workers")
         redis_client.set(key, "x")
-        worker._beat_at = 0.0
+        worker.forget()
         with capture_logs() as lines:
-            worker._beat()
+            worker.beat(busy=False)
         assert redis_client.hget(worker.key, "hostname") == str(worker.hostname).encode()
         assert [line["event"] for line in lines] == said
 

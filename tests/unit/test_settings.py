@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from outbox.endpoints import Address, SmtpServer
 from outbox.errors import SettingsError
-from outbox.settings import Address, DatabaseSettings, RelaySettings, ServiceSettings, SmtpServer, WorkerSettings
+from outbox.settings import DatabaseSettings, RelaySettings, ServiceSettings, WorkerSettings
 
 SECRET = "hunter2"
 GOOD = {

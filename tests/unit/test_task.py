@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from outbox import Context, Handler, PayloadError, Task, TaskError, handler
-from outbox.task import delay_of, load_registry
+from outbox.registry import load_registry
+from outbox.task import delay_of
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from outbox.endpoints import Address
 from outbox.errors import SettingsError, StartError
-from outbox.settings import Address
 from outbox.up.child import Supervisor, end, spawn
 from outbox.up.environment import free_address, local_url
 from outbox.up.folder import DataFolder, held

@@ -2,7 +2,7 @@
 
 import pkgutil
 
-from outbox.task import Registry, load_registry
+from outbox.registry import Registry, load_registry
 
 
 def registry(further: tuple[str, ...] = ()) -> Registry:
