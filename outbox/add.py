@@ -2,42 +2,40 @@
 
 from collections.abc import Awaitable, Mapping
 from datetime import timedelta
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
 from psycopg.types.json import Jsonb
 
 from outbox.queries import query
-from outbox.task import P, Task, delay_of
+from outbox.task import P, Task
+
+
+class Options(TypedDict, total=False):
+    """What may be said of one row, where the task's default does not do."""
+
+    delay: float | timedelta
+    """Until the first attempt: seconds, or a timedelta."""
+    queue: str
+    max_retries: int
+    """How many attempts may follow the first."""
+    timeout: int
+    """Seconds that one attempt may take."""
+    unique_key: str | None
+    """At most one row that is not done may carry it."""
+    request_id: str | None
+    """Goes along in the logs of the row."""
 
 
 @overload
 def add(
-    connection: Connection[Any],
-    task: Task[P],
-    payload: P | Mapping[str, object],
-    *,
-    delay: float | timedelta | None = None,
-    queue: str | None = None,
-    max_retries: int | None = None,
-    timeout: int | None = None,
-    unique_key: str | None = None,
-    request_id: str | None = None,
+    connection: Connection[Any], task: Task[P], payload: P | Mapping[str, object], **options: Unpack[Options]
 ) -> Cursor[Any]: ...
 
 
 @overload
 def add(
-    connection: AsyncConnection[Any],
-    task: Task[P],
-    payload: P | Mapping[str, object],
-    *,
-    delay: float | timedelta | None = None,
-    queue: str | None = None,
-    max_retries: int | None = None,
-    timeout: int | None = None,
-    unique_key: str | None = None,
-    request_id: str | None = None,
+    connection: AsyncConnection[Any], task: Task[P], payload: P | Mapping[str, object], **options: Unpack[Options]
 ) -> Awaitable[AsyncCursor[Any]]: ...
 
 
@@ -45,13 +43,7 @@ def add(
     connection: Connection[Any] | AsyncConnection[Any],
     task: Task[P],
     payload: P | Mapping[str, object],
-    *,
-    delay: float | timedelta | None = None,
-    queue: str | None = None,
-    max_retries: int | None = None,
-    timeout: int | None = None,
-    unique_key: str | None = None,
-    request_id: str | None = None,
+    **options: Unpack[Options],
 ) -> Cursor[Any] | Awaitable[AsyncCursor[Any]]:
     """Adds a row that commits or rolls back with whatever else `connection` is doing.
 
@@ -62,26 +54,23 @@ def add(
         connection: the caller's open connection, inside the transaction of the change that the row belongs to.
         task: what is to be done.
         payload: the task's model, or a mapping that fits it.
-        delay: seconds (or a timedelta) until the first attempt; the task's default unless given.
-        queue: another queue than the task's default.
-        max_retries: another number of retries than the task's default.
-        timeout: another limit per attempt, in seconds, than the task's default.
-        unique_key: at most one row that is not done may carry it.
-        request_id: goes along in the logs of the row.
+        options: see `Options`.
 
     Raises:
         PayloadError: the payload does not fit the task's model; nothing was written.
+        psycopg.errors.CheckViolation: an option is out of its limits.
     """
+    delay = options.get("delay", task.delay)
     return connection.execute(
         query("add_row"),
         {
             "task": task.name,
             "payload": Jsonb(task.dump(payload)),
-            "queue": task.queue if queue is None else queue,
-            "delay": delay_of(task, delay),
-            "max_retries": task.max_retries if max_retries is None else max_retries,
-            "timeout": task.timeout if timeout is None else timeout,
-            "unique_key": unique_key,
-            "request_id": request_id,
+            "queue": options.get("queue", task.queue),
+            "delay": delay.total_seconds() if isinstance(delay, timedelta) else delay,
+            "max_retries": options.get("max_retries", task.max_retries),
+            "timeout": options.get("timeout", task.timeout),
+            "unique_key": options.get("unique_key"),
+            "request_id": options.get("request_id"),
         },
     )

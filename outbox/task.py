@@ -5,8 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
@@ -104,10 +103,3 @@ def _violations(error: ValidationError) -> str:
         f"{'.'.join(map(str, violation['loc'])) or 'payload'}: {violation['msg']}"
         for violation in error.errors(include_url=False, include_input=False)
     )
-
-
-def delay_of(task: Task[Any], delay: float | timedelta | None) -> float:
-    """Returns the seconds to wait: the caller's own wish, else the task's default."""
-    if delay is None:
-        return task.delay
-    return delay.total_seconds() if isinstance(delay, timedelta) else delay

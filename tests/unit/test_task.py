@@ -1,7 +1,7 @@
 """The task registry: what a task is, and how handlers are found."""
 
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from outbox import Context, Handler, PayloadError, Task, TaskError, handler
 from outbox.registry import load_registry
-from outbox.task import delay_of
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 
 
@@ -162,10 +161,3 @@ def test_what_is_stored_can_be_read() -> None:
     stored = task.dump(reminder)
     assert stored == {"at": "2030-01-02T00:00:00Z", "emailAddress": "a@example.com"}
     assert task.parse(stored) == reminder
-
-
-def test_the_delay_is_the_callers_or_the_tasks() -> None:
-    """Seconds or a timedelta; 0 is a wish too."""
-    assert delay_of(SEND_VERIFY_EMAIL, None) == 10
-    assert delay_of(SEND_VERIFY_EMAIL, 0) == 0
-    assert delay_of(SEND_VERIFY_EMAIL, timedelta(minutes=1.5)) == 90
