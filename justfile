@@ -6,15 +6,19 @@ bin := ".venv/bin"
 
 # List the recipes
 default:
-    @just --list --unsorted
+    @{{ just_executable() }} --list --unsorted
+
+# The test command without arguments also demands the coverage; a part of the tests cannot have it.
+coverage := "--cov --cov-report=term --cov-fail-under=90"
 
 # Run everything on this machine: API, relay, worker, and servers for whichever URL is not set
+[no-exit-message]
 up *arguments: setup
     @{{ bin }}/outbox up {{ arguments }}
 
-# Run all tests, with branch coverage over every process (arguments go to pytest)
+# Run all tests, with branch coverage over every process; or those that the arguments to pytest name
 test *arguments: setup
-    @{{ bin }}/pytest --cov --cov-report=term --cov-fail-under=90 --numprocesses=3 --dist=loadfile {{ arguments }}
+    @{{ bin }}/pytest --numprocesses=3 --dist=loadfile {{ if arguments == "" { coverage } else { arguments } }}
 
 # Check formatting, lint, types and import rules
 check: setup

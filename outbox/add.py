@@ -17,12 +17,13 @@ class Options(TypedDict, total=False):
     delay: float | timedelta
     """Until the first attempt: seconds, or a timedelta."""
     queue: str
+    """1 to 50 letters, digits, '_' or '-'; one that `OUTBOX_QUEUES` of the relays names."""
     max_retries: int
     """How many attempts may follow the first."""
     timeout: int
     """Seconds that one attempt may take."""
     unique_key: str | None
-    """At most one row that is not done may carry it."""
+    """1 to 200 characters. At most one row that is not done may carry it, and a dead row is not done."""
     request_id: str | None
     """Goes along in the logs of the row."""
 
@@ -58,8 +59,11 @@ def add(
 
     Raises:
         PayloadError: the payload does not fit the task's model; nothing was written.
+        TypeError: there is no option of that name; nothing was written.
         psycopg.errors.CheckViolation: an option is out of its limits.
     """
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"outbox.add has no option {', '.join(sorted(unknown))}")
     delay = options.get("delay", task.delay)
     return connection.execute(
         query("add_row"),

@@ -3,6 +3,7 @@
 What does not is a `ValueError` whose text goes on after "it …" and never quotes the value, which may hold a password.
 """
 
+import email.errors
 import email.headerregistry
 import email.utils
 import re
@@ -47,13 +48,12 @@ _SMTP_SCHEMES: Mapping[str, tuple[Literal["none", "tls", "starttls"], int]] = {
 }
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 _REDIS_OPTIONS = {
-    *("db", "username", "password", "socket_timeout", "socket_connect_timeout", "socket_keepalive"),
-    *("health_check_interval", "max_connections", "client_name"),
+    *("db", "username", "password", "socket_keepalive", "health_check_interval", "client_name"),
     *("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"),
     *("ssl_cert_reqs", "ssl_check_hostname", "ssl_min_version"),
 }
-"""Options of a Redis URL that leave alone what our code relies on, such as answers in bytes."""
-_REDIS_NUMBERS = {"db", "socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections"}
+"""Options of a Redis URL that leave alone what our code relies on, such as answers in bytes and its time limits."""
+_REDIS_NUMBERS = {"db", "health_check_interval"}
 
 
 def postgres_url(value: str) -> str:
@@ -121,7 +121,7 @@ def mail_from(value: str) -> str:
     address = addresses[0][1] if len(addresses) == 1 else ""
     try:
         email.headerregistry.Address(addr_spec=address)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, email.errors.HeaderParseError):  # which of them depends on the Python version
         address = ""
     if "@" not in address or re.search(r"[\r\n]", value):
         raise ValueError("must be an e-mail address, as in 'Sign-up <no-reply@example.com>'")
@@ -143,4 +143,6 @@ def http_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must start with http:// or https:// and name a host, as in https://example.com")
+    if parts.query or parts.fragment:
+        raise ValueError("must not hold '?' or '#': what links add would not be part of the path")
     return value.rstrip("/")

@@ -4,7 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
+from rq.queue import Queue
 from rq.serializers import JSONSerializer
 
 from outbox.errors import OutboxError
@@ -47,3 +49,13 @@ def deliver(row: int, number: int) -> NoReturn:
         OutboxError: always; a stock `rq worker` on these queues fails here, and the sweep takes the row back.
     """
     raise OutboxError(f"row {row}, delivery {number} is for 'python -m worker': stop the plain RQ worker on this queue")
+
+
+def queue_key(queue: str) -> str:
+    """Returns the key of an RQ queue's list."""
+    return f"{Queue.redis_queue_namespace_prefix}{queue}"
+
+
+def intermediate_key(queue: str) -> str:
+    """Returns the key of the list in which stock RQ workers keep a queue's jobs while they pop them."""
+    return IntermediateQueue.get_intermediate_queue_key(queue_key(queue))

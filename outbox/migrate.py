@@ -7,7 +7,7 @@ from yoyo import read_migrations
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import parse_uri
 
-from outbox import logs, postgres
+from outbox import logs
 from outbox.queries import query, sql_folder
 
 
@@ -40,7 +40,8 @@ def migrate(database_url: str) -> list[str]:
     Raises:
         psycopg.OperationalError: Postgres is away.
     """
-    with postgres.connect(database_url, "outbox migrate") as connection, connection.transaction():
+    # Not postgres.connect: this transaction idles for as long as the migrations take.
+    with psycopg.connect(database_url, application_name="outbox migrate") as connection:
         connection.execute(query("lock_migrations"))
         with _Backend(database_url) as backend:
             backend.init_database()

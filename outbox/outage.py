@@ -5,6 +5,7 @@ from threading import Lock
 
 from outbox import logs
 from outbox.backoff import reconnect_delay
+from outbox.verification import masked
 
 
 class Outage:
@@ -44,6 +45,6 @@ class Outage:
 
 def one_line(error: BaseException) -> str:
     """Returns an error's class and text on one line of at most 500 characters, all of which Postgres can store."""
-    text = " ".join(str(error).replace("\0", "\ufffd").encode(errors="replace").decode().split())
+    text = " ".join(masked(str(error)).replace("\0", "\ufffd").encode(errors="replace").decode().split())
     name = type(error).__name__
     return (f"{name}: {text}" if text else name)[:500]

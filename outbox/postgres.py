@@ -13,6 +13,9 @@ from outbox.queries import query, sql_folder
 AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 """What psycopg raises when the server is away, cuts the connection, or is a standby for the moment."""
 
+Connection = psycopg.Connection[dict[str, Any]]
+"""A connection whose rows are dictionaries."""
+
 LIMITS: dict[str, Any] = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -22,8 +25,12 @@ LIMITS: dict[str, Any] = {
 }
 """libpq's limits (seconds; the last in ms), so that a peer that vanished without a word is noticed."""
 
+RECONNECT_TIMEOUT = 1.0
+"""Seconds of psycopg_pool's own backoff, which doubles: left at its 300, a pool sleeps for up to 2 minutes after
+Postgres is back. When it gives up, whoever wants a connection next makes it try anew."""
 
-def connect(database_url: str, name: str) -> psycopg.Connection[dict[str, Any]]:
+
+def connect(database_url: str, name: str) -> Connection:
     """Opens a connection in autocommit mode whose rows are dictionaries.
 
     Args:
@@ -35,6 +42,7 @@ def connect(database_url: str, name: str) -> psycopg.Connection[dict[str, Any]]:
     """
     connection = psycopg.connect(database_url, autocommit=True, application_name=name, row_factory=dict_row, **LIMITS)
     set_json_loads(_loads, connection)
+    connection.execute(query("limit_session"))
     return connection
 
 

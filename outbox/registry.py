@@ -46,14 +46,15 @@ def load_registry(modules: Iterable[str | ModuleType]) -> Registry:
     """Collects the handlers that the modules declare, by the name of their task.
 
     Raises:
-        TaskError: a module cannot be imported, or two handlers claim one task.
+        TaskError: a module cannot be imported or declares no handler, or two handlers claim one task.
     """
     registry: dict[str, Handler[Any]] = {}
     for name in modules:
         module = _imported(name) if isinstance(name, str) else name
-        for found in vars(module).values():
-            if not isinstance(found, Handler):
-                continue
+        handlers = [found for found in vars(module).values() if isinstance(found, Handler)]
+        if not handlers:
+            raise TaskError(f"the module {module.__name__} declares no handler")
+        for found in handlers:
             known = registry.setdefault(found.task.name, found)
             if known is not found:
                 raise TaskError(

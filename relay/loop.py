@@ -4,13 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event
-from typing import Any
-
-import psycopg
 
 from outbox import logs, postgres
 from outbox import redis as outbox_redis
 from outbox.outage import Outage
+from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
 from relay.clock import Clock
@@ -18,18 +16,21 @@ from relay.publish import publish
 from relay.repair import repair
 from relay.rescue import rescue
 from relay.retention import BATCH as RETENTION_BATCH
-from relay.retention import retention, tell_of_unserved_queues
+from relay.retention import retention
 from relay.schedule import Schedule
 from relay.sweep import Sweep
-
-Connection = psycopg.Connection[dict[str, Any]]
+from relay.unserved import tell_of_unserved_queues
 
 SCHEDULE_INTERVAL = 1.0
 """Seconds between two looks for due jobs, unless one is known to come due earlier."""
 RESCUE_INTERVAL = 1.0
-RETENTION_INTERVAL = 60.0
+"""Seconds between two looks for expired leases: how much later than its lease a dead worker's row is offered again."""
 REPAIR_INTERVAL = 10.0
+"""Seconds between two looks for strangers' keys; whatever one of them makes fail, repairs at once."""
+RETENTION_INTERVAL = 60.0
+"""Seconds between two deletions of old rows, unless there was a full batch of them."""
 TELL_INTERVAL = 60.0
+"""Seconds between two looks for rows that nobody will hand over."""
 
 
 @dataclass

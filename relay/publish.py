@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import psycopg
 import redis
 from rq.job import Job, JobStatus
 from rq.queue import Queue
@@ -11,6 +10,7 @@ from rq.utils import now as rq_now
 
 from outbox import logs
 from outbox.jobs import Delivery, OutboxJob, deliver
+from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
 from relay.schedule import SCHEDULED_JOBS
@@ -21,7 +21,7 @@ HASH_TTL = 86_400
 Row = dict[str, Any]
 
 
-def publish(connection: psycopg.Connection[Row], client: redis.Redis, queue: str, settings: RelaySettings) -> int:
+def publish(connection: Connection, client: redis.Redis, queue: str, settings: RelaySettings) -> int:
     """Hands over one batch of a queue's rows and returns how many there were.
 
     Redis has the jobs before Postgres commits: a crash between the two leaves jobs whose delivery no row has, which
@@ -33,7 +33,7 @@ def publish(connection: psycopg.Connection[Row], client: redis.Redis, queue: str
     """
     with connection.transaction():
         rows = connection.execute(
-            query("hand_over"),
+            query("publish"),
             {"queue": queue, "window": settings.window, "horizon": settings.horizon, "batch": settings.batch},
         ).fetchall()
         if rows:

@@ -1,11 +1,11 @@
 """Making sure that Redis can serve: it takes writes, and no stranger's key stands where one of ours belongs."""
 
 import redis
-from rq.intermediate_queue import IntermediateQueue
 from rq.queue import Queue
 from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
 from outbox import logs
+from outbox.jobs import intermediate_key, queue_key
 from relay.schedule import SCHEDULED_JOBS
 
 CANARY = "outbox:canary"
@@ -30,13 +30,3 @@ def repair(client: redis.Redis, queues: list[str]) -> None:
         if actual not in (kind, b"none"):
             client.delete(key)
             logs.get().warning("deleted key", key=key, why=f"it was a {actual.decode()}, not a {kind.decode()}")
-
-
-def queue_key(queue: str) -> str:
-    """Returns the key of an RQ queue's list."""
-    return f"{Queue.redis_queue_namespace_prefix}{queue}"
-
-
-def intermediate_key(queue: str) -> str:
-    """Returns the key of the list in which stock RQ workers keep a queue's jobs while they pop them."""
-    return IntermediateQueue.get_intermediate_queue_key(queue_key(queue))

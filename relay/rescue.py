@@ -1,16 +1,13 @@
 """Taking rows from workers that died."""
 
-from typing import Any
-
-import psycopg
-
 from outbox import logs
+from outbox.postgres import Connection
 from outbox.queries import query
 
 _BATCH = 500
 
 
-def rescue(connection: psycopg.Connection[dict[str, Any]]) -> int:
+def rescue(connection: Connection) -> int:
     """Returns `running` rows whose lease has passed to `pending`, or to `dead`, and returns how many there were.
 
     Raises:

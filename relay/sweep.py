@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import psycopg
 import redis
 
 from outbox import logs
-from outbox.jobs import Delivery
+from outbox.jobs import Delivery, intermediate_key, queue_key
+from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
-from relay.repair import CANARY, intermediate_key, queue_key
+from relay.repair import CANARY
 from relay.schedule import SCHEDULED_JOBS
 
 POPPING_LIMIT = 300.0
@@ -23,8 +23,6 @@ LATENESS = 1.0
 
 SETTLING_TIME = 0.25
 """Seconds between the two steps of a sweep: in that time a worker claims what it has popped."""
-
-Connection = psycopg.Connection[dict[str, Any]]
 
 
 @dataclass

@@ -25,11 +25,7 @@ def main() -> None:
     except postgres.AWAY as error:
         logs.get().warning("Postgres is away", error=one_line(error))
 
-    # uvicorn raises the signal that stopped it once more when all is done; that should not look like a crash.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    logs.get().info("started", address=str(settings.http_server_address))
-    uvicorn.Server(
+    server = uvicorn.Server(
         uvicorn.Config(
             RequestLog(create_app(settings)),
             log_config=None,
@@ -38,7 +34,12 @@ def main() -> None:
             server_header=False,
             timeout_graceful_shutdown=round(settings.grace),
         )
-    ).run(sockets=[listener])
+    )
+    # For signals that come before uvicorn listens to them, and for the one that it raises once more in the end.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    logs.get().info("started", address=str(settings.http_server_address))
+    server.run(sockets=[listener])
     logs.get().info("stopped")
 
 

@@ -4,9 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
-from typing import Any
 
-import psycopg
 from litestar import Litestar
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
@@ -15,10 +13,11 @@ from psycopg_pool import AsyncConnectionPool
 
 from outbox import postgres
 from outbox.outage import Outage
+from outbox.queries import query
 from outbox.settings import ServiceSettings
 from service import links, probes, problems, users
 from service.passwords import Passwords
-from service.store import Store
+from service.store import AsyncConnection, Store
 from service.wakeup import Wakeup
 
 MAX_BODY = 64 * 1024
@@ -27,20 +26,25 @@ MAX_BODY = 64 * 1024
 POOL_TIMEOUT = 5.0
 """Seconds that a request waits for a connection to Postgres before it is answered with 503."""
 
-RECONNECT_TIMEOUT = 1.0
-"""Seconds of psycopg_pool's own backoff, which doubles: left at its 300, a pool sleeps for up to 2 minutes after
-Postgres is back. When it gives up, the next request makes it try anew."""
+MAX_WAITING = 500
+"""Requests that may wait for a connection; further ones are answered with 503 at once."""
+
+
+async def _limit_session(connection: AsyncConnection) -> None:
+    await connection.execute(query("limit_session"))
 
 
 def create_app(settings: ServiceSettings) -> Litestar:
     """Returns the ASGI application; it connects to Postgres when it is started."""
-    pool: AsyncConnectionPool[psycopg.AsyncConnection[dict[str, Any]]] = AsyncConnectionPool(
+    pool: AsyncConnectionPool[AsyncConnection] = AsyncConnectionPool(
         settings.database_url,
         kwargs={"autocommit": True, "row_factory": dict_row, "application_name": "outbox service", **postgres.LIMITS},
         min_size=1,
         max_size=settings.pool_size,
         timeout=POOL_TIMEOUT,
-        reconnect_timeout=RECONNECT_TIMEOUT,
+        reconnect_timeout=postgres.RECONNECT_TIMEOUT,
+        max_waiting=MAX_WAITING,
+        configure=_limit_session,
         check=AsyncConnectionPool.check_connection,
         open=False,
     )

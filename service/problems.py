@@ -10,12 +10,12 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.types import ExceptionHandlersMap
 
-from outbox import logs
+from outbox import logs, postgres
 from outbox.errors import NotMigratedError
 from outbox.outage import one_line
 from service.passwords import BusyError
 from service.schemas import Problem, Violation
-from service.store import AWAY, TakenError
+from service.store import TakenError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -108,7 +108,7 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     BusyError: _busy,
     NotMigratedError: _not_migrated,
     psycopg.errors.UndefinedTable: _never_migrated,
-    **dict.fromkeys(AWAY, _away),
+    **dict.fromkeys(postgres.AWAY, _away),
     Exception: _failed,
 }
 

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+from psycopg_pool import AsyncConnectionPool
 
 import outbox
 from outbox import postgres
@@ -21,9 +21,6 @@ from service.schemas import CreateUser, User
 from service.wakeup import Wakeup
 
 AsyncConnection = psycopg.AsyncConnection[dict[str, Any]]
-
-AWAY = (*postgres.AWAY, PoolTimeout, TooManyRequests)
-"""What stands for a Postgres that is away, here where a pool is between."""
 
 _FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
 
@@ -64,7 +61,7 @@ class Store:
         try:
             async with self.pool.connection(wait) as connection:
                 yield connection
-        except AWAY as error:
+        except postgres.AWAY as error:
             self.outage.away(error)
             raise
         self.outage.back()

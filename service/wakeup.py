@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool
 
 from outbox.queries import query
 
@@ -31,6 +31,6 @@ class Wakeup:
             try:
                 async with self._pool.connection(timeout=1) as connection:
                     await connection.execute(query("notify_relays"))
-            except (psycopg.Error, PoolTimeout):
+            except psycopg.Error:
                 pass
             await asyncio.sleep(DEBOUNCE)

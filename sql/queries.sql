@@ -22,6 +22,12 @@ SELECT pg_notify('outbox', '');
 LISTEN outbox;
 
 
+-- name: limit_session
+-- What the server may do to this session: whoever vanishes in the middle of a transaction must not hold its locks
+-- until TCP notices, and whoever waits for them must not wait for ever.
+SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false);
+
+
 -- name: applied_migrations
 -- What `outbox migrate` has applied to this database.
 SELECT migration_id FROM _yoyo_migration;
@@ -39,7 +45,7 @@ VALUES (%(username)s, %(hashed_password)s, %(full_name)s, %(email)s)
 RETURNING username, full_name, email, is_email_verified, password_changed_at, created_at;
 
 
--- name: hand_over
+-- name: publish
 -- Claims due (or soon due) rows of one queue for Redis, as far as its window has room, and marks them enqueued.
 -- Rows whose time has not come get no more than about half of the window: they must not keep due ones waiting.
 -- It is committed only after Redis has taken the jobs. Relays side by side skip each other's rows.

@@ -1,9 +1,10 @@
 """`python -m worker`: one worker, configured by the environment, stopped by SIGTERM."""
 
 import os
+import sys
 
 from outbox import logs, start
-from outbox.errors import SettingsError, TaskError
+from outbox.errors import OutboxError, SettingsError, TaskError
 from outbox.settings import WorkerSettings
 from worker.handlers import registry
 from worker.worker import OutboxWorker
@@ -17,8 +18,15 @@ def main() -> None:
         handlers = registry(settings.handlers)
     except TaskError as error:
         raise SettingsError(f"OUTBOX_HANDLERS is wrong: {error}") from error
-    finished = OutboxWorker(settings, handlers).run()
-    if not finished:
+    worker = OutboxWorker(settings, handlers)
+    try:
+        worker.run()
+    except OutboxError as error:
+        if not worker.has_unfinished:
+            raise
+        sys.stderr.write(f"{error}\n")
+        os._exit(start.EXIT_FAILED)
+    if worker.has_unfinished:
         os._exit(0)  # a handler's thread cannot be stopped; its row was given back, and the fence shuts it out
 
 

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psycopg
-
 from outbox import logs
 from outbox.jobs import Delivery
+from outbox.postgres import Connection
 from outbox.queries import query
 
 
@@ -27,9 +26,7 @@ class Claim:
     request_id: str | None
 
 
-def claim(
-    connection: psycopg.Connection[dict[str, Any]], deliveries: Sequence[Delivery], worker: str, lease: float
-) -> list[Claim]:
+def claim(connection: Connection, deliveries: Sequence[Delivery], worker: str, lease: float) -> list[Claim]:
     """Claims the rows of these deliveries, as far as they are still to be had.
 
     It locks first and judges after: a job may arrive here before the relay's transaction has committed, and the

@@ -2,7 +2,8 @@
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -22,15 +23,29 @@ def call_within(seconds: float, function: Callable[P, R], *args: P.args, **kwarg
         TimeLimitReached: it took longer than `seconds`.
     """
     limit = _Limit(seconds)
+    results: list[R] = []
     try:
         limit.start()
         try:
-            return function(*args, **kwargs)
+            results.append(function(*args, **kwargs))
         finally:
             limit.lift()
     except TimeLimitReached:
         limit.lift()  # it may have struck while it was being lifted; it strikes once only
-        raise
+        if not results:  # else the work was done, and must not be done again
+            raise
+    return results[0]
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Keeps the limit of this thread's call from striking inside the block; it strikes afterwards."""
+    limit: _Limit | None = getattr(_current, "limit", None)
+    with limit.lock if limit else nullcontext():
+        yield
+
+
+_current = threading.local()
 
 
 class _Limit:
@@ -38,13 +53,17 @@ class _Limit:
         self._thread = threading.get_ident()
         self._is_over = False
         self._has_struck = False
-        self._lock = threading.Lock()  # no strike once the call is over
+        self.lock = threading.Lock()  # whoever holds it is not struck
         self._timer = threading.Timer(seconds, self._strike)
         self._timer.daemon = True
-        self.start = self._timer.start
+
+    def start(self) -> None:
+        """Starts the time."""
+        _current.limit = self
+        self._timer.start()
 
     def _strike(self) -> None:
-        with self._lock:
+        with self.lock:
             if not self._is_over:
                 self._has_struck = True
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -53,8 +72,9 @@ class _Limit:
 
     def lift(self) -> None:
         """Ends the limit. A strike that has not been felt yet is felt here, and not later."""
-        with self._lock:
+        with self.lock:
             self._is_over = True
+        _current.limit = None
         self._timer.cancel()
         if self._has_struck:
             # The interpreter looks for it at every jump back. Taking it back instead is no way: CPython 3.11 then

@@ -13,6 +13,7 @@ from email_validator import EmailNotValidError, validate_email
 from outbox import logs
 from outbox.errors import OutboxError, SkipRetry
 from outbox.settings import WorkerSettings
+from outbox.verification import masked
 
 
 class MailError(OutboxError):
@@ -156,7 +157,7 @@ def _is_final(code: int, text: bytes) -> bool:
 
 
 def _reply(code: int, text: bytes) -> str:
-    return f"{code} {' '.join(text[:300].decode(errors='replace').split())}"
+    return f"{code} {' '.join(masked(text.decode(errors='replace')).split())[:300]}"
 
 
 def _bytes(text: bytes | str) -> bytes:

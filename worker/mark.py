@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
-from typing import Any
 
 import psycopg
 
@@ -12,6 +11,7 @@ from outbox import logs, postgres
 from outbox.backoff import reconnect_delay
 from outbox.jobs import Delivery
 from outbox.outage import one_line
+from outbox.postgres import Connection
 from outbox.queries import query
 from worker.attempt import Outcome
 from worker.claim import Claim
@@ -37,6 +37,8 @@ class Marker:
         self._held: dict[Delivery, float] = {}
         self._lock = Lock()
         self._closing = Event()
+        self.healthy = Event()
+        """Whether outcomes can be written and leases renewed, as far as is known."""
         self._thread = Thread(target=self._run, name="marker", daemon=True)
 
     def start(self) -> None:
@@ -58,28 +60,30 @@ class Marker:
         """Takes an outcome; it is written at once on a quiet system, and in batches on a busy one."""
         self._outcomes.put(outcome)
 
-    def close(self, timeout: float) -> bool:
-        """Writes what is there, ends the thread, and returns whether that worked out in `timeout` seconds."""
+    def close(self, timeout: float) -> list[Delivery]:
+        """Writes what is there and ends the thread, in `timeout` seconds; returns what could not be written by then."""
         self._closing.set()
         self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return self.held() if self._thread.is_alive() else []
 
     def _run(self) -> None:
         unwritten: list[Outcome] = []
         while True:
             try:
                 with postgres.connect(self._database_url, "outbox worker marks") as connection:
+                    self.healthy.set()
                     self._serve(connection, unwritten)
                     return
             except postgres.AWAY as error:
-                self._failures += 1
-                logs.get().debug("marks wait for Postgres", error=one_line(error), unwritten=len(unwritten))
+                if self._failures == 0:
+                    logs.get().warning("marks wait for Postgres", error=one_line(error), unwritten=len(unwritten))
             except psycopg.Error as error:  # this thread must not end: without it, no row of this worker would
-                self._failures += 1
                 logs.get().error("marks cannot be written", error=one_line(error), unwritten=len(unwritten))
+            self.healthy.clear()
+            self._failures += 1
             time.sleep(reconnect_delay(self._failures))
 
-    def _serve(self, connection: psycopg.Connection[dict[str, Any]], unwritten: list[Outcome]) -> None:
+    def _serve(self, connection: Connection, unwritten: list[Outcome]) -> None:
         renew_every = self._lease / 3
         renew_at = 0.0
         while True:
@@ -105,14 +109,14 @@ class Marker:
             return outcomes
         return outcomes
 
-    def _renew(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+    def _renew(self, connection: Connection) -> None:
         now = time.monotonic()
         with self._lock:
             held = [delivery for delivery, overtime in self._held.items() if overtime > now]
         if held:
             connection.execute(query("renew_leases"), {**_columns(held), "lease": self._lease})
 
-    def _write(self, connection: psycopg.Connection[dict[str, Any]], unwritten: list[Outcome]) -> None:
+    def _write(self, connection: Connection, unwritten: list[Outcome]) -> None:
         # The latest of each: a handler may have ended after all when its row was already given back.
         outcomes = list({outcome.delivery: outcome for outcome in unwritten}.values())
         deliveries = [outcome.delivery for outcome in outcomes]

@@ -7,11 +7,10 @@ from typing import Any
 
 import redis
 from rq.job import Job
-from rq.queue import Queue
 from rq.suspension import WORKERS_SUSPENDED
 
 from outbox import logs
-from outbox.jobs import Delivery
+from outbox.jobs import Delivery, queue_key
 from outbox.redis import BLOCK
 
 # One round trip for any number of jobs. Each queue first gives up to its share, then what shares left over is
@@ -62,7 +61,7 @@ class Queues:
         order = weighted_order(self._weights)
         shares = shares_of(count, self._weights)
         suspended, job_ids, strange = self._take(
-            keys=[WORKERS_SUSPENDED, *map(_key, order)],
+            keys=[WORKERS_SUSPENDED, *map(queue_key, order)],
             args=[count, Job.redis_job_namespace_prefix, *(shares[name] for name in order)],
         )
         if suspended:
@@ -79,7 +78,7 @@ class Queues:
         Raises:
             redis.RedisError: Redis is away.
         """
-        popped = self._client.blpop([_key(name) for name in weighted_order(self._weights)], timeout=BLOCK)
+        popped = self._client.blpop([queue_key(name) for name in weighted_order(self._weights)], timeout=BLOCK)
         taken = _ours([popped[1][:100]]) if popped else []
         for delivery in taken:
             with suppress(redis.RedisError):  # it would run out by itself, and the job must not get lost over it
@@ -117,10 +116,6 @@ def shares_of(count: int, weights: Mapping[str, int], draw: random.Random | None
         shares[name] = upto - before
         before = upto
     return shares
-
-
-def _key(queue: str) -> str:
-    return f"{Queue.redis_queue_namespace_prefix}{queue}"
 
 
 def _ours(job_ids: Iterable[Any]) -> list[Delivery]:

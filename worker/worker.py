@@ -3,30 +3,25 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Condition
-from typing import Any
-
-import psycopg
-from psycopg_pool import ConnectionPool
 
 from outbox import logs, postgres
 from outbox import redis as outbox_redis
 from outbox.context import Context
 from outbox.jobs import Delivery
 from outbox.outage import Outage
+from outbox.postgres import Connection
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
 from worker.attempt import Outcome, attempt
 from worker.claim import Claim, claim
+from worker.database import HandlerPool
 from worker.mail import Mailer
 from worker.mark import Marker
 from worker.rq_worker import RQWorker
 from worker.take import Queues, Suspended
 
-HANDLER_CONNECTIONS = 4
-"""How many connections to Postgres all handlers of a worker share."""
-
 MARKING_TIME = 5.0
-"""Seconds that the last marks may take when the worker stops."""
+"""Seconds that the last marks may take when the worker stops, even if its grace is over."""
 
 
 class OutboxWorker(RQWorker):
@@ -48,20 +43,10 @@ class OutboxWorker(RQWorker):
         self._mailer = Mailer(settings)
         self._postgres = Outage("Postgres")
         self._marker = Marker(settings.database_url, settings.lease)
-        self._database: ConnectionPool[Any] = ConnectionPool(
-            settings.database_url,
-            kwargs={"autocommit": True, "application_name": "outbox worker handlers", **postgres.LIMITS},
-            min_size=0,
-            max_size=HANDLER_CONNECTIONS,
-            check=ConnectionPool.check_connection,  # an outage must not cost the next handlers an attempt each
-            open=False,
-        )
+        self._database = HandlerPool(settings.database_url)
 
-    def run(self) -> bool:
+    def run(self) -> None:
         """Works until it is told to stop, through outages of either server.
-
-        Returns:
-            Whether every handler has ended; if not, its row was given back and the process should exit hard.
 
         Raises:
             NotMigratedError: the database lacks migrations.
@@ -71,6 +56,17 @@ class OutboxWorker(RQWorker):
         self._database.open()
         self._marker.start()
         logs.get().info("started", worker=self.name, queues=self._settings.queues, tasks=sorted(self._registry))
+        try:
+            self._work()
+        finally:
+            self._finish()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a handler outlived the worker's grace: its row was given back, and the process should exit hard."""
+        return bool(self._running)
+
+    def _work(self) -> None:
         taken: list[Delivery] = []
         while not self.stopping.is_set():
             try:
@@ -80,9 +76,8 @@ class OutboxWorker(RQWorker):
                     self._serve(connection, taken)
             except postgres.AWAY as error:
                 self.stopping.wait(self._postgres.away(error))
-        return self._finish()
 
-    def _serve(self, connection: psycopg.Connection[dict[str, Any]], taken: list[Delivery]) -> None:
+    def _serve(self, connection: Connection, taken: list[Delivery]) -> None:
         while not self.stopping.is_set():
             if not taken:
                 taken += self._take()
@@ -92,8 +87,8 @@ class OutboxWorker(RQWorker):
                 self._start(claims)
 
     def _take(self) -> list[Delivery]:
-        free = self._wait_for_slots()
-        if not free:
+        # Without marks and renewed leases, what is done here would be done again elsewhere.
+        if not self._marker.healthy.wait(1) or not (free := self._wait_for_slots()):
             return []
         try:
             self.beat(busy=bool(self._running))
@@ -135,12 +130,16 @@ class OutboxWorker(RQWorker):
             self._running.pop(claimed.delivery, None)
             self._changed.notify_all()
 
-    def _finish(self) -> bool:
-        """Lets handlers end, gives back what does not, writes the last marks, and signs off."""
+    def _finish(self) -> None:
+        """Lets handlers end, signs off, gives back what did not end, and writes the last marks."""
         deadline = time.monotonic() + self._settings.grace
         with self._changed:
             while self._running and not self.hurry.is_set() and time.monotonic() < deadline:
                 self._changed.wait(0.2)
+        self.sign_off()
+        self._handlers.shutdown(wait=False, cancel_futures=True)
+        # Last, so that a handler that is given up has no time left to end all the same while its row is another's.
+        with self._changed:
             unfinished = list(self._running.values())
             for claimed in unfinished:
                 self._marker.put(
@@ -148,9 +147,8 @@ class OutboxWorker(RQWorker):
                         claimed.delivery, "pending", claimed.attempt - 1, error="given back: the worker was stopped"
                     )
                 )
-        marked = self._marker.close(MARKING_TIME)
-        self.sign_off()
-        self._handlers.shutdown(wait=False, cancel_futures=True)
+        if unmarked := self._marker.close(max(MARKING_TIME, deadline - time.monotonic())):
+            # Their leases run out, and they are done again.
+            logs.get().warning("marks are lost", rows=[delivery.row for delivery in unmarked])
         self._database.close(timeout=1)
-        logs.get().info("stopped", worker=self.name, given_back=len(unfinished), all_marked=marked)
-        return not unfinished
+        logs.get().info("stopped", worker=self.name, given_back=len(unfinished))

@@ -7,6 +7,9 @@ from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+AGAIN = 0.5
+"""Seconds within which signals are one request: one Ctrl-C may arrive twice, from the terminal and from `just`."""
+
 
 class Stopped(Exception):  # noqa: N818 - it says what was asked for, and is no error
     """Somebody asked this process to stop."""
@@ -18,6 +21,7 @@ class StopSignals:
     def __init__(self) -> None:
         # A plain number: a handler that took a lock could meet the main thread holding it.
         self._requests = 0
+        self._asked_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -52,4 +56,8 @@ class StopSignals:
             raise Stopped
 
     def _handle(self, _: int, __: FrameType | None) -> None:
-        self._requests += 1
+        now = time.monotonic()
+        if not self._requests:
+            self._requests, self._asked_at = 1, now
+        elif now - self._asked_at > AGAIN:
+            self._requests = 2

@@ -19,10 +19,10 @@ from outbox.errors import StartError
 from outbox.migrate import migrate
 from outbox.up.catcher import catch_mails
 from outbox.up.child import POLL, Supervisor
-from outbox.up.embedded import embedded_postgres, embedded_redis
+from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
 from outbox.up.environment import UpSettings, for_processes, free_address, is_set, local_url, read_settings
 from outbox.up.folder import DataFolder, held
-from outbox.up.processes import NAMES, Kept, Program, Watch
+from outbox.up.processes import NAMES, Program, Watch
 from outbox.up.signals import Stopped, StopSignals
 from outbox.up.stream import Stream
 
@@ -68,7 +68,7 @@ def _start_and_watch(
     folder.stop_leftovers(signals.wait)
     settings = replace(settings, address=free_address(settings.address))
     supervisor = Supervisor(signals.wait, folder.remember, signals.hurried)
-    kept: list[Kept] = []
+    kept: list[EmbeddedServer] = []
     provided = {"SECRET_KEY": folder.secret_key()}
     if not is_set("DATABASE_URL"):
         logs.get().info("starting Postgres", folder=str(folder.path / "postgres"))
@@ -89,7 +89,7 @@ def _start_and_watch(
     watch = Watch([*kept, *programs])
     try:
         _await_ready(settings, programs[-1], watch, stream, signals)
-        _say_ready(settings, None if is_set("SMTP_URL") else folder.mails, stream)
+        _say_ready(settings, None if is_set("SMTP_URL") else folder.mails, kept, stream)
         while True:
             signals.wait(_LOOK)
             watch.look()
@@ -156,23 +156,25 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _say_ready(settings: UpSettings, mails: Path | None, stream: Stream) -> None:
+def _say_ready(settings: UpSettings, mails: Path | None, kept: list[EmbeddedServer], stream: Stream) -> None:
     api = local_url(settings.address)
     user = {"username": "alice", "password": "open-sesame-42", "full_name": "Alice Doe", "email": "alice@example.com"}
     curl = f"curl -i {api}/v1/users -H 'content-type: application/json' -d {shlex.quote(json.dumps(user))}"
     caught = str(mails) if mails else "sent to the server in SMTP_URL"
     if settings.log_json:
-        logs.get().info("ready", api=api, docs=f"{api}/schema", mails=caught, curl=curl)
+        urls = {server.name: server.url for server in kept}
+        logs.get().info("ready", api=api, docs=f"{api}/schema", mails=caught, servers=urls, curl=curl)
     else:
         logs.get().info("ready", api=api)
+        servers = "".join(f"  {server.name:<9}{server.url}  (pid {server.process.pid})\n" for server in kept)
         stream.paragraph(
             f"""
-  API    {api}
-  docs   {api}/schema
-  mails  {caught}
-  stop   Ctrl-C
+  API      {api}
+  docs     {api}/schema
+  mails    {caught}
+{servers}  stop     Ctrl-C
 
-Create a user, and watch for the link in the mail:
+Create a user. The log shows the mail and its link ten seconds later, or after VERIFY_EMAIL_DELAY if you set it:
 
 {curl}
 """

@@ -127,6 +127,14 @@ def test_options_beyond_the_limits_are_refused(connection: Connection, options: 
     assert _rows(connection) == []
 
 
+def test_a_misspelt_option_is_refused(connection: Connection) -> None:
+    """A typed dictionary is the type checker's business alone, and not every caller has one."""
+    options: Any = {"max_retry": 1, "dealy": 5}
+    with pytest.raises(TypeError, match="dealy, max_retry"):
+        outbox.add(connection, REPORT, {"month": 1}, **options)
+    assert _rows(connection) == []
+
+
 def test_a_unique_key_is_taken_until_its_row_is_done(connection: Connection) -> None:
     """A second row with the key is not written, while the first is pending, running or dead; done frees it."""
 

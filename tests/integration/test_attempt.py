@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 import pytest
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, PoolTimeout
 from pydantic import BaseModel
 from structlog.testing import capture_logs
 
@@ -19,6 +19,7 @@ from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from worker.attempt import UNKNOWN_TASK_DELAY, Outcome, attempt
 from worker.claim import Claim, claim
+from worker.database import HandlerPool
 from worker.limit import TimeLimitReached, call_within
 from worker.mark import Marker
 
@@ -186,7 +187,7 @@ def test_errors_can_be_stored_and_read(connection: Connection, database_url: str
     for claimed, function in zip(claims, functions, strict=True):
         marker.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context))
     marker.start()
-    assert marker.close(5)
+    assert marker.close(5) == []
     rows = [read_row(connection, claimed.delivery) for claimed in claims]
     assert [row["status"] for row in rows] == ["pending"] * 4 + ["dead"] * 4
     for row in rows:
@@ -251,3 +252,35 @@ def test_the_time_limit_strikes_its_own_thread() -> None:
     for thread in threads:
         thread.join(5)
     assert results == {"short": "struck", "long": "returned"}
+
+
+def test_the_time_limit_tears_no_connection_out_of_the_pool(database_url: str) -> None:
+    """Attempts whose limit strikes while they wait for a connection, or give one back, cost the pool none."""
+    pool = HandlerPool(database_url)
+    pool.open()
+    free = threading.Event()
+
+    def hold() -> None:
+        with pool.connection():
+            free.wait(10)
+
+    holders = [threading.Thread(target=hold) for _ in range(pool.max_size)]
+    for holder in holders:
+        holder.start()
+
+    def want() -> None:
+        with pool.connection(timeout=0.5):
+            pass
+
+    try:
+        for _ in range(3):
+            with pytest.raises((TimeLimitReached, PoolTimeout)):
+                call_within(0.1, want)
+        free.set()
+        for holder in holders:
+            holder.join()
+        for _ in range(2 * pool.max_size):
+            want()
+    finally:
+        free.set()
+        pool.close()

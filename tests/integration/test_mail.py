@@ -244,6 +244,20 @@ def test_a_password_that_no_login_can_carry_is_not_quoted() -> None:
     assert "xe4" not in str(caught.value)
 
 
+def test_a_quoted_link_is_masked() -> None:
+    """Mail servers quote the link that they dislike; the code in it must reach neither the log nor the row."""
+    quoted = b"554 bad link http://x/v1/verify_email?email_id=1&secret_code=3D0123abcdef of yours, secret_code%3D456789"
+    with serve_script(replies={"DATA": quoted}) as server:
+        sender = mailer(server.url)
+        with capture_logs() as lines, pytest.raises(MailError) as caught:
+            sender.send(mail())
+        for text in (str(caught.value), str(lines)):
+            assert "bad link" in text
+            assert "abcdef" not in text
+            assert "456789" not in text
+        close(sender)
+
+
 def test_data_refused_before_the_mail() -> None:
     """A DATA command that is answered with 4xx or 5xx is a refusal like any other."""
     with serve_script(replies={"DATA": b"554 5.7.0 no mails today"}) as server:

@@ -87,7 +87,7 @@ def test_the_newest_outcome_of_a_delivery_counts(connection: Connection, databas
     marker.put(Outcome(delivery, "pending", 0, error="given back"))
     marker.put(Outcome(delivery, "done", 1))
     marker.start()
-    assert marker.close(5)
+    assert marker.close(5) == []
     assert read_row(connection, delivery)["status"] == "done"
 
 
@@ -125,9 +125,9 @@ def test_outcomes_wait_for_postgres(own_postgres: EmbeddedServer) -> None:
     take_down(own_postgres)
     for one in claims:
         marker.put(Outcome(one.delivery, "done", 1))
-    assert not marker.close(0.3), "they cannot be written now"
+    assert marker.close(0.3) == [one.delivery for one in claims], "they cannot be written now"
     own_postgres.restart()
-    assert marker.close(20)
+    assert marker.close(20) == []
     with postgres.connect(own_postgres.url, "test") as connection:
         assert {read_row(connection, one.delivery)["status"] for one in claims} == {"done"}
 
@@ -160,6 +160,6 @@ def test_nothing_held_and_nothing_to_write_ends_at_once(database_url: str) -> No
     """Closing waits for nobody."""
     marker = Marker(database_url, lease=15)
     marker.start()
-    assert marker.close(5)
+    assert marker.close(5) == []
     assert marker.held() == []
     assert Delivery(1, 1) not in marker.held()

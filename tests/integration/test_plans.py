@@ -22,7 +22,7 @@ _OUTCOMES = {
     "errors": [None] * 32,
 }
 STATEMENTS: dict[str, dict[str, Any]] = {
-    "hand_over": {"queue": "default", "window": 10_000, "horizon": 60.0, "batch": 500},
+    "publish": {"queue": "default", "window": 10_000, "horizon": 60.0, "batch": 500},
     "sweep_candidates": {"grace": 2.0},
     "sweep": {"ids": _MANY, "deliveries": [1] * len(_MANY)},
     "rescue": {"batch": 500},
@@ -36,7 +36,7 @@ STATEMENTS: dict[str, dict[str, Any]] = {
 """Every statement of relay and worker that touches the outbox, with parameters as they come."""
 
 INDEXES = {
-    "hand_over": "outbox_pending",
+    "publish": "outbox_pending",
     "sweep_candidates": "outbox_enqueued",
     "rescue": "outbox_running",
     "retention": "outbox_done",
@@ -127,7 +127,7 @@ def test_a_long_backlog_is_handed_over_by_index(connection: Connection, mode: st
     """After a long outage most of the table may be pending; a batch is found by index all the same."""
     connection.execute("INSERT INTO outbox (task, payload) SELECT 't', '{}' FROM generate_series(1, 30000)")
     connection.execute("ANALYZE outbox")
-    assert not _scans_everything(_plan(connection, "hand_over", mode))
+    assert not _scans_everything(_plan(connection, "publish", mode))
 
 
 @pytest.mark.parametrize(("name", "index"), INDEXES.items())

@@ -6,7 +6,8 @@ import psycopg
 from structlog.testing import capture_logs
 
 from outbox.settings import RelaySettings
-from relay.retention import BATCH, retention, tell_of_unserved_queues
+from relay.retention import BATCH, retention
+from relay.unserved import tell_of_unserved_queues
 
 Connection = psycopg.Connection[dict[str, Any]]
 

@@ -16,12 +16,15 @@ from structlog.testing import capture_logs
 
 from outbox import redis as outbox_redis
 from outbox.jobs import Delivery
+from outbox.settings import WorkerSettings
 from outbox.up.embedded import EmbeddedServer
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import Process, Stack, take_down
 from tests.support.waiting import eventually
+from worker.mark import Marker
 from worker.take import Queues, Suspended
+from worker.worker import OutboxWorker
 
 HANDLERS = '''
 """Handlers of a test."""
@@ -275,3 +278,19 @@ def test_postgres_away_at_the_start(stack: Stack, own_postgres: EmbeddedServer, 
         eventually(lambda: is_done(connection, row), 10, "the row")
     assert len(worker.events("Postgres is away")) == 1
     assert worker.stop() == 0
+
+
+def test_nothing_is_claimed_that_could_not_be_marked(worker_settings: WorkerSettings, connection: Connection) -> None:
+    """A worker that can claim and not mark would send mail after mail; it takes nothing until it can."""
+    row = add_row(connection)
+    worker = OutboxWorker(worker_settings, {})
+    healthy, worker._marker = worker._marker, Marker("postgresql://nobody@/none?host=/nowhere", lease=15)
+    offer(worker._client, row.job_id)
+    worker._marker.start()
+    eventually(lambda: worker._marker._failures > 1, 5, "the marker has tried")
+    assert worker._take() == []
+    worker._marker = healthy
+    healthy.start()
+    assert eventually(worker._take, 5, "it takes the job") == [row]
+    healthy.close(5)
+    worker.sign_off()

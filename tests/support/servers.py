@@ -35,6 +35,8 @@ def choice_of(variable: str, image: str, embedded: str) -> Choice:
         return Choice("given", f"given by {variable}")
     if _engine_has(image):
         return Choice("container", f"container {image}")
+    if os.environ.get("TEST_REQUIRE_CONTAINERS"):
+        raise RuntimeError(f"no Docker engine has the image {image}, and TEST_REQUIRE_CONTAINERS is set")
     return Choice("embedded", f"embedded {embedded}")
 
 

@@ -1,0 +1,16 @@
+"""Telling of rows that nobody will hand over."""
+
+from outbox import logs
+from outbox.postgres import Connection
+from outbox.queries import query
+from outbox.settings import RelaySettings
+
+
+def tell_of_unserved_queues(connection: Connection, settings: RelaySettings) -> None:
+    """Logs an error for each queue that holds rows and is not in `OUTBOX_QUEUES`.
+
+    Raises:
+        psycopg.OperationalError: Postgres is away.
+    """
+    for row in connection.execute(query("unserved_queues"), {"queues": list(settings.queues)}):
+        logs.get().error("rows wait in a queue that OUTBOX_QUEUES does not name", queue=row["queue"], rows=row["rows"])
