@@ -44,7 +44,8 @@ def check_supported(client: redis.Redis) -> None:
         redis.RedisError: it is away.
     """
     info = client.info()
-    check_server(str(info.get("redis_version", "0")), str(info.get("redis_mode", "standalone")))
+    mode = info.get("redis_mode") or info.get("server_mode", "standalone")  # Redis' word, and Valkey's
+    check_server(str(info.get("redis_version", "0")), str(mode))
 
 
 def check_server(version: str, mode: str) -> None:

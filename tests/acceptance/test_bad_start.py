@@ -14,6 +14,7 @@ from outbox.up.embedded import EmbeddedServer, embedded_redis
 from tests.conftest import Connection
 from tests.support.mailbox import link_in, serve_mailbox
 from tests.support.processes import SECRET_KEY, Process, Stack
+from tests.support.servers import cluster_settings
 from tests.support.waiting import eventually
 
 SECRET = "hunter2"
@@ -101,7 +102,7 @@ def test_a_host_that_cannot_be(stack: Stack) -> None:
 
 def test_a_redis_cluster(stack: Stack, tmp_path: Path) -> None:
     """Relay and worker refuse a Redis in cluster mode with a sentence."""
-    with embedded_redis(tmp_path / "cluster", settings=["cluster-enabled yes"]) as server:
+    with embedded_redis(tmp_path / "cluster", settings=cluster_settings()) as server:
         processes = [stack.start(module, REDIS_URL=server.url) for module in ("relay", "worker")]
         assert [process.wait() for process in processes] == [1, 1]
     for process in processes:

@@ -104,6 +104,7 @@ def test_redis_holds_no_payload_and_no_code(
         assert b"\x80" not in data
 
 
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning")  # rq-scheduler's own
 def test_a_row_whose_time_has_not_come_is_scheduled(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:

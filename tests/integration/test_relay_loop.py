@@ -20,6 +20,7 @@ from outbox.queries import query
 from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
 from relay.loop import Relay
+from tests.support.servers import cluster_settings
 from tests.support.waiting import eventually
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -267,7 +268,7 @@ def test_an_unmigrated_database_ends_it(
 def test_a_cluster_ends_it(relay_settings: RelaySettings, tmp_path: Path) -> None:
     """RQ cannot work on a Redis cluster: a sentence at once, and not an outage for ever."""
     with (
-        embedded_redis(tmp_path, settings=["cluster-enabled yes"]) as server,
+        embedded_redis(tmp_path, settings=cluster_settings()) as server,
         pytest.raises(UnsupportedRedisError, match="names a Redis cluster"),
     ):
         Relay(_with(relay_settings, redis_url=server.url), Event()).run()

@@ -14,6 +14,7 @@ import docker
 import docker.errors
 
 from outbox.up.embedded import embedded_postgres, embedded_redis
+from tests.support.mailbox import free_port
 
 POSTGRES_IMAGE = os.environ.get("TEST_POSTGRES_IMAGE", "postgres:18-alpine")
 REDIS_IMAGE = os.environ.get("TEST_REDIS_IMAGE", "redis:8-alpine")
@@ -109,6 +110,13 @@ def _get(engine: docker.DockerClient, image: str) -> None:
         engine.images.get(image)
     except docker.errors.ImageNotFound:
         engine.images.pull(image)
+
+
+def cluster_settings() -> list[str]:
+    """Returns the settings of a Redis in cluster mode, on ports that no other test uses at the same time."""
+    while (port := free_port()) > 50_000:
+        pass
+    return ["cluster-enabled yes", "bind 127.0.0.1", f"port {port}"]  # its bus is on the port 10,000 higher
 
 
 def with_database(url: str, name: str) -> str:
