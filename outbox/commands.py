@@ -25,7 +25,7 @@ def migrate() -> None:
     apply_migrations(settings.database_url)
 
 
-@outbox.command()
+@outbox.command(short_help="Run everything here, for development.")
 @click.option(
     "--data",
     type=click.Path(file_okay=False, readable=False, path_type=Path),

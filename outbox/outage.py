@@ -17,11 +17,6 @@ class Outage:
         self._since = 0.0
         self._lock = Lock()
 
-    @property
-    def is_on(self) -> bool:
-        """Whether the last that was heard of the server was a failure."""
-        return self._failures > 0
-
     def away(self, error: Exception) -> float:
         """Takes note of a failure, logs the first of a row, and returns the seconds to wait before the next try."""
         with self._lock:
