@@ -294,3 +294,25 @@ def test_nothing_is_claimed_that_could_not_be_marked(worker_settings: WorkerSett
     assert eventually(worker._take, 5, "it takes the job") == [row]
     healthy.close(5)
     worker.sign_off()
+
+
+def test_a_worker_that_must_fail_ends_what_it_runs(
+    stack: Stack, connection: Connection, redis_client: redis.Redis
+) -> None:
+    """Back at a database that is not migrated any more, it ends, marks and signs off in order before it fails."""
+    worker, row, go = waiting(stack, connection, redis_client)
+    connection.execute("DELETE FROM _yoyo_migration")
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'outbox worker claims' AND datname = current_database()"
+    )
+    offer(redis_client, add_row(connection).job_id)  # it notices at its next claim
+    eventually(lambda: worker.events("Postgres is away"), 10, "it has lost its connection")
+    assert worker.is_up(), "the handler still runs"
+    go.touch()
+    assert worker.wait(20) == 1
+    assert "run 'outbox migrate'" in worker.text()
+    assert "Traceback" not in worker.text()
+    assert is_done(connection, row)
+    assert [line["given_back"] for line in worker.events("stopped")] == [0]
+    assert not redis_client.smembers("rq:workers"), "it is off RQ's list"
