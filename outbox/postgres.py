@@ -10,8 +10,14 @@ from pydantic_core import from_json
 from outbox.errors import NotMigratedError
 from outbox.queries import query, sql_folder
 
-AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
-"""What psycopg raises when the server is away, cuts the connection, or is a standby for the moment."""
+AWAY = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    psycopg.errors.ReadOnlySqlTransaction,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+)
+"""What psycopg raises when the server is away, cuts the connection, is a standby for the moment, or took us for gone
+because this process was paused in the middle of a transaction."""
 
 Connection = psycopg.Connection[dict[str, Any]]
 """A connection whose rows are dictionaries."""
