@@ -18,7 +18,7 @@ up *arguments: setup
 
 # Run all tests, with branch coverage over every process; or those that the arguments to pytest name
 test *arguments: setup
-    @{{ bin }}/pytest --numprocesses=3 --dist=loadfile {{ if arguments == "" { coverage } else { arguments } }}
+    @{{ bin }}/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder {{ if arguments == "" { coverage } else { arguments } }}
 
 # Check formatting, lint, types and import rules
 check: setup

@@ -115,9 +115,12 @@ def mailbox() -> Iterator[Mailbox]:
 
 
 @pytest.fixture
-def stack(tmp_path: Path, database_url: str, redis_url: str, mailbox: Mailbox) -> Iterator[Stack]:
+def stack(
+    request: pytest.FixtureRequest, tmp_path: Path, database_url: str, redis_url: str, mailbox: Mailbox
+) -> Iterator[Stack]:
     """The three processes, to be started by the test."""
     opened = Stack(tmp_path, database_url, redis_url, mailbox.url)
+    opened.measured = request.node.get_closest_marker("unmeasured") is None
     yield opened
     opened.close()
 

@@ -27,6 +27,8 @@ class Mailer:
         self._server = settings.smtp_server
         self._timeout = settings.smtp_timeout
         self._sender = deliverable(parseaddr(settings.mail_from)[1])
+        # One for all connections: reading the system's certificates takes longer than a mail.
+        self._tls = None if settings.smtp_server.security == "none" else ssl.create_default_context()
         self._local = threading.local()
 
     def send(self, message: EmailMessage) -> None:
@@ -90,15 +92,14 @@ class Mailer:
 
     def _connect(self) -> smtplib.SMTP:
         server = self._server
-        context = ssl.create_default_context()
         smtp: smtplib.SMTP
         if server.security == "tls":
-            smtp = smtplib.SMTP_SSL(server.host, server.port, timeout=self._timeout, context=context)
+            smtp = smtplib.SMTP_SSL(server.host, server.port, timeout=self._timeout, context=self._tls)
         else:
             smtp = smtplib.SMTP(server.host, server.port, timeout=self._timeout)
         try:
             if server.security == "starttls":
-                smtp.starttls(context=context)
+                smtp.starttls(context=self._tls)
             smtp.ehlo_or_helo_if_needed()
             if server.user is not None and server.password is not None:
                 smtp.login(server.user, server.password)

@@ -25,6 +25,8 @@ from tests.support.mailbox import Mailbox, serve_mailbox
 from tests.support.processes import QUICK, Process, Stack, add_users
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.unmeasured
+
 SCHEDULED = "rq:scheduler:scheduled_jobs"
 
 GARBAGE_IDS = [

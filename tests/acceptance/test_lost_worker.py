@@ -7,6 +7,8 @@ from tests.support.mailbox import Mailbox, free_port, serve_mailbox
 from tests.support.processes import QUICK, Stack, add_users
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.unmeasured
+
 
 @pytest.fixture
 def stack(stack: Stack) -> Stack:

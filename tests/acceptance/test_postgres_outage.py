@@ -14,6 +14,8 @@ from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Stack, add_users, take_down
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.unmeasured
+
 RECOVERY = 3.0
 """Seconds after which the service must be ready again once Postgres accepts connections."""
 

@@ -12,6 +12,8 @@ from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Stack, add_users, take_down
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.unmeasured
+
 PATIENCE = 2.0
 """Seconds that a create may take at most on a busy machine of two cores; a wait for Redis would take 5."""
 

@@ -13,6 +13,8 @@ from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Process, Stack, add_users
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.unmeasured
+
 ROWS = 2000
 SOME = 800
 

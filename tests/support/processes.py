@@ -31,13 +31,13 @@ QUICK = {
 class Process:
     """One running process, its log and its end."""
 
-    def __init__(self, module: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, module: str, environment: Mapping[str, str], log: Path, *, measured: bool = True) -> None:
         self.module = module
         self.log = log
         with log.open("wb") as output:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", module],
-                env={**_clean_environment(), "LOG_FORMAT": "json", **environment},
+                env={**_clean_environment(measured=measured), "LOG_FORMAT": "json", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -88,6 +88,9 @@ class Process:
 class Stack:
     """Any number of services, relays and workers on one database, Redis and mailbox. Ends all that it started."""
 
+    measured = True
+    """Whether the processes measure their coverage, which makes each start and each row dearer."""
+
     def __init__(self, folder: Path, database_url: str, redis_url: str, smtp_url: str) -> None:
         self.folder = folder
         self.port = free_port()
@@ -111,7 +114,7 @@ class Stack:
     def start(self, module: str, **environment: str) -> Process:
         """Starts `python -m module` without waiting for it."""
         log = self.folder / f"{module}-{len(self.processes)}.log"
-        process = Process(module, {**self.environment, **environment}, log)
+        process = Process(module, {**self.environment, **environment}, log, measured=self.measured)
         self.processes.append(process)
         return process
 
@@ -199,7 +202,8 @@ def _answer(request: urllib.request.Request) -> tuple[int, dict[str, Any]]:
         return 0, {}
 
 
-def _clean_environment() -> dict[str, str]:
+def _clean_environment(*, measured: bool) -> dict[str, str]:
     """Returns this environment without what configures the processes, and without the tests' own servers."""
     ours = ("OUTBOX_", "DATABASE_URL", "REDIS_URL", "SMTP_", "MAIL_", "HTTP_SERVER", "PUBLIC_URL", "VERIFY_", "LOG_")
-    return {name: value for name, value in os.environ.items() if not name.startswith((*ours, "SECRET_KEY", "TEST_"))}
+    left_out = (*ours, "SECRET_KEY", "TEST_", *(() if measured else ("COVERAGE_",)))
+    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)}

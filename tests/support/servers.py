@@ -63,7 +63,7 @@ def postgres_server(folder: Path) -> Iterator[str]:
         with PostgresContainer(POSTGRES_IMAGE, username="outbox", password="outbox", dbname="outbox") as container:
             yield container.get_connection_url(driver=None)
     else:
-        with embedded_postgres(folder, settings=["fsync=off", "max_connections=200"]) as server:
+        with embedded_postgres(folder, settings=["fsync=off", "max_connections=200", "autovacuum=off"]) as server:
             yield server.url
 
 
