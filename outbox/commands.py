@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from outbox import logs
+from outbox.dead_commands import dead
 from outbox.errors import StartError
 from outbox.migrate import migrate as apply_migrations
 from outbox.settings import DatabaseSettings
@@ -48,3 +49,6 @@ def up(data: Path) -> None:
             raise
         raise StartError(EXTRA_MISSING) from None
     stack.run(data)
+
+
+outbox.add_command(dead)

@@ -9,6 +9,14 @@ class SettingsError(OutboxError):
     """An environment variable is missing or wrong."""
 
 
+class UsageError(OutboxError):
+    """A command's arguments do not go together, or one of them cannot be; nothing was done."""
+
+
+class NotDeadError(OutboxError):
+    """A command for dead rows was given ids of rows that are not dead, or that do not exist."""
+
+
 class NotMigratedError(OutboxError):
     """The database lacks migrations that this version needs."""
 

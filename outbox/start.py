@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import psycopg
 
-from outbox.errors import OutboxError, SettingsError
+from outbox.errors import OutboxError, SettingsError, UsageError
 from outbox.outage import one_line
 
 EXIT_SETTINGS = 2
@@ -13,10 +13,10 @@ EXIT_FAILED = 1
 
 
 def run(main: Callable[[], object]) -> None:
-    """Runs a process' main function and exits with its code: 2 for wrong settings, 1 for what it cannot work with."""
+    """Runs a process' main function and exits with its code: 2 for wrong settings or arguments, 1 for the rest."""
     try:
         main()
-    except SettingsError as error:
+    except (SettingsError, UsageError) as error:
         fail(str(error), EXIT_SETTINGS)
     except OutboxError as error:
         fail(str(error), EXIT_FAILED)

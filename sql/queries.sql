@@ -104,22 +104,15 @@ WHERE outbox.id = lost.id
 RETURNING outbox.id, delivery, task, queue, request_id;
 
 
--- name: rescue
--- Takes rows from workers whose lease has passed; dead when the attempts are used up.
-WITH expired AS (
-    SELECT id
-    FROM outbox
-    WHERE status = 'running' AND lease_until < now()
-    ORDER BY lease_until
-    LIMIT %(batch)s
-    FOR UPDATE SKIP LOCKED
-)
-UPDATE outbox
-SET status = CASE WHEN attempts > max_retries THEN 'dead' ELSE 'pending' END,
-    lease_until = NULL,
-    last_error = 'the worker ' || coalesce(worker, '?') || ' vanished: it did not renew its lease in time'
-WHERE id = ANY (ARRAY(SELECT id FROM expired))
-RETURNING id, delivery, task, queue, status, attempts, request_id;
+-- name: expired
+-- Rows whose lease has passed, held until it is written what becomes of them. One that is being renewed or marked
+-- at this moment is left to its worker.
+SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
+FROM outbox
+WHERE status = 'running' AND lease_until < now()
+ORDER BY lease_until
+LIMIT %(batch)s
+FOR UPDATE SKIP LOCKED;
 
 
 -- name: retention
@@ -177,7 +170,8 @@ WHERE outbox.id = held.id;
 
 
 -- name: mark
--- Writes what became of a batch of attempts; returns the rows that were still this delivery's to write.
+-- Writes what became of a batch of attempts, by their worker or by the rescue; returns the rows that were still
+-- this delivery's to write.
 WITH outcome AS (
     SELECT job.*
     FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[], %(statuses)s::text[],
@@ -198,6 +192,73 @@ SET status = outcome.status,
 FROM outcome
 WHERE outbox.id = outcome.id
 RETURNING outbox.id, outbox.delivery;
+
+
+-- name: count_dead
+-- How many rows are dead, of one task or of all.
+SELECT count(*) AS rows
+FROM outbox
+WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
+
+
+-- name: list_dead
+-- The newest dead rows for an operator's table; of a payload only its beginning.
+SELECT id, task, attempts, max_retries, extract(epoch FROM now() - started_at)::float8 AS age, last_error,
+       left(payload::text, %(payload_limit)s) AS payload
+FROM outbox
+WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s)
+ORDER BY id DESC
+LIMIT %(limit)s;
+
+
+-- name: list_dead_json
+-- The same rows whole, for programs. Postgres writes the JSON, so that no number in a payload is rounded.
+SELECT to_json(outbox)::text AS document
+FROM outbox
+WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s)
+ORDER BY id DESC
+LIMIT %(limit)s;
+
+
+-- name: show_row
+-- All of one row, for an operator and for programs.
+SELECT status, task, queue, attempts, max_retries, last_error, worker, unique_key, request_id,
+       date_trunc('second', created_at)::text AS created_at, date_trunc('second', started_at)::text AS started_at,
+       jsonb_pretty(payload) AS payload, to_json(outbox)::text AS document
+FROM outbox
+WHERE id = %(id)s;
+
+
+-- name: dead_ids
+-- Every row that is dead now, of one task or of all: what a command that takes all of them works off in batches.
+SELECT coalesce(array_agg(id ORDER BY id), '{}') AS ids
+FROM outbox
+WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
+
+
+-- name: retry_dead
+-- Gives dead rows all their attempts again, from now on. Their delivery goes on counting: it is the fence.
+-- Of two operators who retry a row at the same moment, the second waits and then finds it dead no more.
+WITH dead AS (
+    SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR UPDATE
+)
+UPDATE outbox
+SET status = 'pending', attempts = 0, run_at = now(), lease_until = NULL, worker = NULL
+WHERE id = ANY (ARRAY(SELECT id FROM dead))
+RETURNING id;
+
+
+-- name: discard_dead
+-- Deletes dead rows.
+WITH dead AS (
+    SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR UPDATE
+)
+DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM dead)) RETURNING id;
+
+
+-- name: statuses
+-- What rows are, to tell an operator who took them for dead.
+SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 
 
 -- name: verification_recipient

@@ -11,7 +11,10 @@ from typing import IO, TextIO, cast
 from rich.console import Console
 from rich.text import Text
 
+from outbox.printable import printable
+
 _NAME_WIDTH = 8
+_TAB = "\t"
 _NAME_STYLES = {"service": "cyan", "relay": "magenta", "worker": "green"}
 _LEVEL_STYLES = {"debug": "dim", "warning": "yellow", "error": "bold red", "critical": "bold red"}
 _OWN_FIELDS = frozenset({"event", "level", "timestamp", "process", "exception"})
@@ -105,13 +108,15 @@ def _rendered(process: str, event: dict[str, object]) -> Text:
     level_style = _LEVEL_STYLES.get(str(event.get("level", "info")), "")
     line = Text().append(_local_time(event.get("timestamp")), style="dim")
     line.append(f"  {process:<{_NAME_WIDTH}}", style=_NAME_STYLES.get(process, "bold"))
-    line.append(f"  {_printable(str(event['event']))}", style=level_style or "bold" if "level" in event else "")
+    line.append(
+        f"  {printable(str(event['event']), keep=_TAB)}", style=level_style or "bold" if "level" in event else ""
+    )
     for name, value in event.items():
         if name not in _OWN_FIELDS:
             line.append(f"  {name}=", style="dim")
             line.append(_value(value), style=level_style)
     for text in str(event.get("exception", "")).splitlines():
-        line.append(f"\n{'':10}{process:<{_NAME_WIDTH}}  {_printable(text)}", style="red")
+        line.append(f"\n{'':10}{process:<{_NAME_WIDTH}}  {printable(text, keep=_TAB)}", style="red")
     return line
 
 
@@ -130,10 +135,3 @@ def _value(value: object) -> str:
         return value  # a link: it must stay one that a terminal opens
     text = json.dumps(value, ensure_ascii=False)
     return text if text.isprintable() else json.dumps(value)
-
-
-def _printable(text: str) -> str:
-    """Escapes what a terminal would obey: a line may quote what a stranger sent."""
-    return "".join(
-        character if character.isprintable() or character == "\t" else ascii(character)[1:-1] for character in text
-    )

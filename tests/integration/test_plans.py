@@ -1,4 +1,4 @@
-"""What relay and worker execute never scans history: plans with 1,000,000 done rows."""
+"""What relay, worker and `outbox dead` execute never scans history: plans with 1,000,000 done rows."""
 
 import json
 import re
@@ -25,22 +25,32 @@ STATEMENTS: dict[str, dict[str, Any]] = {
     "publish": {"queue": "default", "window": 10_000, "horizon": 60.0, "batch": 500},
     "sweep_candidates": {"grace": 2.0},
     "sweep": {"ids": _MANY, "deliveries": [1] * len(_MANY)},
-    "rescue": {"batch": 500},
+    "expired": {"batch": 500},
     "retention": {"retention": 86_400.0, "batch": 1000},
     "unserved_queues": {"queues": ["critical", "default"]},
     "lock_jobs": {"ids": _IDS},
     "claim": {"ids": _IDS, "worker": "w", "lease": 15.0},
     "renew_leases": {"ids": _IDS, "deliveries": [1] * 32, "lease": 15.0},
     "mark": {"ids": _IDS, "deliveries": [1] * 32, **_OUTCOMES},
+    "count_dead": {"task": "t"},
+    "list_dead": {"task": "t", "limit": 50, "payload_limit": 101},
+    "list_dead_json": {"task": None, "limit": 50},
+    "show_row": {"id": 1},
+    "dead_ids": {"task": None},
+    "retry_dead": {"ids": _MANY[:500]},
+    "discard_dead": {"ids": _MANY[:500]},
+    "statuses": {"ids": _MANY},
 }
-"""Every statement of relay and worker that touches the outbox, with parameters as they come."""
+"""Every statement of relay, worker and `outbox dead` that touches the outbox, with parameters as they come."""
 
 INDEXES = {
     "publish": "outbox_pending",
     "sweep_candidates": "outbox_enqueued",
-    "rescue": "outbox_running",
+    "expired": "outbox_running",
     "retention": "outbox_done",
     "unserved_queues": "outbox_pending",
+    "count_dead": "outbox_dead",
+    "dead_ids": "outbox_dead",
 }
 """The index that a statement cannot do without, besides the primary key."""
 
@@ -118,7 +128,7 @@ def test_no_statement_scans_the_history(history: Connection, name: str, mode: st
     nodes = _plan(history, name, mode)
     assert not _scans_everything(nodes), nodes
     used = {node["Index Name"] for node in nodes if "Index Name" in node}
-    allowed = {"outbox_pkey", "outbox_pending", "outbox_enqueued", "outbox_running"}
+    allowed = {"outbox_pkey", "outbox_pending", "outbox_enqueued", "outbox_running", "outbox_dead"}
     assert used <= (allowed | {"outbox_done"} if name == "retention" else allowed)
 
 
@@ -139,10 +149,10 @@ def test_without_its_index_a_statement_scans_the_history(history: Connection, na
 
 
 def test_every_statement_on_the_outbox_is_looked_at() -> None:
-    """A new statement of relay or worker must come with its plan."""
+    """A new statement of relay, worker or command must come with its plan."""
     from pathlib import Path
 
-    code = "".join(path.read_text() for folder in ("relay", "worker") for path in Path(folder).rglob("*.py"))
+    code = "".join(path.read_text() for folder in ("outbox", "relay", "worker") for path in Path(folder).rglob("*.py"))
     on_the_outbox = {
         name
         for name in re.findall(r'query\("(\w+)"\)', code)

@@ -54,6 +54,16 @@ def test_a_row_that_kills_its_workers_dies_in_the_end(connection: Connection) ->
     assert _states(connection) == ["pending", "dead", "dead"]
 
 
+def test_a_row_that_lost_two_workers_waits(connection: Connection) -> None:
+    """The first time it is offered again at once; then it may be what kills them, and is kept from the others."""
+    _run(connection, lease=-1, attempts=1)
+    _run(connection, lease=-1, attempts=2)
+    rescue(connection)
+    rows = connection.execute("SELECT run_at - now() AS wait FROM outbox ORDER BY id").fetchall()
+    assert rows[0]["wait"].total_seconds() <= 0
+    assert 10 < rows[1]["wait"].total_seconds() < 50
+
+
 def test_a_living_workers_row_stays(connection: Connection) -> None:
     """A lease that has not passed is not touched."""
     _run(connection, lease=1)

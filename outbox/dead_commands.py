@@ -1,0 +1,169 @@
+"""`outbox dead`: what an operator does about rows that were given up."""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from outbox import dead as letters
+from outbox import dead_table, postgres
+from outbox.errors import NotDeadError, UsageError
+from outbox.postgres import Connection
+from outbox.printable import ascii_json, printable
+from outbox.settings import DatabaseSettings
+
+_LARGEST_ID = 2**63 - 1
+
+
+def _row_id(text: str) -> int:
+    if re.fullmatch("[0-9]{1,19}", text) and 1 <= int(text) <= _LARGEST_ID:
+        return int(text)
+    shown = printable(text if len(text) <= 40 else text[:39] + "…")
+    raise UsageError(f"'{shown}' is not the id of a row: that is a whole number from 1 to {_LARGEST_ID}")
+
+
+def _task_name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"'{printable(value or '')}' is not a task's name: it is not UTF-8") from None
+    return value
+
+
+_task = click.option("--task", metavar="NAME", callback=_task_name, help="Only rows of this task.")
+_as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON, for programs.")
+
+
+@click.group(short_help="Look at dead rows; retry or discard them.")
+def dead() -> None:
+    """Look at the rows that were given up, and retry or discard them.
+
+    A row is dead when it cannot succeed, or when its retries are used up. It stays until somebody decides.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # payloads hold what not every terminal can show
+
+
+@dead.command("list")
+@_task
+@click.option("--limit", type=click.IntRange(1, 2**31 - 1), default=50, show_default=True, help="Rows at most.")
+@_as_json
+def list_(task: str | None, limit: int, *, as_json: bool) -> None:
+    """List dead rows, the newest first, a line each.
+
+    --json prints one array of whole rows, as the columns of the table call them.
+    """
+    with _database() as connection:
+        rows = [] if as_json else letters.newest(connection, task, limit)
+        documents = letters.newest_json(connection, task, limit) if as_json else []
+        shown = len(rows) + len(documents)
+        more = letters.count(connection, task) - shown if shown == limit else 0
+    if as_json:
+        click.echo("[" + ",\n".join(map(ascii_json, documents)) + "]")
+    elif rows:
+        dead_table.print_list(rows)
+    else:
+        click.echo(_none(task))
+    if more > 0:
+        click.echo(f"{more} more; --limit {shown + more} lists all", err=as_json)
+
+
+@dead.command()
+@click.argument("row", metavar="ID", type=_row_id)
+@_as_json
+def show(row: int, *, as_json: bool) -> None:
+    """Show all that there is of one dead row.
+
+    --json prints one object, as the columns of the table call them.
+    """
+    with _database() as connection:
+        found = letters.read(connection, row)
+    if found is None or found["status"] != "dead":
+        raise _not_dead({row: found["status"] if found else None})
+    if as_json:
+        click.echo(ascii_json(found["document"]))
+    else:
+        dead_table.print_row(row, found)
+
+
+@dead.command()
+@click.argument("ids", metavar="[ID]...", nargs=-1, type=_row_id)
+@click.option("--all", "every", is_flag=True, help="All rows that are dead now; with --task, all of that task.")
+@_task
+@_as_json
+def retry(ids: tuple[int, ...], task: str | None, *, every: bool, as_json: bool) -> None:
+    """Try dead rows again: at once, and with all their attempts.
+
+    --json prints {"retried": [ids], "not_dead": [{"id": …, "status": …}]}; the status of a row that does not exist
+    is null. Exit code 1 if any of the ids was not dead.
+    """
+    if bool(ids) == every:
+        raise UsageError("say which rows to retry: either their ids, or --all")
+    if task is not None and not every:
+        raise UsageError("--task goes with --all: ids already say which rows")
+    with _database() as connection:
+        wanted = letters.ids(connection, task) if every else sorted(set(ids))
+        retried = letters.retry(connection, wanted)
+        # What somebody else has retried or discarded since --all looked is no mistake of this operator's.
+        others = {} if every else _others(connection, wanted, retried)
+    if every and not retried and not as_json:
+        click.echo(_none(task))
+    _answer("retried", retried, others, as_json=as_json)
+
+
+@dead.command()
+@click.argument("ids", metavar="ID...", nargs=-1, type=_row_id)
+@_as_json
+def discard(ids: tuple[int, ...], *, as_json: bool) -> None:
+    """Delete dead rows, for good and without asking.
+
+    --json prints {"discarded": [ids], "not_dead": [{"id": …, "status": …}]}; the status of a row that does not exist
+    is null. Exit code 1 if any of the ids was not dead.
+    """
+    if not ids:
+        raise UsageError("say which rows to discard: their ids")
+    with _database() as connection:
+        wanted = sorted(set(ids))
+        discarded = letters.discard(connection, wanted)
+        others = _others(connection, wanted, discarded)
+    _answer("discarded", discarded, others, as_json=as_json)
+
+
+@contextmanager
+def _database() -> Iterator[Connection]:
+    settings = DatabaseSettings.from_environment()
+    with postgres.connect(settings.database_url, "outbox dead") as connection:
+        postgres.check_migrated(connection)
+        yield connection
+
+
+def _others(connection: Connection, wanted: list[int], done: list[int]) -> dict[int, str | None]:
+    left = sorted(set(wanted) - set(done))
+    return letters.statuses(connection, left) if left else {}
+
+
+def _answer(verb: str, done: list[int], others: dict[int, str | None], *, as_json: bool) -> None:
+    if as_json:
+        not_dead = [{"id": row, "status": status} for row, status in others.items()]
+        click.echo(json.dumps({verb: done, "not_dead": not_dead}))
+    elif done:
+        click.echo(f"{verb} {_rows(len(done))}")
+    if others:
+        raise _not_dead(others)
+
+
+def _not_dead(others: dict[int, str | None]) -> NotDeadError:
+    each = (f"row {row} is {status}" if status else f"row {row} does not exist" for row, status in others.items())
+    return NotDeadError(f"not dead: {', '.join(each)}")
+
+
+def _none(task: str | None) -> str:
+    return "there are no dead rows" if task is None else f"there are no dead rows of task '{printable(task)}'"
+
+
+def _rows(number: int) -> str:
+    return f"{number} dead row{'' if number == 1 else 's'}"
