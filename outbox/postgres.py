@@ -1,14 +1,18 @@
 """Connections to Postgres, and whether its schema is the one that this version needs."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
+from psycopg.abc import PQGen
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 from psycopg.types.json import set_json_loads
 from pydantic_core import from_json
 
 from outbox.errors import NotMigratedError
 from outbox.queries import query, sql_folder
+
+T = TypeVar("T")
 
 AWAY = (
     psycopg.OperationalError,
@@ -36,6 +40,34 @@ RECONNECT_TIMEOUT = 1.0
 Postgres is back. When it gives up, whoever wants a connection next makes it try anew."""
 
 
+ANSWER_LIMIT = 20.0
+"""Seconds that a statement of ours may take. A Postgres that hangs (its disk stalls, its host is paused) keeps its
+connections open, so that libpq's limits see nothing. Longer than the limit for a lock, which is a better answer."""
+
+
+class LimitedConnection(psycopg.Connection[dict[str, Any]]):
+    """A connection that is closed when Postgres does not answer in time: to its user, an outage like any other."""
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """Waits for an answer, `timeout` or else ANSWER_LIMIT seconds."""
+        try:
+            return super().wait(gen, interval, ANSWER_LIMIT if timeout is None else timeout)
+        except psycopg.OperationalError as error:
+            raise_hung(self, error)
+            raise
+
+
+def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.OperationalError) -> None:
+    """Closes a connection that still waits for an answer, and raises what that means.
+
+    Raises:
+        psycopg.OperationalError: it did wait.
+    """
+    if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
+        connection.pgconn.finish()
+        raise psycopg.OperationalError(f"no answer within {ANSWER_LIMIT:g} s") from error
+
+
 def connect(database_url: str, name: str) -> Connection:
     """Opens a connection in autocommit mode whose rows are dictionaries.
 
@@ -46,7 +78,9 @@ def connect(database_url: str, name: str) -> Connection:
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
     """
-    connection = psycopg.connect(database_url, autocommit=True, application_name=name, row_factory=dict_row, **LIMITS)
+    connection = LimitedConnection.connect(
+        database_url, autocommit=True, application_name=name, row_factory=dict_row, **LIMITS
+    )
     set_json_loads(_loads, connection)
     connection.execute(query("limit_session"))
     return connection

@@ -8,46 +8,22 @@ from importlib.metadata import version
 from litestar import Litestar
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
-from psycopg.rows import dict_row
-from psycopg_pool import AsyncConnectionPool
 
-from outbox import postgres
 from outbox.outage import Outage
-from outbox.queries import query
 from outbox.settings import ServiceSettings
 from service import links, probes, problems, users
 from service.passwords import Passwords
-from service.store import AsyncConnection, Store
+from service.pool import create_pool
+from service.store import Store
 from service.wakeup import Wakeup
 
 MAX_BODY = 64 * 1024
 """Bytes."""
 
-POOL_TIMEOUT = 5.0
-"""Seconds that a request waits for a connection to Postgres before it is answered with 503."""
-
-MAX_WAITING = 500
-"""Requests that may wait for a connection; further ones are answered with 503 at once."""
-
-
-async def _limit_session(connection: AsyncConnection) -> None:
-    await connection.execute(query("limit_session"))
-
 
 def create_app(settings: ServiceSettings) -> Litestar:
     """Returns the ASGI application; it connects to Postgres when it is started."""
-    pool: AsyncConnectionPool[AsyncConnection] = AsyncConnectionPool(
-        settings.database_url,
-        kwargs={"autocommit": True, "row_factory": dict_row, "application_name": "outbox service", **postgres.LIMITS},
-        min_size=1,
-        max_size=settings.pool_size,
-        timeout=POOL_TIMEOUT,
-        reconnect_timeout=postgres.RECONNECT_TIMEOUT,
-        max_waiting=MAX_WAITING,
-        configure=_limit_session,
-        check=AsyncConnectionPool.check_connection,
-        open=False,
-    )
+    pool = create_pool(settings)
     wakeup = Wakeup(pool)
     store = Store(pool, wakeup, settings, Outage("Postgres"))
     passwords = Passwords(settings.hash_queue)

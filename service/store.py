@@ -4,7 +4,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool
@@ -17,10 +16,9 @@ from outbox.queries import query
 from outbox.settings import ServiceSettings
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox.verification import is_secret_code
+from service.pool import AsyncConnection
 from service.schemas import CreateUser, User
 from service.wakeup import Wakeup
-
-AsyncConnection = psycopg.AsyncConnection[dict[str, Any]]
 
 _FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
 

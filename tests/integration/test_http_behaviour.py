@@ -18,11 +18,13 @@ import structlog
 import uvicorn
 from psycopg_pool.base import AttemptWithBackoff
 
-from outbox import logs
+from outbox import logs, postgres
 from outbox.settings import ServiceSettings
-from service import app
+from outbox.up.embedded import EmbeddedServer
+from service import app, pool
 from service.requests import RequestLog
 from tests.conftest import Connection
+from tests.support.processes import frozen
 from tests.support.waiting import eventually
 
 PASSWORD = "hunter2 hunter2"
@@ -152,7 +154,7 @@ def test_without_postgres_the_service_lives_and_says_to_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While Postgres is away: 503 problems with Retry-After, alive but not ready; when it is back, users again."""
-    monkeypatch.setattr(app, "POOL_TIMEOUT", 0.3)
+    monkeypatch.setattr(pool, "POOL_TIMEOUT", 0.3)
     with serve(service_settings) as api:
         assert api.create("before").status_code == 201
 
@@ -176,7 +178,7 @@ def test_the_service_is_back_soon_after_a_long_outage(
     """However long Postgres was away, users can be created within seconds of its return."""
     # A long outage in short: the pool's second wait is as long as its backoff is after two minutes.
     monkeypatch.setattr(AttemptWithBackoff, "DELAY_BACKOFF", 60)
-    monkeypatch.setattr(app, "POOL_TIMEOUT", 0.3)
+    monkeypatch.setattr(pool, "POOL_TIMEOUT", 0.3)
     with serve(service_settings) as api:
         with outage():
             tries = [api.create("while").status_code for _ in range(6)]
@@ -185,13 +187,31 @@ def test_the_service_is_back_soon_after_a_long_outage(
         eventually(lambda: api.create("after").status_code == 201, 4, "the service recovers")
 
 
+def test_a_postgres_that_hangs_holds_up_no_request(
+    service_settings: ServiceSettings, own_postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests in flight and new ones are answered with 503 when Postgres keeps its connections and says nothing."""
+    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
+    monkeypatch.setattr(pool, "POOL_TIMEOUT", 0.3)
+    with serve(service_settings.model_copy(update={"database_url": own_postgres.url})) as api:
+        assert api.create("before").status_code == 201
+
+        with frozen(own_postgres):
+            refused, ready, alive = api.create("while"), api.client.get("/readyz"), api.client.get("/healthz")
+
+        assert is_problem(refused, 503)
+        assert is_problem(ready, 503)
+        assert alive.status_code == 200
+        eventually(lambda: api.create("after").status_code in (201, 409), 10, "the service recovers")
+
+
 def test_a_browser_reads_a_page_when_postgres_is_away(
     service_settings: ServiceSettings,
     outage: Outage,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A person who opens the link in an outage gets a page that says so, with 503 and Retry-After."""
-    monkeypatch.setattr(app, "POOL_TIMEOUT", 0.1)
+    monkeypatch.setattr(pool, "POOL_TIMEOUT", 0.1)
     with serve(service_settings) as api, outage():
         link = "/v1/verify_email?email_id=1&secret_code=abc"
         response = api.client.get(link, headers={"Accept": "text/html"})

@@ -20,6 +20,7 @@ from outbox.queries import query
 from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
 from relay.loop import Relay
+from tests.support.processes import frozen
 from tests.support.servers import cluster_settings
 from tests.support.waiting import eventually
 
@@ -222,6 +223,28 @@ def test_postgres_away_is_a_line_at_each_end(
             second = _add(connection)
             eventually(lambda: _status(connection, second) == "enqueued", 10)
     assert _events(lines, "Postgres is away", "Postgres is back") == ["Postgres is away", "Postgres is back"]
+
+
+def test_a_postgres_that_hangs_is_away(
+    relay_settings: RelaySettings,
+    own_postgres: EmbeddedServer,
+    redis_client: redis.Redis,
+    lines: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Postgres that keeps its connections and answers nothing is noticed, and holds up no stop."""
+    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
+    monkeypatch.setitem(postgres.LIMITS, "connect_timeout", 2)
+    settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1)
+    with postgres.connect(own_postgres.url, "test") as connection, _running(settings):
+        eventually(lambda: _events(lines, "started"), 10)
+        with frozen(own_postgres):
+            eventually(lambda: _events(lines, "Postgres is away"), 10)
+            with _running(settings):
+                pass  # stopped while it cannot even connect
+        row = _add(connection)
+        eventually(lambda: _status(connection, row) == "enqueued", 10)
+        eventually(lambda: _events(lines, "Postgres is back"), 5)
 
 
 def test_a_postgres_that_takes_no_writes_is_away(

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 
 from outbox.up.embedded import EmbeddedServer
@@ -166,6 +168,20 @@ def take_down(server: EmbeddedServer) -> None:
     """Stops an embedded server at once, as an operator or a crash would; `server.restart()` brings it back."""
     server.process.send_signal(signal.SIGINT if server.name == "postgres" else signal.SIGTERM)
     server.process.wait(30)
+
+
+@contextmanager
+def frozen(server: EmbeddedServer) -> Iterator[None]:
+    """Stops a server and its children in their tracks: connections stay open, and nothing answers."""
+    main = psutil.Process(server.process.pid)
+    processes = [main, *main.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def add_users(connection: psycopg.Connection[Any], names: list[str], *, delay: float = 0) -> None:

@@ -1,0 +1,58 @@
+"""The service's connections to Postgres."""
+
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.abc import PQGen
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from outbox import postgres
+from outbox.queries import query
+from outbox.settings import ServiceSettings
+
+T = TypeVar("T")
+
+POOL_TIMEOUT = 5.0
+"""Seconds that a request waits for a connection to Postgres before it is answered with 503."""
+
+MAX_WAITING = 500
+"""Requests that may wait for a connection; further ones are answered with 503 at once."""
+
+
+class AsyncConnection(psycopg.AsyncConnection[dict[str, Any]]):
+    """A connection that is closed when Postgres does not answer in time, so that its request can be answered."""
+
+    async def wait(  # psycopg's own signature
+        self,
+        gen: PQGen[T],
+        interval: float = 0.1,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> T:
+        """Waits for an answer, `timeout` or else `postgres.ANSWER_LIMIT` seconds."""
+        try:
+            return await super().wait(gen, interval, postgres.ANSWER_LIMIT if timeout is None else timeout)
+        except psycopg.OperationalError as error:
+            postgres.raise_hung(self, error)
+            raise
+
+
+def create_pool(settings: ServiceSettings) -> AsyncConnectionPool[AsyncConnection]:
+    """Returns the pool that all requests share; it connects when it is opened."""
+    return AsyncConnectionPool(
+        settings.database_url,
+        connection_class=AsyncConnection,
+        kwargs={"autocommit": True, "row_factory": dict_row, "application_name": "outbox service", **postgres.LIMITS},
+        min_size=1,
+        max_size=settings.pool_size,
+        timeout=POOL_TIMEOUT,
+        reconnect_timeout=postgres.RECONNECT_TIMEOUT,
+        max_waiting=MAX_WAITING,
+        configure=_limit_session,
+        check=AsyncConnectionPool.check_connection,
+        open=False,
+    )
+
+
+async def _limit_session(connection: AsyncConnection) -> None:
+    await connection.execute(query("limit_session"))
