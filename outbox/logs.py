@@ -3,7 +3,9 @@
 import io
 import logging
 import sys
+from collections import Counter
 from contextlib import suppress
+from threading import Lock
 from typing import Literal, TextIO, cast
 
 import structlog
@@ -33,6 +35,23 @@ class _Output(io.TextIOBase):
             self._stream.flush()
 
 
+class _Counts:
+    """Numbers warnings and errors: how many of a kind this process has logged, and all of them when it stops."""
+
+    def __init__(self) -> None:
+        self._logged: Counter[str] = Counter()
+        self._lock = Lock()
+
+    def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        with self._lock:
+            if event["level"] in ("warning", "error", "critical"):
+                self._logged[event["event"]] += 1
+                event["nth"] = self._logged[event["event"]]
+            elif event["event"] == "stopped":
+                event["warnings"] = dict(self._logged)
+        return event
+
+
 def configure(process: str, level: str, log_format: Literal["console", "json"] | None) -> None:
     """Sets up logging for one process, to standard output.
 
@@ -54,6 +73,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         add_process,
     ]
+    counted: list[Processor] = [*shared, _Counts()]
     if log_format == "console":
         # Plain tracebacks: the pretty ones print local variables, and a password may be among them.
         renderer = structlog.dev.ConsoleRenderer(
@@ -65,7 +85,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
 
     output = cast("TextIO", _Output(sys.stdout))
     structlog.configure(
-        processors=[*shared, *final],
+        processors=[*counted, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(output),
         cache_logger_on_first_use=True,
