@@ -132,7 +132,7 @@ class OutboxWorker(RQWorker):
 
     def _finish(self) -> None:
         """Lets handlers end, signs off, gives back what did not end, and writes the last marks."""
-        deadline = time.monotonic() + self._settings.grace
+        deadline = (self._stop_requested_at or time.monotonic()) + self._settings.grace
         with self._changed:
             while self._running and not self.hurry.is_set() and time.monotonic() < deadline:
                 self._changed.wait(0.2)
