@@ -23,6 +23,10 @@ from worker.take import Queues, Suspended
 MARKING_TIME = 5.0
 """Seconds that the last marks may take when the worker stops, even if its grace is over."""
 
+LEAVING_TIME = 1.0
+"""Seconds after which a row that was given back may be handed over again: by then this process has exited, and with
+it the handler that did not end."""
+
 
 class OutboxWorker(RQWorker):
     """One worker process.
@@ -142,13 +146,11 @@ class OutboxWorker(RQWorker):
         with self._changed:
             unfinished = list(self._running.values())
             for claimed in unfinished:
-                self._marker.put(
-                    Outcome(
-                        claimed.delivery, "pending", claimed.attempt - 1, error="given back: the worker was stopped"
-                    )
-                )
+                told = "given back: the worker was stopped"
+                self._marker.put(Outcome(claimed.delivery, "pending", claimed.attempt - 1, LEAVING_TIME, told))
         if unmarked := self._marker.close(max(MARKING_TIME, deadline - time.monotonic())):
             # Their leases run out, and they are done again.
             logs.get().warning("marks are lost", rows=[delivery.row for delivery in unmarked])
-        self._database.close(timeout=1)
+        if not unfinished:  # else there is an exit to hurry to
+            self._database.close(timeout=1)
         logs.get().info("stopped", worker=self.name, given_back=len(unfinished))
