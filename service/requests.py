@@ -1,5 +1,6 @@
 """One log line and one id per HTTP request."""
 
+import asyncio
 import re
 import time
 from typing import Any
@@ -38,7 +39,7 @@ class RequestLog:
         request_id = _request_id(scope)
         scope["state"]["request_id"] = request_id
         started = time.perf_counter()
-        status_code = 500
+        status_code = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status_code
@@ -50,14 +51,24 @@ class RequestLog:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
+            except asyncio.CancelledError:
+                # The service is stopping, and its grace is over. What the request was about to do is rolled back.
+                if status_code == 0:
+                    await _send_stopping(send_with_id)
             finally:
                 logs.get().info(
                     "received an HTTP request",
                     method=scope["method"],
                     path=_END_OF_PATH.split(scope["path"], maxsplit=1)[0][:_MAX_PATH],
-                    status_code=status_code,
+                    status_code=status_code or 500,
                     duration=round(time.perf_counter() - started, 6),
                 )
+
+
+async def _send_stopping(send: Send) -> None:
+    headers = [(b"retry-after", b"1"), (b"content-length", b"0"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _request_id(scope: Any) -> str:

@@ -46,6 +46,28 @@ def test_the_service_finishes_the_requests_in_flight(stack: Stack, connection: C
     assert "Traceback" not in service.text()
 
 
+def test_a_request_that_outlasts_the_grace_is_answered_and_undone(stack: Stack, connection: Connection) -> None:
+    """The client is told to come back, its user is not created, and the service ends in order."""
+    service = stack.run("service", OUTBOX_GRACE="1")
+    with ThreadPoolExecutor(1) as client:
+        with connection.transaction():
+            connection.execute("LOCK TABLE users")
+            answer = client.submit(stack.create_user, "alice")
+            eventually(lambda: _waits_for_a_lock(connection), 10, "the request waits")
+            started = time.monotonic()
+            assert service.stop() == 0, service.text()
+            assert time.monotonic() - started < 10
+        assert answer.result()[0] == 503
+    assert connection.execute("SELECT FROM users").fetchall() == []
+    assert connection.execute("SELECT FROM outbox").fetchall() == []
+    assert "Traceback" not in service.text()
+
+
+def _waits_for_a_lock(connection: Connection) -> bool:
+    waiting = "SELECT FROM pg_locks WHERE NOT granted AND relation = 'users'::regclass"
+    return bool(connection.execute(waiting).fetchall())
+
+
 def test_the_relay_stops_between_batches(stack: Stack, connection: Connection, redis_url: str) -> None:
     """It ends with exit code 0 and leaves every row either pending or enqueued with its job; another one goes on."""
     rows = 3000
