@@ -120,10 +120,12 @@ class Relay:
         return again
 
     def _wait(self, connection: Connection, seconds: float) -> bool:
-        """Waits for a duty to come due, or for the hint that rows were committed; returns whether that came."""
-        if seconds <= 0:
-            return False
-        return any(True for _ in connection.notifies(timeout=min(seconds, 1.0), stop_after=1))
+        """Waits for a duty to come due, or for the hint that rows were committed; returns whether that came.
+
+        It looks for the hint even where a duty is due already: while one queue's batches are full, that is always so,
+        and another queue's rows must not wait for the next poll.
+        """
+        return any(True for _ in connection.notifies(timeout=min(max(seconds, 0.0), 1.0), stop_after=1))
 
     def _publish(self, queue: str, moving: Duty) -> Callable[[Connection], float]:
         def step(connection: Connection) -> float:

@@ -1,6 +1,6 @@
 """Taking back rows that Redis has lost: one mechanism for every way in which Redis may forget."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,9 @@ SETTLING_TIME = 0.25
 class Held:
     """What Redis held at one moment."""
 
-    queued: set[Delivery] = field(default_factory=set)
-    popping: set[Delivery] = field(default_factory=set)
+    queued: dict[str, set[Delivery]] = field(default_factory=dict)
+    """By queue: in another than its own, a job may have no worker."""
+    popping: dict[str, set[Delivery]] = field(default_factory=dict)
     """On the intermediate lists."""
     scheduled: dict[Delivery, float] = field(default_factory=dict)
     """When each comes due, in seconds since the epoch."""
@@ -38,9 +39,9 @@ class Held:
     def keeps(self, row: dict[str, Any]) -> bool:
         """Whether the row will be offered to a worker without our doing, as far as Redis knows."""
         delivery = Delivery(row["id"], row["delivery"])
-        if delivery in self.queued:
+        if delivery in self.queued[row["queue"]]:
             return True
-        if delivery in self.popping and row["age"] < POPPING_LIMIT:
+        if delivery in self.popping[row["queue"]] and row["age"] < POPPING_LIMIT:
             return True
         return delivery in self.scheduled and self.scheduled[delivery] <= row["run_at"] + LATENESS
 
@@ -108,7 +109,7 @@ class Sweep:
         return len(swept)
 
 
-def held_deliveries(client: redis.Redis, queues: Iterable[str]) -> Held:
+def held_deliveries(client: redis.Redis, queues: Collection[str]) -> Held:
     """Returns every delivery that Redis holds, in one snapshot.
 
     The write that goes along makes a Redis that is read-only or out of memory fail here, as it would for a relay.
@@ -121,7 +122,11 @@ def held_deliveries(client: redis.Redis, queues: Iterable[str]) -> Held:
         pipeline.lrange(intermediate_key(name), 0, -1)
     _, scheduled, *lists = pipeline.execute()
     held = Held(scheduled={delivery: score for job_id, score in scheduled if (delivery := Delivery.parse(job_id))})
-    for queued, popping in zip(lists[::2], lists[1::2], strict=True):
-        held.queued.update(delivery for job_id in queued if (delivery := Delivery.parse(job_id)))
-        held.popping.update(delivery for job_id in popping if (delivery := Delivery.parse(job_id)))
+    for name, queued, popping in zip(queues, lists[::2], lists[1::2], strict=True):
+        held.queued[name] = _deliveries(queued)
+        held.popping[name] = _deliveries(popping)
     return held
+
+
+def _deliveries(job_ids: list[bytes]) -> set[Delivery]:
+    return {delivery for job_id in job_ids if (delivery := Delivery.parse(job_id))}

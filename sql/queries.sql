@@ -147,10 +147,11 @@ FOR UPDATE;
 
 
 -- name: claim
--- The second half: takes the rows that were judged to be this worker's.
+-- The second half: takes the rows that were judged to be this worker's. The lease counts from here: the transaction
+-- may have waited for a lock since its now().
 UPDATE outbox
 SET status = 'running', attempts = attempts + 1, worker = %(worker)s,
-    started_at = now(), lease_until = now() + make_interval(secs => %(lease)s)
+    started_at = now(), lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
 WHERE id = ANY (%(ids)s);
 
 
@@ -164,7 +165,7 @@ WITH held AS (
     ORDER BY outbox.id
     FOR UPDATE OF outbox
 )
-UPDATE outbox SET lease_until = now() + make_interval(secs => %(lease)s)
+UPDATE outbox SET lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
 FROM held
 WHERE outbox.id = held.id;
 
@@ -267,11 +268,12 @@ SELECT username, full_name, email, is_email_verified FROM users WHERE username =
 
 
 -- name: open_verification
--- The verification of an outbox row: the same one at every attempt, open for its full time from the latest.
+-- The verification of an outbox row: the same one at every attempt, open for its full time from the latest; and
+-- Postgres' time, which the mail bears.
 INSERT INTO verify_emails (outbox_id, username, email, expired_at)
 VALUES (%(outbox_id)s, %(username)s, %(email)s, now() + make_interval(secs => %(lifetime)s))
 ON CONFLICT (outbox_id) DO UPDATE SET expired_at = EXCLUDED.expired_at
-RETURNING id, username, email;
+RETURNING id, username, email, extract(epoch FROM now())::float8 AS now;
 
 
 -- name: lock_verification

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import psycopg.sql
@@ -20,6 +20,9 @@ from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
 from tests.support.mailbox import Mailbox, serve_mailbox
 from tests.support.processes import SECRET_KEY, Stack
 from tests.support.servers import postgres_choice, postgres_server, redis_choice, redis_server, with_database
+
+if TYPE_CHECKING:
+    import trustme
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -112,6 +115,17 @@ def mailbox() -> Iterator[Mailbox]:
     """A mail server."""
     with serve_mailbox() as served:
         yield served
+
+
+@pytest.fixture
+def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "trustme.CA":
+    """A certificate authority that this machine trusts for the time of the test."""
+    import trustme  # slow to import
+
+    made = trustme.CA()
+    made.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return made
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """`python -m worker`: one worker, configured by the environment, stopped by SIGTERM."""
 
 import os
-import sys
+import traceback
 
 from outbox import logs, start
-from outbox.errors import OutboxError, SettingsError, TaskError
+from outbox.errors import SettingsError, TaskError
 from outbox.settings import WorkerSettings
 from worker.handlers import registry
 from worker.worker import OutboxWorker
@@ -20,11 +20,12 @@ def main() -> None:
         raise SettingsError(f"OUTBOX_HANDLERS is wrong: {error}") from error
     worker = OutboxWorker(settings, handlers)
     try:
-        worker.run()
-    except OutboxError as error:
+        start.run(worker.run)
+    except BaseException as error:
         if not worker.has_unfinished:
             raise
-        sys.stderr.write(f"{error}\n")
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
         os._exit(start.EXIT_FAILED)
     if worker.has_unfinished:
         os._exit(0)  # a handler's thread cannot be stopped; its row was given back, and the fence shuts it out

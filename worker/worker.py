@@ -23,7 +23,7 @@ from worker.take import Queues, Suspended
 MARKING_TIME = 5.0
 """Seconds that the last marks may take when the worker stops, even if its grace is over."""
 
-LEAVING_TIME = 1.0
+LEAVING_TIME = MARKING_TIME + 1
 """Seconds after which a row that was given back may be handed over again: by then this process has exited, and with
 it the handler that did not end."""
 
@@ -148,7 +148,8 @@ class OutboxWorker(RQWorker):
             for claimed in unfinished:
                 told = "given back: the worker was stopped"
                 self._marker.put(Outcome(claimed.delivery, "pending", claimed.attempt - 1, LEAVING_TIME, told))
-        if unmarked := self._marker.close(max(MARKING_TIME, deadline - time.monotonic())):
+        last_marks = MARKING_TIME if unfinished else max(MARKING_TIME, deadline - time.monotonic())
+        if unmarked := self._marker.close(last_marks):
             # Their leases run out, and they are done again.
             logs.get().warning("marks are lost", rows=[delivery.row for delivery in unmarked])
         if not unfinished:  # else there is an exit to hurry to

@@ -5,6 +5,7 @@ import os
 import pickle
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ import pytest
 import redis
 from psycopg.types.json import Jsonb
 from rq import Queue
+from rq.command import PUBSUB_CHANNEL_TEMPLATE
 from rq_scheduler import Scheduler
 
 from outbox import postgres
@@ -210,6 +212,38 @@ def test_a_jobs_key_of_the_wrong_type(running: Running) -> None:
         running.redis.set(f"rq:job:{newest['id'] + number}-1", "not what you think")
 
     running.serves()
+
+
+def test_values_of_ten_megabytes(running: Running) -> None:
+    """Ids, hashes and strings of 10 MB cost a line each, which holds little of them, and not a line per look."""
+    running.serves(1)
+    large = b"x" * 10_000_000
+    newest = running.connection.execute("SELECT max(id) AS id FROM outbox").fetchone()
+    assert newest is not None
+    service, relay, worker = running.processes
+    before = told(relay, worker)
+    for number in (1, 2):  # where the next rows' jobs will be
+        running.redis.hset(f"rq:job:{newest['id'] + number}-1", mapping={"data": large, "origin": large})
+    running.redis.set(f"rq:job:{newest['id'] + 3}-1", large)
+    running.redis.hset("rq:job:1000000-1", mapping={"data": large, "origin": large})
+    running.redis.rpush("rq:queue:critical", large, large + b"2")
+    running.redis.zadd(SCHEDULED, {large: 0, b"1000000-1": 0, large + b"for ever": math.inf})
+    running.redis.set("rq:queue:default", large)
+    running.redis.publish(PUBSUB_CHANNEL_TEMPLATE % worker.events("started")[0]["worker"], large)
+
+    running.serves()
+
+    lines = Counter({"dropped job": 4, "deleted key": 1, "ignored an RQ command": 1})
+    eventually(lambda: told(relay, worker) - before >= lines, 15, "all were seen")
+    running.serves()
+    assert told(relay, worker) - before == lines
+    assert all(len(line) < 2000 for process in (service, relay, worker) for line in process.text().splitlines())
+
+
+def told(*processes: Process) -> Counter[str]:
+    """Returns how many lines of each kind there are of what strangers did."""
+    kinds = ("dropped job", "deleted key", "ignored an RQ command")
+    return Counter({kind: sum(len(process.events(kind)) for process in processes) for kind in kinds})
 
 
 def insert(connection: Connection, task: str, payload: object, queue: str = "default") -> int:

@@ -1,10 +1,14 @@
 """A mail is not lost where it is sent: the worker is killed, or the mail server is away."""
 
+import signal
+
 import pytest
 
+import outbox
 from tests.conftest import Connection
 from tests.support.mailbox import Mailbox, free_port, serve_mailbox
 from tests.support.processes import QUICK, Stack, add_users
+from tests.support.tasks import KILL_THE_WORKER, RETURN
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.unmeasured
@@ -51,6 +55,37 @@ def test_a_living_worker_keeps_its_rows_beyond_the_lease(
     eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 5, "done")
     assert mailbox.taking == 1
     assert connection.execute("SELECT attempts, delivery FROM outbox").fetchall() == [{"attempts": 1, "delivery": 1}]
+
+
+def test_a_row_that_kills_its_worker_every_time(stack: Stack, connection: Connection) -> None:
+    """It ends `dead` after its retries, with an error that says why, and takes no other row with it.
+
+    A supervisor starts the worker anew each time, as systemd would. The wait of rows that lost a worker twice is cut
+    short here, which brings the rows together again that it would have parted.
+    """
+    stack.environment |= {"OUTBOX_LEASE": "1", "OUTBOX_HORIZON": "1", "OUTBOX_HANDLERS": "tests.support.tasks"}
+    stack.run("relay")
+    with connection.transaction():
+        outbox.add(connection, KILL_THE_WORKER, {}, max_retries=2)
+        for _ in range(20):
+            outbox.add(connection, RETURN, {})
+    eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'enqueued'").fetchall(), 10)
+    workers = [stack.start("worker")]  # it takes them all at once
+
+    def has_ended() -> bool:
+        if not workers[-1].is_up():
+            workers.append(stack.start("worker"))
+        connection.execute("UPDATE outbox SET run_at = now() WHERE status = 'pending' AND run_at > now()")
+        return not connection.execute("SELECT FROM outbox WHERE status NOT IN ('done', 'dead')").fetchall()
+
+    eventually(has_ended, 60, "every row is done or dead")
+    (dead,) = connection.execute("SELECT * FROM outbox WHERE status = 'dead'").fetchall()
+    assert (dead["task"], dead["attempts"]) == (KILL_THE_WORKER.name, 3)
+    assert dead["last_error"] == f"the worker {dead['worker']} vanished: it did not renew its lease in time"
+    others = connection.execute("SELECT attempts FROM outbox WHERE status = 'done'").fetchall()
+    assert max(row["attempts"] for row in others) > 1, "some of them ran beside it"
+    ended = [worker.wait() for worker in workers if not worker.is_up()]
+    assert ended == [-signal.SIGKILL] * 3, "it had three attempts, and nothing else ended a worker"
 
 
 def test_users_created_while_the_mail_server_is_down(stack: Stack, connection: Connection) -> None:

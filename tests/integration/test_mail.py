@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 from email.message import EmailMessage
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,25 +14,9 @@ from structlog.testing import capture_logs
 
 from outbox import SkipRetry
 from outbox.settings import WorkerSettings
-from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script
+from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script, tls
 from tests.support.waiting import eventually
 from worker.mail import Mailer, MailError
-
-
-@pytest.fixture
-def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
-    """A certificate authority that this machine trusts for the time of the test."""
-    made = trustme.CA()
-    made.cert_pem.write_to_path(tmp_path / "ca.pem")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-    return made
-
-
-def tls(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
-    """Returns a server's context with a certificate for a name."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(name).configure_cert(context)
-    return context
 
 
 def login(*args: Any) -> AuthResult:

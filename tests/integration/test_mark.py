@@ -1,9 +1,11 @@
 """Marking: what became of attempts, and the leases of what runs."""
 
 import time
-from collections.abc import Iterator
-from typing import LiteralString
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, LiteralString
 
+import psycopg.sql
 import pytest
 from structlog.testing import capture_logs
 
@@ -130,6 +132,54 @@ def test_outcomes_wait_for_postgres(own_postgres: EmbeddedServer) -> None:
     assert marker.close(20) == []
     with postgres.connect(own_postgres.url, "test") as connection:
         assert {read_row(connection, one.delivery)["status"] for one in claims} == {"done"}
+
+
+def test_outcomes_that_waited_for_postgres_may_come_too_late(
+    connection: Connection, server_url: str, marker: Marker
+) -> None:
+    """A row that another worker got while this one could not reach Postgres stays the other's, whatever is kept."""
+    claims = claimed(connection, 3)
+    marker.hold(claims)
+    eventually(marker.healthy.is_set)
+
+    with capture_logs() as lines:
+        with unreachable(connection, server_url):
+            eventually(lambda: not marker.healthy.is_set(), 10, "it has lost Postgres")
+            marker.put(Outcome(claims[0].delivery, "done", 1))
+            marker.put(Outcome(claims[1].delivery, "pending", 1, delay=100, error="late"))
+            marker.put(Outcome(claims[2].delivery, "dead", 1, error="late"))
+            connection.execute(
+                "UPDATE outbox SET status = 'running', delivery = 2, attempts = 2, worker = 'another',"
+                " lease_until = now() + interval '1 hour'"
+            )
+            before = connection.execute("SELECT * FROM outbox ORDER BY id").fetchall()
+        eventually(lambda: not marker.held(), 10, "it has Postgres again")
+        eventually(lambda: len(dropped(lines)) >= 3, 5, "it says what it has dropped")
+
+    assert dropped(lines) == [(one.delivery.row, 1) for one in claims]
+    assert connection.execute("SELECT * FROM outbox ORDER BY id").fetchall() == before
+
+
+def dropped(lines: Sequence[Any]) -> list[tuple[int, int]]:
+    """Returns row and delivery of the outcomes that were dropped."""
+    return [(line["row"], line["delivery"]) for line in lines if line["event"] == "dropped outcome"]
+
+
+@contextmanager
+def unreachable(connection: Connection, server_url: str) -> Iterator[None]:
+    """Cuts every connection to the test's database but the test's own, and lets nobody in meanwhile."""
+    name = psycopg.sql.Identifier(connection.info.dbname)
+    allow = psycopg.sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+    with postgres.connect(server_url, "test") as elsewhere:
+        elsewhere.execute(allow.format(name, psycopg.sql.SQL("false")))
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        try:
+            yield
+        finally:
+            elsewhere.execute(allow.format(name, psycopg.sql.SQL("true")))
 
 
 def test_an_unwritable_outcome_is_no_end(connection: Connection, marker: Marker) -> None:

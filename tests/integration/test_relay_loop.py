@@ -1,6 +1,7 @@
 """The relay as a whole: woken by hints, polling without them, and alive through outages of either server."""
 
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,42 @@ def test_every_duty_is_done(connection: Connection, redis_client: redis.Redis, r
         eventually(lambda: _queued(redis_client) == [b"2-2"], 10, "the swept row is handed over")
 
 
+def test_redis_never_holds_more_than_the_window(
+    connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
+) -> None:
+    """From a full window until the backlog is worked off: due and scheduled jobs of a queue together are within it."""
+    window = 50
+    connection.execute(
+        "INSERT INTO outbox (task, payload, queue, run_at)"
+        " SELECT 't', '{}', queue, now() + make_interval(secs => greatest(0, n - 100) * 0.01)"
+        " FROM unnest(ARRAY['critical', 'default']) AS queue, generate_series(1, 200) AS n"
+    )
+    queue_of = {row["id"]: row["queue"] for row in connection.execute("SELECT id, queue FROM outbox")}
+
+    def held() -> Counter[str]:
+        pipeline = redis_client.pipeline(transaction=True)
+        pipeline.zrange("rq:scheduler:scheduled_jobs", 0, -1)
+        for queue in ("critical", "default"):
+            pipeline.lrange(f"rq:queue:{queue}", 0, -1)
+        return Counter(queue_of[_row_of(job)] for jobs in pipeline.execute() for job in jobs)
+
+    def work_off() -> bool:
+        assert max(held().values(), default=0) <= window
+        taken = [job for queue in ("critical", "default") for job in redis_client.lpop(f"rq:queue:{queue}", 7) or []]
+        connection.execute(  # it waits for a relay that has not committed yet
+            "UPDATE outbox SET status = 'done', done_at = now() WHERE id = ANY (%s)", [list(map(_row_of, taken))]
+        )
+        return not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall()
+
+    with _running(_with(relay_settings, poll_interval=0.02, batch=20, window=window)):
+        eventually(lambda: held() == {"critical": window, "default": window}, 10, "both windows are full")
+        eventually(work_off, 20, "all are done")
+
+
+def _row_of(job_id: Any) -> int:
+    return int(job_id.partition(b"-")[0])
+
+
 def _queued_or_nothing(client: redis.Redis) -> list[bytes]:
     try:
         return _queued(client)
@@ -193,6 +230,56 @@ def test_a_redis_without_memory_is_away(
     assert _events(lines, "Redis is away", "Redis is back") == ["Redis is away", "Redis is back"]
 
 
+def test_a_redis_that_is_loading_is_away(
+    connection: Connection, relay_settings: RelaySettings, tmp_path: Path, lines: list[Any]
+) -> None:
+    """A Redis that still reads its file answers, and nothing that it does not tell is taken for lost.
+
+    Afterwards what the file had is there as before, and what was handed over since it was written is handed over again.
+    """
+    # It waits at every key (µs), and after every 2 MB it answers what has come meanwhile.
+    slow = ["key-load-delay 80000", "rdbcompression no"]
+    settings = _with(relay_settings, poll_interval=0.1, sweep_interval=0.1, sweep_grace=0.1)
+    with (
+        embedded_redis(tmp_path, settings=slow) as server,
+        outbox_redis.connect(server.url, "test") as client,
+        _running(_with(settings, redis_url=server.url)),
+    ):
+        kept = _add(connection)
+        eventually(lambda: _status(connection, kept) == "enqueued", 10)
+        for n in range(40):
+            client.setrange(f"padding:{n}", 2_000_000, "x")
+        client.save()
+        lost = _add(connection)
+        eventually(lambda: _status(connection, lost) == "enqueued", 10)
+        _stop(server)
+        while_away = _add(connection)
+        eventually(lambda: _events(lines, "Redis is away"), 10)
+
+        server.restart()
+        told = eventually(lambda: _refused_while_loading(client), 10, "the relay is told LOADING")
+        eventually(lambda: _refused_while_loading(client) > told, 10, "it tries again")
+        assert _deliveries(connection) == [("enqueued", 1), ("enqueued", 1), ("pending", 0)]
+        assert client.info("persistence")["loading"], "all that was while it was loading"
+
+        eventually(lambda: _status(connection, while_away) == "enqueued", 20, "Redis is used again")
+        eventually(lambda: sorted(_queued(client)) == [b"1-1", b"2-2", b"3-1"], 10, "all rows are there")
+    assert _events(lines, "Redis is away", "Redis is back") == ["Redis is away", "Redis is back"]
+
+
+def _refused_while_loading(client: redis.Redis) -> int:
+    try:
+        refused = client.info("errorstats").get("errorstat_LOADING", {"count": 0})
+    except outbox_redis.AWAY:
+        return 0
+    return int(refused["count"])
+
+
+def _deliveries(connection: Connection) -> list[tuple[str, int]]:
+    rows = connection.execute("SELECT status, delivery FROM outbox ORDER BY id").fetchall()
+    return [(row["status"], row["delivery"]) for row in rows]
+
+
 def test_redis_may_be_away_from_the_start(
     connection: Connection, relay_settings: RelaySettings, tmp_path: Path, lines: list[Any]
 ) -> None:
@@ -223,6 +310,41 @@ def test_postgres_away_is_a_line_at_each_end(
             second = _add(connection)
             eventually(lambda: _status(connection, second) == "enqueued", 10)
     assert _events(lines, "Postgres is away", "Postgres is back") == ["Postgres is away", "Postgres is back"]
+
+
+def test_nobody_is_rescued_just_after_postgres_was_away(
+    relay_settings: RelaySettings, own_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
+) -> None:
+    """For a lease's length the living workers may renew what ran out during the outage; then the others are rescued."""
+    settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1, lease=2.5)
+    with _running(settings):
+        with postgres.connect(own_postgres.url, "test") as connection:
+            renewed, lost = (
+                row["id"]
+                for row in connection.execute(
+                    "INSERT INTO outbox (task, payload, status, attempts, delivery, lease_until)"
+                    " SELECT 't', '{}', 'running', 1, 1, now() + interval '1 min' FROM generate_series(1, 2)"
+                    " RETURNING id"
+                ).fetchall()
+            )
+        _stop(own_postgres)
+        eventually(lambda: _events(lines, "Postgres is away"), 10)
+        own_postgres.restart()
+        eventually(lambda: _events(lines, "Postgres is back"), 20)
+
+        with postgres.connect(own_postgres.url, "test") as connection:
+            connection.execute("UPDATE outbox SET lease_until = '2000-01-01' WHERE id IN (%s, %s)", [renewed, lost])
+            connection.execute(query("renew_leases"), {"ids": [renewed], "deliveries": [1], "lease": 60.0})
+            eventually(lambda: _status(connection, lost) != "running", 10, "the lost row is rescued")
+            # A rescued row's time is that of the rescue.
+            found = connection.execute(
+                "SELECT extract(epoch FROM run_at - backend_start)::float8 AS waited FROM outbox, pg_stat_activity"
+                " WHERE id = %s AND application_name = 'outbox relay' AND datname = current_database()",
+                [lost],
+            ).fetchone()
+            assert found is not None
+            assert found["waited"] >= settings.lease
+            assert _status(connection, renewed) == "running"
 
 
 def test_a_postgres_that_hangs_is_away(

@@ -1,19 +1,24 @@
 """The verification mail's handler: the same link at every attempt, and nobody who should get none."""
 
+import ssl
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import trustme
 from psycopg_pool import ConnectionPool
+from structlog.testing import capture_logs
 
-from outbox import Context
+from outbox import Context, endpoints
 from outbox.settings import WorkerSettings
 from outbox.verification import is_secret_code
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row
-from tests.support.mailbox import Mailbox, link_in
+from tests.support.mailbox import Mailbox, free_port, link_in, serve_mailbox, serve_script, tls
 from tests.support.processes import add_users
+from tests.support.waiting import eventually
 from worker.attempt import Outcome, attempt
 from worker.claim import claim
 from worker.handlers import registry
@@ -34,8 +39,6 @@ def context(worker_settings: WorkerSettings) -> Iterator[Context]:
 
 def run(connection: Connection, context: Context, row: int) -> Outcome:
     """Makes one attempt at a user's row, as if it had been handed over just now."""
-    from dataclasses import replace
-
     from outbox.jobs import Delivery
 
     connection.execute("UPDATE outbox SET status = 'enqueued', delivery = 1, lease_until = NULL, run_at = now()")
@@ -97,25 +100,124 @@ def test_a_user_who_has_verified_meanwhile_gets_no_second_mail(
     assert len(mailbox.mails) == 1
 
 
-def test_a_refused_address_is_dead_and_a_server_that_is_down_is_not(
-    connection: Connection, context: Context, mailbox: Mailbox
+HANG = None
+
+
+@pytest.mark.parametrize(
+    ("replies", "status", "error"),
+    [
+        pytest.param({"CONNECT": HANG}, "pending", "timed out", id="hangs at the greeting"),
+        pytest.param({"EHLO": HANG}, "pending", "timed out", id="hangs at EHLO"),
+        pytest.param({"MAIL": HANG}, "pending", "timed out", id="hangs at MAIL"),
+        pytest.param({"RCPT": HANG}, "pending", "timed out", id="hangs at RCPT"),
+        pytest.param({"DATA": HANG}, "pending", "timed out", id="hangs at DATA"),
+        pytest.param({".": HANG}, "pending", "timed out", id="hangs after the dot"),
+        pytest.param({"QUIT": HANG}, "done", None, id="hangs at QUIT"),
+        pytest.param({"MAIL": b"451 4.3.0 later"}, "pending", "sender: 451 4.3.0 later", id="4xx at MAIL"),
+        pytest.param({"RCPT": b"450 4.2.1 busy"}, "pending", "recipient: 450 4.2.1 busy", id="4xx at RCPT"),
+        pytest.param({"DATA": b"452 4.3.1 full"}, "pending", "mail: 452 4.3.1 full", id="4xx at DATA"),
+        pytest.param({".": b"451 4.7.1 wait"}, "pending", "mail: 451 4.7.1 wait", id="4xx after the dot"),
+        pytest.param({"RCPT": b"550 5.1.1 unknown"}, "dead", "550 5.1.1 unknown", id="5xx for the address"),
+    ],
+)
+def test_a_mail_server_that_fails(
+    connection: Connection, context: Context, replies: dict[str, bytes | None], status: str, error: str | None
 ) -> None:
-    """What the server says of the address decides; what it says of itself is tried again."""
-    row = row_of(connection, "alice")
-    mailbox.rcpt_reply = "450 4.2.1 busy"
-    assert run(connection, context, row).status == "pending"
-    mailbox.rcpt_reply = "550 5.1.1 no such user"
-    outcome = run(connection, context, row)
-    assert outcome.status == "dead"
-    assert "550 5.1.1 no such user" in str(outcome.error)
+    """The row is dead where the address is refused for good, done once the mail is taken, and else tried again."""
+    with serve_script(replies) as server, capture_logs() as lines:
+        outcome = tried(connection, context, server.url)
+        eventually(lambda: server.mails == (status == "done"), 5)
+    assert (outcome.status, outcome.attempts, outcome.delay > 0) == (status, 1, status == "pending")
+    assert (error or "") in (outcome.error or "")
+    assert "mail server refuses us" not in [line["event"] for line in lines], "it is nobody's mistake"
+
+
+@pytest.mark.parametrize(
+    ("replies", "refused"),
+    [
+        pytest.param({"MAIL": b"550 5.7.1 not you"}, "the sender", id="550 for the sender"),
+        pytest.param({"MAIL": b"553 5.1.8 not you"}, "the sender", id="553 for the sender"),
+        pytest.param({"EHLO": b"250-me\r\n250 AUTH PLAIN", "AUTH": b"535 5.7.8 not you"}, "the login", id="login"),
+    ],
+)
+def test_a_mail_server_that_refuses_us(
+    connection: Connection, context: Context, replies: dict[str, bytes | None], refused: str
+) -> None:
+    """It is shouted about, as somebody must mend the configuration, and the row is tried again until then."""
+    with serve_script(replies) as server, capture_logs() as lines:
+        url = server.url.replace("//", "//user:password@") if "AUTH" in replies else server.url
+        outcome = tried(connection, context, url)
+    reply = next(reversed(replies.values())) or b""
+    assert_tried_again(outcome, f"does not take {refused}: {reply.decode()}")
+    shouts = [line for line in lines if line["event"] == "mail server refuses us"]
+    assert [(line["log_level"], line["refused"]) for line in shouts] == [("error", refused)]
+
+
+def test_a_mail_server_that_breaks_off(connection: Connection, context: Context) -> None:
+    """A connection that is reset in the middle of a mail is tried again."""
+    with serve_script(resets=True) as server:
+        assert_tried_again(tried(connection, context, server.url), "Connection reset by peer")
+
+
+def test_a_mail_server_that_is_down(connection: Connection, context: Context) -> None:
+    """A connection that is refused is tried again."""
+    assert_tried_again(tried(connection, context, f"smtp://127.0.0.1:{free_port()}"), "Connection refused")
+
+
+FLAWS = {
+    "another name": "not valid for '127.0.0.1'",
+    "self-signed": "self-signed certificate",
+    "no STARTTLS": "STARTTLS extension not supported",
+}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "flaw"),
+    [
+        *(("smtps", flaw) for flaw in ("another name", "self-signed")),
+        *(("smtp+starttls", flaw) for flaw in FLAWS),
+    ],
+)
+def test_a_mail_server_that_may_be_another(
+    connection: Connection, context: Context, authority: trustme.CA, scheme: str, flaw: str
+) -> None:
+    """A server that cannot show who it is gets no mail; the row is tried again, and the error names the flaw."""
+    served = {"another name": tls(authority, "mail.example.org"), "self-signed": self_signed(), "no STARTTLS": None}
+    options: dict[str, Any] = {"ssl_context" if scheme == "smtps" else "tls_context": served[flaw]}
+    with serve_mailbox(**options) as mailbox:
+        outcome = tried(connection, context, mailbox.url.replace("smtp", scheme), timeout=5)
+        assert not mailbox.mails
+    assert_tried_again(outcome, FLAWS[flaw])
+
+
+def assert_tried_again(outcome: Outcome, error: str) -> None:
+    """Checks that the row goes back with a delay, and that its error names what happened."""
+    assert (outcome.status, outcome.attempts, outcome.delay > 0) == ("pending", 1, True)
+    assert error in str(outcome.error)
+
+
+def tried(connection: Connection, context: Context, url: str, timeout: float = 0.3) -> Outcome:
+    """Makes one attempt at a new user's row with another mail server, which has so many seconds for each step."""
+    server = {"smtp_server": endpoints.smtp_server(url), "smtp_timeout": timeout}
+    mailer = Mailer(context.settings.model_copy(update=server))
+    outcome = run(connection, replace(context, send=mailer.send), row_of(connection, "alice"))
+    mailer._drop()
+    return outcome
+
+
+def self_signed() -> ssl.SSLContext:
+    """Returns a server's context with a certificate that nobody but itself vouches for."""
+    made = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with made.cert_pem.tempfile() as certificate, made.private_key_pem.tempfile() as key:
+        context.load_cert_chain(certificate, key)
+    return context
 
 
 def test_no_transaction_is_open_while_it_talks_to_the_mail_server(
     connection: Connection, context: Context, mailbox: Mailbox
 ) -> None:
     """A slow mail server must not hold a snapshot or a lock in Postgres."""
-    from dataclasses import replace
-
     row = row_of(connection, "alice")
     seen: list[object] = []
 

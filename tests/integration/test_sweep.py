@@ -108,6 +108,18 @@ def test_a_job_that_a_stock_worker_pops_is_held(
     assert sweep(connection, redis_client, settings) == 1
 
 
+def test_a_job_in_another_queue_is_lost(
+    connection: Connection, redis_client: redis.Redis, settings: RelaySettings
+) -> None:
+    """A stranger may have moved it to where no worker looks."""
+    _hand_over(connection, redis_client, settings, 2)
+    connection.execute("UPDATE outbox SET queue = 'elsewhere' WHERE id = 2")  # so that its queue is read as well
+    redis_client.rpush("rq:queue:elsewhere", "1-1", "2-1")
+    redis_client.delete("rq:queue:default")
+    assert sweep(connection, redis_client, settings) == 1
+    assert _states(connection) == [("pending", 1), ("enqueued", 1)]
+
+
 def test_a_job_that_was_put_off_for_ever_is_lost(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:

@@ -3,16 +3,22 @@
 import asyncio
 import re
 import socket
+import ssl
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email import message_from_bytes, policy
 from email.message import EmailMessage
+from io import BufferedReader
 from threading import Lock, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
+
+if TYPE_CHECKING:
+    import trustme
 
 
 @dataclass
@@ -109,6 +115,13 @@ def serve_mailbox(port: int | None = None, **options: Any) -> Iterator[Mailbox]:
         controller.stop()
 
 
+def tls(authority: "trustme.CA", name: str = "127.0.0.1") -> ssl.SSLContext:
+    """Returns a server's context with a certificate for a name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
 def free_port() -> int:
     """Returns a port that nobody listens on."""
     with socket.socket() as probe:
@@ -134,6 +147,8 @@ class ScriptedServer:
     """By step (CONNECT, EHLO, MAIL, RCPT, DATA, "." and so on): what it says; b"" hangs up, None hangs."""
     close_after: int | None
     """How many mails it takes on one connection before it answers 421."""
+    resets: bool
+    """Whether it resets the connection in the middle of a mail."""
     port: int
     mails: int = 0
     connections: int = 0
@@ -161,8 +176,11 @@ class ScriptedServer:
                 if reply.startswith(b"421"):
                     return
                 if step == "DATA" and reply.startswith(b"354"):
-                    while (line := lines.readline()) not in (b".\r\n", b""):
-                        pass
+                    if self.resets:
+                        lines.readline()
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        return
+                    _read_mail(lines)
                     step = "."
                     continue
                 if step == "." and reply.startswith(b"250"):
@@ -173,21 +191,27 @@ class ScriptedServer:
                 step = line.split()[0].decode(errors="replace").upper()
 
 
+def _read_mail(lines: BufferedReader) -> None:
+    while lines.readline() not in (b".\r\n", b""):
+        pass
+
+
 _REPLIES = {"CONNECT": b"220 ready", "DATA": b"354 go on", "QUIT": b"221 bye"}
 
 
 @contextmanager
 def serve_script(
-    replies: dict[str, bytes | None] | None = None, close_after: int | None = None
+    replies: dict[str, bytes | None] | None = None, close_after: int | None = None, *, resets: bool = False
 ) -> Iterator[ScriptedServer]:
     """Runs a server that misbehaves.
 
     Args:
         replies: what it says at which step, where that is not what it should say.
         close_after: how many mails it takes on one connection.
+        resets: whether it resets the connection in the middle of a mail.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = ScriptedServer(dict(replies or {}), close_after, listener.getsockname()[1])
+        server = ScriptedServer(dict(replies or {}), close_after, resets, listener.getsockname()[1])
 
         def accept() -> None:
             while True:

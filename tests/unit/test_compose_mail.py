@@ -1,7 +1,9 @@
 """The verification mail: what is in it, and what can never get into it."""
 
+from datetime import UTC
 from email import message_from_bytes, policy
 from email.message import EmailMessage
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from outbox.errors import SettingsError
 from outbox.settings import WorkerSettings
 from worker.handlers.send_verify_email import compose, message_id
 
+SENT_AT = 1_700_000_000.0
 LINK = "https://example.com/app/v1/verify_email?email_id=1&secret_code=abc"
 
 
@@ -44,7 +47,7 @@ def body(mail: EmailMessage, kind: str) -> str:
 
 def test_both_parts_carry_the_link() -> None:
     """A text part and an HTML part, each with the name, the whole link and how long it works."""
-    mail = sent(compose(settings(), 7, "alice@example.com", "Alice Liddell", LINK))
+    mail = sent(compose(settings(), 7, "alice@example.com", "Alice Liddell", LINK, sent_at=SENT_AT))
     assert [part.get_content_type() for part in mail.iter_parts()] == ["text/plain", "text/html"]
     assert LINK in body(mail, "plain")
     assert f'href="{LINK.replace("&", "&amp;")}"' in body(mail, "html")
@@ -53,14 +56,14 @@ def test_both_parts_carry_the_link() -> None:
         assert "15 minutes" in body(mail, kind)
     assert (mail["To"], mail["From"]) == ("alice@example.com", "Sign-up <no-reply@example.com>")
     assert mail["Subject"]
-    assert mail["Date"]
+    assert parsedate_to_datetime(mail["Date"]).replace(tzinfo=UTC).timestamp() == SENT_AT
     assert mail["Auto-Submitted"] == "auto-generated"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(900, "15 minutes"), (60, "1 minute"), (1, "1 minute"), (90, "2 min")])
 def test_the_lifetime_is_told_in_minutes(seconds: float, text: str) -> None:
     """Rounded, and never 0."""
-    mail = compose(settings(link_lifetime=seconds), 7, "a@example.com", "Alice", LINK)
+    mail = compose(settings(link_lifetime=seconds), 7, "a@example.com", "Alice", LINK, sent_at=SENT_AT)
     assert f"It works for {text}" in body(mail, "plain")
 
 
@@ -68,7 +71,9 @@ def test_the_message_id_is_the_rows() -> None:
     """The same for a row at every attempt; another for another row, and for another deployment."""
     here = settings()
     assert (
-        message_id(here, 7) == message_id(settings(), 7) == compose(here, 7, "a@example.com", "A", LINK)["Message-ID"]
+        message_id(here, 7)
+        == message_id(settings(), 7)
+        == compose(here, 7, "a@example.com", "A", LINK, sent_at=SENT_AT)["Message-ID"]
     )
     assert message_id(here, 7).endswith("@example.com>")
     assert len({message_id(here, 7), message_id(here, 8), message_id(settings(secret_key="x" * 32), 7)}) == 3
@@ -79,7 +84,7 @@ def test_the_message_id_is_the_rows() -> None:
 )
 def test_a_name_never_gets_into_the_headers(name: str) -> None:
     """Line breaks of all kinds stay in the body, where they are text."""
-    mail = sent(compose(settings(), 7, "eve@example.com", name, LINK))
+    mail = sent(compose(settings(), 7, "eve@example.com", name, LINK, sent_at=SENT_AT))
     assert sorted(mail.keys()) == sorted(
         ["From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted", "MIME-Version", "Content-Type"]
     )
@@ -90,7 +95,7 @@ def test_a_name_never_gets_into_the_headers(name: str) -> None:
 def test_an_address_with_a_line_break_makes_no_mail(recipient: str) -> None:
     """The service refuses such an address; if one got into the table all the same, no mail is made of it."""
     with pytest.raises(ValueError, match="linefeed"):
-        compose(settings(), 7, recipient, "Alice", LINK)
+        compose(settings(), 7, recipient, "Alice", LINK, sent_at=SENT_AT)
 
 
 @pytest.mark.parametrize("sender", ["a@example.com\r\nBcc: v@example.com", "A\n <a@example.com>", "a@b\u2028Bcc: x@y"])
@@ -112,7 +117,7 @@ def test_a_sender_with_a_line_break_is_a_wrong_setting(sender: str, monkeypatch:
 
 def test_a_name_is_text_in_html() -> None:
     """Markup in a name is shown, not run."""
-    mail = compose(settings(), 7, "eve@example.com", "<script>alert('x')</script> & \"co\"", LINK)
+    mail = compose(settings(), 7, "eve@example.com", "<script>alert('x')</script> & \"co\"", LINK, sent_at=SENT_AT)
     html = body(mail, "html")
     assert "<script" not in html
     assert "&lt;script&gt;" in html
@@ -121,7 +126,9 @@ def test_a_name_is_text_in_html() -> None:
 
 def test_an_international_domain_is_ascii_in_every_header() -> None:
     """A domain has an ASCII form that every mail server takes; an encoded word in an address is no address at all."""
-    mail = compose(settings(mail_from="Grüße <no-reply@exämple.com>"), 7, "user@exämple.com", "Alice", LINK)
+    mail = compose(
+        settings(mail_from="Grüße <no-reply@exämple.com>"), 7, "user@exämple.com", "Alice", LINK, sent_at=SENT_AT
+    )
     wire = mail.as_bytes(policy=policy.SMTP)
     assert b"To: user@xn--exmple-cua.com\r\n" in wire
     assert b"<no-reply@xn--exmple-cua.com>" in wire
@@ -132,7 +139,7 @@ def test_an_international_domain_is_ascii_in_every_header() -> None:
 def test_long_names_and_addresses_survive() -> None:
     """The longest that the service takes are not broken by folding."""
     recipient = f"{'a' * 64}@{'b' * 60}.{'c' * 60}.com"
-    mail = sent(compose(settings(), 7, recipient, "N" * 100, LINK + "x" * 900))
+    mail = sent(compose(settings(), 7, recipient, "N" * 100, LINK + "x" * 900, sent_at=SENT_AT))
     assert mail["To"] == recipient
     assert "N" * 100 in body(mail, "plain")
     assert LINK + "x" * 900 in body(mail, "plain")

@@ -47,11 +47,14 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
     code = secret_code(context.settings.secret_key, verification["id"], user["username"], verification["email"])
     parameters = urlencode({"email_id": verification["id"], "secret_code": code})
     link = f"{context.settings.public_url}/v1/verify_email?{parameters}"
-    context.send(compose(context.settings, context.row, verification["email"], user["full_name"], link))
+    recipient, sent_at = verification["email"], verification["now"]
+    context.send(compose(context.settings, context.row, recipient, user["full_name"], link, sent_at=sent_at))
     return {"email": verification["email"]}
 
 
-def compose(settings: WorkerSettings, row: int, recipient: str, full_name: str, link: str) -> EmailMessage:
+def compose(
+    settings: WorkerSettings, row: int, recipient: str, full_name: str, link: str, *, sent_at: float
+) -> EmailMessage:
     """Returns the mail. `EmailMessage` refuses line breaks in headers, and the name is in the body alone.
 
     Args:
@@ -60,6 +63,7 @@ def compose(settings: WorkerSettings, row: int, recipient: str, full_name: str, 
         recipient: the address.
         full_name: of the user.
         link: what the button opens.
+        sent_at: seconds since the epoch, by Postgres' clock.
     """
     minutes = max(1, round(settings.link_lifetime / 60))
     lifetime = "1 minute" if minutes == 1 else f"{minutes} minutes"
@@ -68,7 +72,7 @@ def compose(settings: WorkerSettings, row: int, recipient: str, full_name: str, 
     message["From"] = Address(name, addr_spec=deliverable(sender))
     message["To"] = deliverable(recipient)
     message["Subject"] = "Please verify your email address"
-    message["Date"] = formatdate()
+    message["Date"] = formatdate(sent_at)
     message["Message-ID"] = message_id(settings, row)
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(

@@ -1,0 +1,37 @@
+"""Runs a process under a clock that is wrong: `CLOCK_OF=relay CLOCK_ERROR=3600 python -m tests.support.wrong_clock`.
+
+The monotonic clock stays as it is, as it does on a machine whose time was set wrong.
+"""
+
+import datetime as dt
+import os
+import runpy
+import time
+from typing import Any
+
+
+def set_wrong(seconds: float) -> None:
+    """Moves what this process takes for the time; for good, and before anything else is imported."""
+    true_time, true_time_ns, true_datetime = time.time, time.time_ns, dt.datetime
+
+    class _Kind(type):
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, true_datetime)
+
+    class _WrongDatetime(dt.datetime, metaclass=_Kind):
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> Any:
+            return true_datetime.fromtimestamp(time.time(), tz)
+
+        @classmethod
+        def utcnow(cls) -> Any:
+            return true_datetime.fromtimestamp(time.time(), dt.UTC).replace(tzinfo=None)
+
+    time.time = lambda: true_time() + seconds
+    time.time_ns = lambda: true_time_ns() + int(seconds * 1e9)
+    dt.datetime = _WrongDatetime  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    set_wrong(float(os.environ["CLOCK_ERROR"]))
+    runpy.run_module(os.environ["CLOCK_OF"], run_name="__main__", alter_sys=True)
