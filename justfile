@@ -20,6 +20,16 @@ up *arguments: setup
 test *arguments: setup
     @{{ bin }}/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder {{ if arguments == "" { coverage } else { arguments } }}
 
+# Inject faults at random while users are created, then judge: was anything lost? (--help tells the options)
+[no-exit-message]
+chaos *arguments: setup
+    @{{ bin }}/python -m tests.chaos {{ arguments }}
+
+# Check the model of a row's life in docs/model; needs spin and gcc
+[no-exit-message]
+model:
+    @docs/model/check.sh
+
 # Check formatting, lint, types and import rules
 check: setup
     {{ bin }}/ruff format --check .
