@@ -1,5 +1,6 @@
 """The relay's loop: its duties, each at its own pace, and its life with servers that come and go."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class Relay:
         self._client = outbox_redis.connect(settings.redis_url, "outbox-relay")
         self._schedule = Schedule(self._client, list(settings.queues))
         self._clock = Clock()
-        self._serving_since = 0.0
+        self._looked_at = -math.inf
+        self._rescues_from = 0.0
 
     def run(self) -> None:
         """Works until it is told to stop, through outages of either server.
@@ -79,7 +81,6 @@ class Relay:
     def _serve(self, connection: Connection) -> None:
         postgres.check_migrated(connection)
         connection.execute(query("listen"))
-        self._serving_since = time.monotonic()
         moving = Duty(self._move_due, needs_redis=True)
         publishing = [Duty(self._publish(queue, moving), needs_redis=True) for queue in self._settings.queues]
         duties = [
@@ -149,10 +150,17 @@ class Relay:
         return REPAIR_INTERVAL
 
     def _rescue(self, connection: Connection) -> float:
-        # After Postgres was away, the living workers first get a lease's length to renew what they hold.
-        if (wait := self._serving_since + self._settings.lease - time.monotonic()) > 0:
-            return wait
-        rescue(connection)
+        """Rescues, unless nobody came here for a while: Postgres was away, or stalled, or this process was paused.
+
+        Then the living workers may not have been able to renew their leases either, and first get a lease's length to
+        do so. They renew every third of it: what is shorter than another third has cost none of them its lease.
+        """
+        now, lease = time.monotonic(), self._settings.lease
+        if now - self._looked_at > RESCUE_INTERVAL + lease / 3:
+            self._rescues_from = now + lease
+        self._looked_at = now
+        if now >= self._rescues_from:
+            rescue(connection, patience=lease / 3)
         return RESCUE_INTERVAL
 
     def _retention(self, connection: Connection) -> float:

@@ -1,5 +1,7 @@
 """Taking rows from workers that died."""
 
+import math
+import time
 from typing import Any
 
 from outbox import logs
@@ -10,15 +12,21 @@ from outbox.queries import query
 _BATCH = 500
 
 
-def rescue(connection: Connection) -> int:
+def rescue(connection: Connection, patience: float = math.inf) -> int:
     """Returns `running` rows whose lease has passed to `pending`, or to `dead`, and returns how many there were.
+
+    Args:
+        connection: in autocommit mode.
+        patience: seconds that finding them may take. Where it takes longer, Postgres has stalled, and the workers' own
+            writes may be stalled beside this one: nobody is rescued.
 
     Raises:
         psycopg.OperationalError: Postgres is away.
     """
+    begun = time.monotonic()
     with connection.transaction():
         rows = connection.execute(query("expired"), {"batch": _BATCH}).fetchall()
-        if not rows:
+        if not rows or time.monotonic() - begun > patience:
             return 0
         statuses = ["dead" if row["attempts"] > row["max_retries"] else "pending" for row in rows]
         delays = [_delay(row["attempts"]) for row in rows]
@@ -33,6 +41,7 @@ def rescue(connection: Connection) -> int:
                 "errors": [f"the worker {row['worker']} vanished: it did not renew its lease in time" for row in rows],
             },
         )
+    connection.execute(query("notify_relays"))
     for row, status, delay in zip(rows, statuses, delays, strict=True):
         _tell(row, status, delay)
     return len(rows)

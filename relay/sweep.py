@@ -96,6 +96,8 @@ class Sweep:
             query("sweep"),
             {"ids": [delivery.row for delivery in missing], "deliveries": [delivery.number for delivery in missing]},
         ).fetchall()
+        if swept:
+            connection.execute(query("notify_relays"))
         log = logs.get()
         for row in swept:
             log.warning(

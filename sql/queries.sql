@@ -12,8 +12,8 @@ RETURNING id;
 
 
 -- name: notify_relays
--- Tells the relays that rows were committed. A hint that may get lost, sent after the commit and never inside it:
--- a NOTIFY in the writing transaction would make all writers commit one after the other.
+-- Tells the relays that there are rows to hand over. A hint that may get lost, sent after the commit and never inside
+-- it: a NOTIFY in the writing transaction would make all writers commit one after the other.
 SELECT pg_notify('outbox', '');
 
 

@@ -10,8 +10,8 @@ from outbox.queries import query
 from worker.limit import held_back
 
 SIZE = 4
-WAIT = 5.0
-"""Seconds that a handler may wait for a connection: well below any task's time limit."""
+WAIT = 10.0
+"""Seconds that a handler may wait for a connection: an outage that is shorter costs no attempt."""
 
 
 class HandlerPool(ConnectionPool[Connection[Any]]):

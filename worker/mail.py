@@ -7,6 +7,7 @@ from contextlib import suppress
 from email import policy
 from email.message import EmailMessage
 from email.utils import parseaddr
+from typing import NoReturn
 
 from email_validator import EmailNotValidError, validate_email
 
@@ -84,7 +85,7 @@ class Mailer:
             self._refused("the mail", code, text)
 
     @staticmethod
-    def _refused(what: str, code: int, text: bytes) -> None:
+    def _refused(what: str, code: int, text: bytes) -> NoReturn:
         if code >= 500:
             # Nothing that a retry alone would mend, and nothing that is the recipient's fault: somebody must look.
             logs.get().error("mail server refuses us", refused=what, reply=_reply(code, text))
@@ -93,10 +94,13 @@ class Mailer:
     def _connect(self) -> smtplib.SMTP:
         server = self._server
         smtp: smtplib.SMTP
-        if server.security == "tls":
-            smtp = smtplib.SMTP_SSL(server.host, server.port, timeout=self._timeout, context=self._tls)
-        else:
-            smtp = smtplib.SMTP(server.host, server.port, timeout=self._timeout)
+        try:
+            if server.security == "tls":
+                smtp = smtplib.SMTP_SSL(server.host, server.port, timeout=self._timeout, context=self._tls)
+            else:
+                smtp = smtplib.SMTP(server.host, server.port, timeout=self._timeout)
+        except smtplib.SMTPConnectError as error:
+            self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
         try:
             if server.security == "starttls":
                 smtp.starttls(context=self._tls)
@@ -106,6 +110,9 @@ class Mailer:
         except smtplib.SMTPAuthenticationError as error:
             smtp.close()
             self._refused("the login", error.smtp_code, _bytes(error.smtp_error))
+        except smtplib.SMTPResponseException as error:
+            smtp.close()
+            self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
         except UnicodeEncodeError:  # its text would quote the password
             smtp.close()
             raise MailError("the user or password in SMTP_URL has characters that no login can carry") from None

@@ -1,6 +1,7 @@
 """The relay as a whole: woken by hints, polling without them, and alive through outages of either server."""
 
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from outbox.migrate import migrate
 from outbox.queries import query
 from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
-from relay.loop import Relay
+from relay.loop import RESCUE_INTERVAL, Relay
 from tests.support.processes import frozen
 from tests.support.servers import cluster_settings
 from tests.support.waiting import eventually
@@ -312,6 +313,31 @@ def test_postgres_away_is_a_line_at_each_end(
     assert _events(lines, "Postgres is away", "Postgres is back") == ["Postgres is away", "Postgres is back"]
 
 
+def test_nobody_is_rescued_just_after_postgres_stalled(
+    relay_settings: RelaySettings, own_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
+) -> None:
+    """A stall breaks no connection, and keeps the living workers from renewing all the same: they get their time."""
+    settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1, lease=2.5)
+    with postgres.connect(own_postgres.url, "test") as connection, _running(settings):
+        row = connection.execute(
+            "INSERT INTO outbox (task, payload, status, attempts, delivery, lease_until)"
+            " VALUES ('t', '{}', 'running', 1, 1, now() + interval '1 s') RETURNING id"
+        ).fetchone()
+        assert row is not None
+        # A relay that has just started waits anyway.
+        waited = time.monotonic()
+        eventually(lambda: time.monotonic() - waited > settings.lease, 10, "the relay's own first wait")
+        connection.execute("UPDATE outbox SET lease_until = now() + interval '1 s' WHERE id = %s", [row["id"]])
+        with frozen(own_postgres):
+            began = time.monotonic()
+            eventually(lambda: time.monotonic() - began > 3, 10, "a stall for longer than the lease has left")
+        passed = _add(connection)
+        eventually(lambda: _status(connection, passed) == "enqueued", 10, "the relay goes on")
+        assert _status(connection, row["id"]) == "running"
+        eventually(lambda: _status(connection, row["id"]) != "running", 10, "it is rescued, as nobody renews it")
+    assert not _events(lines, "Postgres is away"), "the connection held"
+
+
 def test_nobody_is_rescued_just_after_postgres_was_away(
     relay_settings: RelaySettings, own_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
 ) -> None:
@@ -328,7 +354,9 @@ def test_nobody_is_rescued_just_after_postgres_was_away(
                 ).fetchall()
             )
         _stop(own_postgres)
+        stopped = time.monotonic()
         eventually(lambda: _events(lines, "Postgres is away"), 10)
+        eventually(lambda: time.monotonic() - stopped > RESCUE_INTERVAL + settings.lease / 3, 10, "a long outage")
         own_postgres.restart()
         eventually(lambda: _events(lines, "Postgres is back"), 20)
 

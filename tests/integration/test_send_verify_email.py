@@ -2,6 +2,7 @@
 
 import ssl
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -11,7 +12,7 @@ import trustme
 from psycopg_pool import ConnectionPool
 from structlog.testing import capture_logs
 
-from outbox import Context, endpoints
+from outbox import Context, endpoints, postgres
 from outbox.settings import WorkerSettings
 from outbox.verification import is_secret_code
 from tests.conftest import Connection
@@ -100,6 +101,21 @@ def test_a_user_who_has_verified_meanwhile_gets_no_second_mail(
     assert len(mailbox.mails) == 1
 
 
+def test_a_connection_that_breaks_before_the_mail_costs_no_attempt(
+    connection: Connection, context: Context, mailbox: Mailbox, database_url: str
+) -> None:
+    """Nothing is sent by then, so the same attempt begins anew on another connection."""
+    row = row_of(connection, "alice")
+    cut = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted AND relation = 'verify_emails'::regclass"
+    with ThreadPoolExecutor(1) as handler:
+        with postgres.connect(database_url, "holder") as holder, holder.transaction():
+            holder.execute("LOCK TABLE verify_emails")
+            outcome = handler.submit(run, connection, context, row)
+            eventually(lambda: holder.execute(cut).fetchall(), 10, "the handler's connection is cut")
+        assert outcome.result(10).status == "done"
+    assert len(mailbox.mails) == 1
+
+
 HANG = None
 
 
@@ -138,6 +154,8 @@ def test_a_mail_server_that_fails(
         pytest.param({"MAIL": b"550 5.7.1 not you"}, "the sender", id="550 for the sender"),
         pytest.param({"MAIL": b"553 5.1.8 not you"}, "the sender", id="553 for the sender"),
         pytest.param({"EHLO": b"250-me\r\n250 AUTH PLAIN", "AUTH": b"535 5.7.8 not you"}, "the login", id="login"),
+        pytest.param({"CONNECT": b"554 5.7.1 not you"}, "the connection", id="554 at the greeting"),
+        pytest.param({"EHLO": b"550 5.7.1 no", "HELO": b"550 5.7.1 not you"}, "the connection", id="550 at EHLO"),
     ],
 )
 def test_a_mail_server_that_refuses_us(

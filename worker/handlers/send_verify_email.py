@@ -7,11 +7,13 @@ from email.headerregistry import Address
 from email.message import EmailMessage
 from email.utils import formatdate, parseaddr
 from html import escape
+from typing import Any
 from urllib.parse import urlencode
 
 from psycopg.rows import dict_row
+from psycopg_pool import PoolTimeout
 
-from outbox import Context, SkipRetry, handler
+from outbox import Context, SkipRetry, handler, postgres
 from outbox.queries import query
 from outbox.settings import WorkerSettings
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
@@ -27,13 +29,31 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
         SkipRetry: the user is gone, or the mail server refuses the address for good.
         MailError, OSError, smtplib.SMTPException: the mail server does not take the mail now.
     """
+    try:
+        user, verification = _open_verification(payload.username, context)
+    except PoolTimeout:
+        raise
+    except postgres.AWAY:  # the connection broke in the middle, and nothing is sent yet: another may serve
+        user, verification = _open_verification(payload.username, context)
+    if verification is None:
+        # An earlier attempt sent the mail and died before it could say so; the user was quicker than the retry.
+        return {"email": user["email"], "already_verified": True}
+    code = secret_code(context.settings.secret_key, verification["id"], user["username"], verification["email"])
+    parameters = urlencode({"email_id": verification["id"], "secret_code": code})
+    link = f"{context.settings.public_url}/v1/verify_email?{parameters}"
+    recipient, sent_at = verification["email"], verification["now"]
+    context.send(compose(context.settings, context.row, recipient, user["full_name"], link, sent_at=sent_at))
+    return {"email": verification["email"]}
+
+
+def _open_verification(username: str, context: Context) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Returns the user, and the verification unless the user needs none any more."""
     with context.database.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
-        user = cursor.execute(query("verification_recipient"), {"username": payload.username}).fetchone()
+        user = cursor.execute(query("verification_recipient"), {"username": username}).fetchone()
         if user is None:
-            raise SkipRetry(f"the user {payload.username} is gone")
+            raise SkipRetry(f"the user {username} is gone")
         if user["is_email_verified"]:
-            # An earlier attempt sent the mail and died before it could say so; the user was quicker than the retry.
-            return {"email": user["email"], "already_verified": True}
+            return user, None
         verification = cursor.execute(
             query("open_verification"),
             {
@@ -44,12 +64,7 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
             },
         ).fetchone()
     assert verification is not None
-    code = secret_code(context.settings.secret_key, verification["id"], user["username"], verification["email"])
-    parameters = urlencode({"email_id": verification["id"], "secret_code": code})
-    link = f"{context.settings.public_url}/v1/verify_email?{parameters}"
-    recipient, sent_at = verification["email"], verification["now"]
-    context.send(compose(context.settings, context.row, recipient, user["full_name"], link, sent_at=sent_at))
-    return {"email": verification["email"]}
+    return user, verification
 
 
 def compose(

@@ -1,0 +1,102 @@
+"""Mails that went out twice, and whether the one window that cannot be closed explains it."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tests.chaos.evidence import Evidence, Fault, Mail
+from tests.chaos.intervals import covered
+
+MARKING_LIMIT = 2.0
+"""Seconds after a mail's acceptance, with Postgres there, by which its row is marked: a worker that is killed later
+explains no second mail."""
+
+_CUT_MARGIN = 0.25
+"""Seconds around the 250 in which the end of its connection or of its worker may have lost it: the mail server
+takes note of either a moment late."""
+
+_LATE = 2.0
+_LAG = 0.5
+"""Seconds of the `_LATE` before and after a 250 that make it too late for the worker's time limit."""
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """A copy that was followed by another one."""
+
+    mail: Mail
+    following: Mail
+    excuse: str
+    """Why the row could not be marked after this copy; empty where nothing explains it."""
+    kind: str
+    """The kind of fault that did it."""
+
+
+def copies(mails: list[Mail]) -> dict[str, list[Mail]]:
+    """Returns each recipient's mails in the order of their acceptance."""
+    by_recipient: dict[str, list[Mail]] = defaultdict(list)
+    for mail in sorted(mails, key=lambda mail: mail.accepted):
+        by_recipient[mail.recipient].append(mail)
+    return dict(by_recipient)
+
+
+def duplicates(evidence: Evidence) -> list[Duplicate]:
+    """Returns every copy that was followed by another, with its excuse."""
+    found = []
+    for mails in copies(evidence.mails).values():
+        for mail, following in pairwise(mails):
+            excuse, kind = _excuse(evidence, mail)
+            found.append(Duplicate(mail, following, excuse, kind))
+    return found
+
+
+def _excuse(evidence: Evidence, mail: Mail) -> tuple[str, str]:
+    return _lost_reply(evidence, mail) or _killed(evidence, mail) or _parted(evidence, mail) or ("", "")
+
+
+def _lost_reply(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
+    """The server took the mail, and its 250 did not reach the worker."""
+    if mail.answered is None:
+        return "the mail server took it and did not say so", _kind_at(evidence, mail.accepted, "mail")
+    session = evidence.sessions[mail.session]
+    for cut in evidence.cuts:
+        if cut.port == session.port and -_CUT_MARGIN < cut.at - mail.answered < _CUT_MARGIN and not mail.followed:
+            return "the connection was cut at the 250", _kind_at(evidence, cut.at, "mail")
+    if not mail.followed and covered((mail.accepted - _LATE, mail.accepted + _LATE), evidence.lags) > _LAG:
+        return "this machine was too busy to pass the 250 on in time", ""
+    return None
+
+
+def _killed(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
+    """The worker was killed between the 250 and the mark."""
+    slot = f"worker-{mail.worker}"
+    for end in evidence.exits:
+        if end.slot != slot or end.cause != "SIGKILL" or end.at < mail.accepted - _CUT_MARGIN:
+            continue
+        away = [(fault.start, fault.end) for fault in evidence.faults if "postgres" in fault.targets]
+        lived = end.at - mail.accepted - covered((mail.accepted, end.at), away)
+        if lived < MARKING_LIMIT:
+            return f"its worker was killed {end.at - mail.accepted:.2f} s later", _kind_at(evidence, end.at, "worker")
+        return None
+    return None
+
+
+def _parted(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
+    """The worker alone could not reach Postgres for longer than its lease: to all others it was dead."""
+    slot = f"worker-{mail.worker}"
+    for fault in evidence.faults:
+        if (
+            fault.kind == "worker.part-from-postgres"
+            and slot in fault.slots
+            and fault.start - MARKING_LIMIT < mail.accepted < fault.end + MARKING_LIMIT
+        ):
+            return "its worker was parted from Postgres for longer than the lease", fault.kind
+    return None
+
+
+def _kind_at(evidence: Evidence, at: float, target: str) -> str:
+    def distance(fault: Fault) -> float:
+        return max(fault.start - at, at - fault.end, 0.0)
+
+    aimed = [fault for fault in evidence.faults if target in fault.targets]
+    return min(aimed, key=distance).kind if aimed else ""

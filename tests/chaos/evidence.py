@@ -1,0 +1,149 @@
+"""What a run leaves behind for the judge: plain records, all times in seconds since the epoch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Attempt:
+    """One request of a client, and what it was told."""
+
+    intent: str
+    """`new`, `impatient` (hangs up early), `taken username`, `taken email` or `invalid`."""
+    username: str
+    email: str
+    service: int
+    sent: float
+    answered: float = 0.0
+    status: int | None = None
+    """None: no answer."""
+    body: str = ""
+
+
+@dataclass
+class Mail:
+    """One mail that the mail server has accepted."""
+
+    recipient: str
+    message_id: str
+    link: str
+    worker: int
+    """The slot of the worker that sent it."""
+    session: int
+    accepted: float
+    answered: float | None = None
+    """When its 250 was written; None when a fault kept it back."""
+    followed: bool = False
+    """Whether the client said something more on this session: then it has read the 250."""
+
+
+@dataclass
+class Session:
+    """One connection to the mail server."""
+
+    number: int
+    worker: int
+    port: int
+    """Its client's port, which is the proxy's."""
+    begun: float
+    ended: float | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A connection to the mail server that a proxy cut."""
+
+    port: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two sessions that were sending to one recipient at once."""
+
+    recipient: str
+    at: float
+    workers: tuple[int, int]
+
+
+@dataclass
+class Fault:
+    """One injected fault."""
+
+    number: int
+    kind: str
+    targets: tuple[str, ...]
+    start: float
+    end: float = 0.0
+    """When what it struck was there again."""
+    note: str = ""
+    slots: tuple[str, ...] = ()
+    """The processes that it struck, as in `worker-0`."""
+
+
+@dataclass
+class Exit:
+    """The end of a process."""
+
+    slot: str
+    module: str
+    at: float
+    code: int
+    cause: str
+    """`SIGKILL` or `SIGTERM` where it was injected, else empty."""
+    tail: str = ""
+    """The end of its log, where it was not to end like that."""
+
+
+@dataclass(frozen=True)
+class User:
+    """A row of `users`."""
+
+    username: str
+    email: str
+    created: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of `outbox`."""
+
+    id: int
+    username: str | None
+    status: str
+    attempts: int
+    delivery: int
+    max_retries: int
+    last_error: str | None
+    created: float
+
+
+@dataclass
+class Evidence:
+    """All that is known after a run."""
+
+    seed: int
+    delays: tuple[float, ...]
+    """Each service's `VERIFY_EMAIL_DELAY`."""
+    lease: float
+    attempts: list[Attempt] = field(default_factory=list)
+    mails: list[Mail] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    overlaps: list[Overlap] = field(default_factory=list)
+    refused: dict[str, float] = field(default_factory=dict)
+    """Addresses that the mail server refused for good, and since when."""
+    faults: list[Fault] = field(default_factory=list)
+    exits: list[Exit] = field(default_factory=list)
+    users: list[User] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    """The processes' log lines, with `slot` and `at`, by time."""
+    crashes: list[str] = field(default_factory=list)
+    """Tracebacks in the processes' logs."""
+    lags: list[tuple[float, float]] = field(default_factory=list)
+    """Spans in which this process, through which all bytes pass, fell behind."""
+    bombs: int = 0
+    """Pickles that somebody has loaded."""
+    calm: float = 0.0
+    """When the last fault was over."""

@@ -1,0 +1,27 @@
+"""All kinds of faults."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+
+from tests.chaos import mail_faults, process_faults, server_faults, wire_faults
+from tests.chaos.faults import Kind
+
+ALL: tuple[Kind, ...] = (*process_faults.KINDS, *server_faults.KINDS, *wire_faults.KINDS, *mail_faults.KINDS)
+
+
+class UnknownKindError(Exception):
+    """A pattern matches no kind of fault."""
+
+
+def chosen(patterns: Iterable[str]) -> list[Kind]:
+    """Returns the kinds whose name one of the patterns (`redis.*`) matches, all where there is no pattern.
+
+    Raises:
+        UnknownKindError: a pattern matches none.
+    """
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not any(fnmatch(kind.name, pattern) for kind in ALL):
+            names = ", ".join(kind.name for kind in ALL)
+            raise UnknownKindError(f"no kind of fault matches {pattern!r}; there are {names}")
+    return [kind for kind in ALL if not patterns or any(fnmatch(kind.name, pattern) for pattern in patterns)]

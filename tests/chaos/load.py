@@ -1,0 +1,106 @@
+"""The clients: they create users at a set rate, and write down what they were told."""
+
+import asyncio
+import random
+import time
+from itertools import count
+
+from tests.chaos.evidence import Attempt
+from tests.chaos.http import NoAnswerError, post
+
+INTENTS = {"new": 88, "impatient": 3, "taken username": 3, "taken email": 2, "invalid": 4}
+"""What clients mean to do, and how often in a hundred times."""
+
+_PATIENCE = 10.0
+_IMPATIENCE = 0.03
+"""Seconds that a client waits for an answer; the impatient one hangs up about when the service commits."""
+_TRIES = 4
+
+_INVALID = (
+    {"password": "short"},
+    {"full_name": "R2 D2"},
+    {"email": "nobody at example.com"},
+    {"username": "No Spaces Please"},
+    {"password": None},
+    {"role": "admin"},
+    {"full_name": "x" * 70_000},
+)
+
+
+class Load:
+    """All clients of one run."""
+
+    def __init__(self, ports: list[int], rate: float, draw: random.Random) -> None:
+        """Does nothing yet.
+
+        Args:
+            ports: where the services are to be reached.
+            rate: new clients per second.
+            draw: where all chance comes from.
+        """
+        self.attempts: list[Attempt] = []
+        self.acknowledged: list[Attempt] = []
+        self._rate = rate
+        self._draw = draw
+        self._names = count(1)
+        self._ports = ports
+        self._clients: set[asyncio.Task[None]] = set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Lets clients come until told to stop, and waits for the last of them."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while not stop.is_set():
+            due += self._draw.expovariate(self._rate)
+            if (wait := due - loop.time()) > 0:
+                await asyncio.sleep(wait)
+            client = asyncio.create_task(self._client(random.Random(self._draw.random())))
+            self._clients.add(client)
+            client.add_done_callback(self._clients.discard)
+        while self._clients:
+            await asyncio.wait(self._clients)
+
+    async def close(self) -> None:
+        """Sends home whoever is still there."""
+        for client in self._clients:
+            client.cancel()
+        if self._clients:
+            await asyncio.wait(self._clients)
+
+    async def _client(self, draw: random.Random) -> None:
+        intent = draw.choices(list(INTENTS), list(INTENTS.values()))[0]
+        name = f"user_{next(self._names)}"
+        user: dict[str, object] = {
+            "username": name,
+            "password": "correct horse",
+            "full_name": "A Chaotic User",
+            "email": f"{name}@example.com",
+        }
+        if intent.startswith("taken"):
+            if not self.acknowledged:
+                return
+            other = draw.choice(self.acknowledged)
+            user |= {"username": other.username} if intent == "taken username" else {"email": other.email.title()}
+        if intent == "invalid":
+            user |= draw.choice(_INVALID)
+        # Somebody who does not know whether it worked tries again, or does not.
+        tries = _TRIES if draw.random() < 0.7 else 1
+        for number in range(tries):
+            service = draw.randrange(len(self._ports))
+            status = await self._post(service, user, intent if number == 0 or intent != "impatient" else "new")
+            if status not in (None, 503):
+                return
+            await asyncio.sleep(draw.uniform(0.5, 2.0))
+
+    async def _post(self, service: int, user: dict[str, object], intent: str) -> int | None:
+        attempt = Attempt(intent, str(user["username"]), str(user["email"]), service, time.time())
+        self.attempts.append(attempt)
+        patience = _IMPATIENCE if intent == "impatient" else _PATIENCE
+        try:
+            attempt.status, attempt.body = await post(self._ports[service], "/v1/users", user, patience)
+        except NoAnswerError as error:
+            attempt.body = str(error)
+        attempt.answered = time.time()
+        if attempt.status == 201:
+            self.acknowledged.append(attempt)
+        return attempt.status

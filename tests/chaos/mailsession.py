@@ -1,0 +1,246 @@
+"""One connection to the mail server, step by step."""
+
+import asyncio
+import contextlib
+import email
+import re
+import socket
+import ssl
+import struct
+import time
+from email import policy
+from email.message import EmailMessage
+from typing import TYPE_CHECKING
+
+from tests.chaos.evidence import Mail, Overlap, Session
+
+if TYPE_CHECKING:
+    from tests.chaos.mailserver import MailServer
+
+_LATENCY = (0.02, 0.15)
+"""Seconds that it takes over a mail, as real ones do: a killed worker must be able to die in the middle."""
+
+_SLOW = 1.6
+"""Seconds that it takes over a mail when it is slow; within the workers' time limit."""
+
+_REPLIES = {
+    "4xx": {
+        "connect": "421 4.3.2 not now",
+        "ehlo": "421 4.3.2 not now",
+        "starttls": "454 4.7.0 no TLS at the moment",
+        "auth": "454 4.7.0 the user database is away",
+        "mail": "451 4.3.0 try again later",
+        "rcpt": "450 4.2.1 the mailbox is busy",
+        "data": "451 4.3.0 try again later",
+        "dot": "452 4.3.1 no room",
+    },
+    "5xx": {
+        "connect": "554 5.3.2 no mail server here",
+        "ehlo": "550 5.7.1 not you",
+        "starttls": "501 5.5.4 no TLS",
+        "auth": "535 5.7.8 wrong password",
+        "mail": "550 5.7.1 this sender may not send",
+        "rcpt": "550 5.7.1 relaying denied",
+        "data": "554 5.7.0 no mails from you",
+        "dot": "554 5.6.0 looks like spam",
+    },
+}
+
+
+class Ended(OSError):  # noqa: N818 - it is no mistake
+    """The server ends the session."""
+
+
+class MailSession:
+    """Talks to one client until one of both hangs up."""
+
+    def __init__(
+        self, server: "MailServer", record: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._server = server
+        self._record = record
+        self._reader, self._writer = reader, writer
+        self._is_secure = False
+        self._recipient = ""
+        self._last: Mail | None = None
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._writer.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is between two mails."""
+        return not self._recipient
+
+    def forget_recipient(self) -> None:
+        """Takes note that this session sends to nobody now."""
+        if self._server.handled.get(self._recipient) is self._record:
+            del self._server.handled[self._recipient]
+        self._recipient = ""
+
+    async def talk(self) -> None:
+        """Serves the client.
+
+        Raises:
+            Ended, OSError, EOFError: the session is over.
+        """
+        await self._reply("connect", "220 ready")
+        while line := await self._reader.readline():
+            if self._last is not None:
+                self._last.followed = True
+                self._last = None
+            verb, _, rest = line.decode(errors="replace").strip().partition(" ")
+            serve = getattr(self, f"_{verb.lower()}", None)
+            if serve is None:
+                await self._say("502 5.5.2 what?")
+            else:
+                await serve(rest)
+
+    async def _ehlo(self, _: str) -> None:
+        extensions = ["AUTH PLAIN" if self._is_secure else "STARTTLS", "8BITMIME"]
+        await self._reply("ehlo", "\r\n".join(["250-mail.example.com", f"250-{extensions[0]}", f"250 {extensions[1]}"]))
+
+    _helo = _ehlo
+
+    async def _starttls(self, _: str) -> None:
+        if not await self._reply("starttls", "220 go ahead"):
+            return
+        bad = self._misbehaves("handshake")
+        if bad == "garbage":
+            self._writer.write(b"\x16\x03\x03 this is not what you think it is\r\n" * 3)
+            await self._hang()
+        if bad in ("hang", "reset"):
+            await self._refuse(bad, "handshake")
+        await self._secure(self._server.certificates[bad or "right"])
+
+    async def _secure(self, context: ssl.SSLContext) -> None:
+        # Not StreamWriter.start_tls, which fails in odd ways when the client leaves in the middle of the handshake.
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport = await loop.start_tls(self._writer.transport, protocol, context, server_side=True)
+        if transport is None:
+            raise Ended
+        protocol.connection_made(transport)
+        self._reader, self._writer = reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+        self._is_secure = True
+
+    async def _auth(self, _: str) -> None:
+        await self._reply("auth", "235 2.7.0 welcome")
+
+    async def _mail(self, _: str) -> None:
+        await self._reply("mail", "250 2.1.0 OK")
+
+    async def _rcpt(self, rest: str) -> None:
+        found = re.search(r"<(.*)>", rest)
+        recipient = found[1].lower() if found else ""
+        bad = self._misbehaves("rcpt")
+        if bad == "address":
+            self._server.refused.setdefault(recipient, time.time())
+        if recipient in self._server.refused:
+            await self._say("550 5.1.1 no such user here")
+            return
+        if bad:
+            await self._refuse(bad, "rcpt")
+            return
+        other = self._server.handled.get(recipient)
+        if other is not None:
+            workers = (other.worker, self._record.worker)
+            self._server.overlaps.append(Overlap(recipient, time.time(), workers))
+        self._server.handled[recipient] = self._record
+        self._recipient = recipient
+        await self._say("250 2.1.5 OK")
+
+    async def _data(self, _: str) -> None:
+        if not await self._reply("data", "354 go on"):
+            self.forget_recipient()
+            return
+        if bad := self._misbehaves("body"):
+            await self._reader.read(200)  # a part of it, and there may be more to come
+            await self._refuse(bad, "body")
+        content = await self._reader.readuntil(b"\r\n.\r\n")
+        bad = self._misbehaves("dot")
+        if bad == "slow":
+            await asyncio.sleep(_SLOW)
+            bad = ""
+        await asyncio.sleep(self._server.draw.uniform(*_LATENCY))
+        if self._reader.at_eof() or self._writer.is_closing():
+            raise Ended
+        if bad and not bad.startswith("take"):
+            await self._refuse(bad, "dot")
+            self.forget_recipient()
+            return
+        mail = self._take(content)
+        self.forget_recipient()
+        if bad:
+            await self._refuse(bad.removeprefix("take and "), "dot")
+        mail.answered = time.time()
+        await self._say("250 2.0.0 taken")
+        self._last = mail
+
+    def _take(self, content: bytes) -> Mail:
+        message = email.message_from_bytes(content, policy=policy.default)
+        assert isinstance(message, EmailMessage)
+        body = message.get_body(("plain",))
+        link = re.search(r"https?://\S+", body.get_content() if body is not None else "")
+        mail = Mail(
+            recipient=self._recipient,
+            message_id=str(message["Message-ID"]),
+            link=link[0] if link else "",
+            worker=self._record.worker,
+            session=self._record.number,
+            accepted=time.time(),
+        )
+        self._server.mails.append(mail)
+        self._server.accepted.set()
+        return mail
+
+    async def _rset(self, _: str) -> None:
+        self.forget_recipient()
+        await self._say("250 2.0.0 OK")
+
+    async def _noop(self, _: str) -> None:
+        await self._say("250 2.0.0 OK")
+
+    async def _quit(self, _: str) -> None:
+        await self._reply("quit", "221 2.0.0 bye")
+        raise Ended
+
+    async def _reply(self, step: str, good: str) -> bool:
+        """Answers a step, and returns whether it was the good answer.
+
+        Raises:
+            Ended: it misbehaved, and the session is over.
+        """
+        if bad := self._misbehaves(step):
+            await self._refuse(bad, step)
+            return False
+        await self._say(good)
+        return True
+
+    def _misbehaves(self, step: str) -> str:
+        return self._server.misbehaves(step, self._record.worker)
+
+    async def _refuse(self, bad: str, step: str) -> None:
+        if bad == "hang":
+            await self._hang()
+        if bad == "reset":
+            linger = struct.pack("ii", 1, 0)
+            with contextlib.suppress(OSError):
+                self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self._writer.transport.abort()
+            raise Ended
+        reply = _REPLIES[bad][step]
+        await self._say(reply)
+        if reply.startswith("421") or step == "connect":
+            raise Ended
+
+    async def _hang(self) -> None:
+        while await self._reader.read(4096):
+            pass
+        raise Ended
+
+    async def _say(self, reply: str) -> None:
+        self._writer.write(reply.encode() + b"\r\n")
+        await self._writer.drain()

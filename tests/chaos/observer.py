@@ -1,0 +1,82 @@
+"""Looking at the database from outside: how many rows are in which state, and in the end all of them."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import psycopg
+
+from tests.chaos.evidence import Row, User
+from tests.chaos.servers import Postgres
+
+INTERVAL = 0.5
+"""Seconds between two samples."""
+
+_LIMIT = 2.0
+"""Seconds that a sample may take; Postgres is away then."""
+
+_COUNT = """
+SELECT CASE WHEN status IN ('pending', 'enqueued') AND run_at > now() THEN 'not due' ELSE status END AS state, count(*)
+FROM outbox
+GROUP BY state
+"""
+
+_WAITING = """
+SELECT count(*), coalesce(extract(epoch FROM max(run_at)), 0)::float8
+FROM outbox WHERE status IN ('pending', 'enqueued', 'running')
+"""
+
+_USERS = "SELECT username, email, extract(epoch FROM created_at)::float8 FROM users"
+
+_ROWS = """
+SELECT id, payload ->> 'username', status, attempts, delivery, max_retries, last_error,
+       extract(epoch FROM created_at)::float8
+FROM outbox
+"""
+
+
+@dataclass
+class Observer:
+    """Samples the rows' states until it is cancelled."""
+
+    postgres: Postgres
+    samples: list[tuple[float, dict[str, int] | None]] = field(default_factory=list)
+    """Seconds since the epoch, and rows by state, those whose time has not come as `not due`; None while Postgres is
+    away."""
+
+    @property
+    def states(self) -> dict[str, int]:
+        """The newest counts that there are."""
+        return next((states for _, states in reversed(self.samples) if states is not None), {})
+
+    async def run(self) -> None:
+        """Samples at a steady pace, through every outage."""
+        while True:
+            try:
+                async with asyncio.timeout(5), self.postgres.connection() as connection:
+                    pass
+                async with self.postgres.connection() as connection:
+                    while True:
+                        await asyncio.sleep(INTERVAL)
+                        async with asyncio.timeout(_LIMIT):
+                            cursor = await connection.execute(_COUNT)
+                            self.samples.append((time.time(), dict(await cursor.fetchall())))
+            except (psycopg.OperationalError, TimeoutError):
+                self.samples.append((time.time(), None))
+                await asyncio.sleep(INTERVAL)
+
+    async def waiting(self) -> tuple[int, float]:
+        """Returns how many rows still have to be worked on, and when the last of them is due."""
+        async with self.postgres.connection() as connection:
+            cursor = await connection.execute(_WAITING)
+            row = await cursor.fetchone()
+        assert row is not None
+        return row[0], row[1]
+
+    async def snapshot(self) -> tuple[list[User], list[Row]]:
+        """Returns all users and rows, as of one moment."""
+        async with self.postgres.connection() as connection, connection.transaction():
+            await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            users = await (await connection.execute(_USERS)).fetchall()
+            rows = await (await connection.execute(_ROWS)).fetchall()
+        return [User(*user) for user in users], [Row(*row) for row in rows]

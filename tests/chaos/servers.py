@@ -1,0 +1,160 @@
+"""Postgres and Redis, as somebody with their pid and an administrator's connection can ill-treat them."""
+
+import asyncio
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import psutil
+import psycopg
+import redis.asyncio
+
+from outbox.up.embedded import EmbeddedServer
+
+OBSERVER = "chaos"
+"""The name of our own connections to Postgres, which no fault ends."""
+
+_POLL = 0.05
+_START_LIMIT = 60.0
+
+
+class Postgres:
+    """The server, and direct connections to it."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._server = server
+        self.url = server.url
+        folder = parse_qs(urlsplit(server.url).query)["host"][0]
+        self.socket = Path(folder, ".s.PGSQL.5432")
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
+        """Opens a connection in autocommit mode that faults spare.
+
+        Raises:
+            psycopg.OperationalError: Postgres is away.
+        """
+        connection = await psycopg.AsyncConnection.connect(
+            self.url, autocommit=True, application_name=OBSERVER, connect_timeout=5
+        )
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    def stop_at_once(self) -> None:
+        """Immediate shutdown: all connections are broken, and the next start recovers from the log."""
+        self._server.process.send_signal(signal.SIGQUIT)
+
+    async def start(self) -> None:
+        """Starts it again and returns when it lets clients in."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._server.process.wait, 30)
+        self._server.restart()
+        await self.await_up()
+
+    async def await_up(self) -> None:
+        """Waits until it lets clients in."""
+        deadline = asyncio.get_running_loop().time() + _START_LIMIT
+        while True:
+            try:
+                async with asyncio.timeout(5), self.connection():
+                    return
+            except (psycopg.OperationalError, TimeoutError):
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(_POLL)
+
+    def suspend(self) -> None:
+        """Stops the whole tree of processes: the postmaster first, so that no new one is missed."""
+        postmaster = psutil.Process(self._server.process.pid)
+        postmaster.suspend()
+        for child in postmaster.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.suspend()
+
+    def resume(self) -> None:
+        """Lets it go on, where it was stopped."""
+        with suppress(psutil.NoSuchProcess):
+            postmaster = psutil.Process(self._server.process.pid)
+            for process in (*postmaster.children(recursive=True), postmaster):
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    async def terminate_connections(self) -> int:
+        """Ends all connections but our own and returns how many there were."""
+        async with self.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE backend_type = 'client backend' AND application_name <> %s",
+                [OBSERVER],
+            )
+            return cursor.rowcount
+
+
+class Redis:
+    """The server, and a direct connection to it."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._server = server
+        self.socket = Path(unquote(urlsplit(server.url).path))
+        self.client = redis.asyncio.Redis(unix_socket_path=str(self.socket), socket_timeout=5)
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self.client.aclose()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to the process."""
+        with suppress(ProcessLookupError):
+            self._server.process.send_signal(number)
+
+    async def start(self) -> None:
+        """Starts it again, empty, after it was ended, and returns when it answers."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._server.process.wait, 30)
+        self._server.restart()
+        await self.await_up()
+
+    async def await_up(self) -> None:
+        """Waits until it answers."""
+        deadline = loop_time() + _START_LIMIT
+        while True:
+            try:
+                await self.client.ping()
+            except (redis.RedisError, OSError):
+                if loop_time() > deadline:
+                    raise
+                await asyncio.sleep(_POLL)
+            else:
+                return
+
+    async def copy(self) -> dict[bytes, tuple[int, bytes]]:
+        """Returns all keys with their remaining time (ms; 0 for ever) and value, as `DUMP` has it."""
+        keys = [key async for key in self.client.scan_iter(count=1000)]
+        async with self.client.pipeline(transaction=True) as pipeline:
+            for key in keys:
+                pipeline.pttl(key)
+                pipeline.dump(key)
+            found = await pipeline.execute()
+        return {
+            key: (max(left, 0), value)
+            for key, left, value in zip(keys, found[::2], found[1::2], strict=True)
+            if value is not None
+        }
+
+    async def become(self, copied: dict[bytes, tuple[int, bytes]]) -> None:
+        """Replaces all keys by an earlier copy, in one transaction."""
+        async with self.client.pipeline(transaction=True) as pipeline:
+            pipeline.flushall()
+            for key, (left, value) in copied.items():
+                pipeline.restore(key, left, value)
+            await pipeline.execute()
+
+
+def loop_time() -> float:
+    """Returns the running loop's time in seconds."""
+    return asyncio.get_running_loop().time()
