@@ -1,6 +1,7 @@
 """The verification mail's handler: the same link at every attempt, and nobody who should get none."""
 
 import ssl
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -107,12 +108,19 @@ def test_a_connection_that_breaks_before_the_mail_costs_no_attempt(
     """Nothing is sent by then, so the same attempt begins anew on another connection."""
     row = row_of(connection, "alice")
     cut = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted AND relation = 'verify_emails'::regclass"
-    with ThreadPoolExecutor(1) as handler:
+    locked = threading.Event()
+
+    def cut_it_off() -> None:
         with postgres.connect(database_url, "holder") as holder, holder.transaction():
             holder.execute("LOCK TABLE verify_emails")
-            outcome = handler.submit(run, connection, context, row)
+            locked.set()
             eventually(lambda: holder.execute(cut).fetchall(), 10, "the handler's connection is cut")
-        assert outcome.result(10).status == "done"
+
+    with ThreadPoolExecutor(1) as other:
+        is_cut = other.submit(cut_it_off)
+        assert locked.wait(10)
+        assert run(connection, context, row).status == "done"
+        is_cut.result()
     assert len(mailbox.mails) == 1
 
 
