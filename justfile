@@ -25,6 +25,11 @@ test *arguments: setup
 chaos *arguments: setup
     @{{ bin }}/python -m tests.chaos {{ arguments }}
 
+# Measure how long mails wait after a fault, against what is promised
+[no-exit-message]
+recovery *arguments: setup
+    @{{ bin }}/python -m tests.chaos.figures {{ arguments }}
+
 # Check the model of a row's life in docs/model; needs spin and gcc
 [no-exit-message]
 model:

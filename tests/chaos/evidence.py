@@ -79,6 +79,8 @@ class Fault:
     note: str = ""
     slots: tuple[str, ...] = ()
     """The processes that it struck, as in `worker-0`."""
+    crash: str = ""
+    """Why it could not be injected, or why what it struck did not come back."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ class Injector:
         self.current.append(fault)
         try:
             await kind.inject(Act(self._stage, draw, fault, over))
+        except Exception:  # noqa: BLE001 - the run goes on, and is judged by it in the end
+            fault.crash = traceback.format_exc()
         finally:
             fault.end = time.time()
             self.current.remove(fault)

@@ -153,6 +153,13 @@ def _unasked_exits(evidence: Evidence) -> Iterator[tuple[str, str]]:
             yield end.slot, f"ended with {end.code} after {end.cause or 'nothing at all'}:\n{end.tail}"
 
 
+def _failed_faults(evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """Every fault is injected as it is meant, and what it struck comes back."""
+    for fault in evidence.faults:
+        if fault.crash:
+            yield f"fault {fault.number}, {fault.kind}", fault.crash
+
+
 def _crashes(evidence: Evidence) -> Iterator[tuple[str, str]]:
     """No log has a traceback."""
     for crash in evidence.crashes:
@@ -225,6 +232,7 @@ CHECKS: dict[str, Callable[[Evidence], Iterator[tuple[str, str]]]] = {
     "inconsistent clients": _inconsistent_clients,
     "unexpected answers": _unexpected_answers,
     "unasked exits": _unasked_exits,
+    "failed faults": _failed_faults,
     "tracebacks": _crashes,
     "overlaps": _overlaps,
     "lost jobs": _lost_jobs,

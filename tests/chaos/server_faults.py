@@ -110,7 +110,8 @@ async def _write_hostile_jobs(act: Act) -> None:
             for name in _QUEUES:
                 pipeline.rpush(name, b"", b"\x00\xff", b"12-", b"0-0", b"9" * 40 + b"-1", b"x" * 10_000)
             pipeline.zadd(_SCHEDULED, {"not ours": 0, "nor this": float("inf")})
-            await pipeline.execute()
+            # Of keys of the wrong type, which another fault may have left and no relay has repaired yet, some fail.
+            await pipeline.execute(raise_on_error=False)
         await asyncio.sleep(draw.uniform(0, 0.5))
 
 

@@ -248,6 +248,13 @@ def test_a_process_that_ended_by_itself() -> None:
     assert [(failure.check, "what it said" in failure.text) for failure in judge(made)] == [("unasked exits", True)]
 
 
+def test_a_fault_that_failed() -> None:
+    """What could not be injected, or did not come back, is no proof of anything."""
+    made = evidence()
+    made.faults = [Fault(0, "redis.kill", ("redis",), 10.0, 11.0, crash="Traceback …")]
+    assert failed(made) == ["failed faults"]
+
+
 def test_a_traceback() -> None:
     """Nobody may say that all is well with one in the log."""
     made = evidence()
