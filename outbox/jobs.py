@@ -1,8 +1,7 @@
 """What a row is called in Redis: an RQ job that says which delivery of which row, and nothing else."""
 
 import re
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
@@ -14,8 +13,7 @@ from outbox.errors import OutboxError
 _JOB_ID = re.compile(rb"([1-9][0-9]{0,18})-([1-9][0-9]{0,9})")
 
 
-@dataclass(frozen=True, order=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One hand-over of one row: the fence that every later write names."""
 
     row: int

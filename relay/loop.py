@@ -4,15 +4,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from threading import Event
+from typing import Any
+
+import psycopg
 
 from outbox import logs, postgres
 from outbox import redis as outbox_redis
-from outbox.outage import Outage
+from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
 from relay.clock import Clock
+from relay.drain import Drain
 from relay.publish import publish
 from relay.repair import repair
 from relay.rescue import rescue
@@ -22,10 +28,16 @@ from relay.schedule import Schedule
 from relay.sweep import Sweep
 from relay.unserved import tell_of_unserved_queues
 
+UNHEARD_INTERVAL = 1.0
+"""Seconds between two polls, at most, where no hint can be heard."""
+REFILL_INTERVAL = 0.1
+"""Seconds until the next batch where the last was not full: what has no room in the window now may have it then."""
 SCHEDULE_INTERVAL = 1.0
 """Seconds between two looks for due jobs, unless one is known to come due earlier."""
 RESCUE_INTERVAL = 1.0
-"""Seconds between two looks for expired leases: how much later than its lease a dead worker's row is offered again."""
+"""Seconds between two looks, at most: how much later than its lease a dead worker's row is offered again."""
+TOGETHER = 0.1
+"""Seconds that a look may come early for a poll, so that one look serves all that are due about now."""
 REPAIR_INTERVAL = 10.0
 """Seconds between two looks for strangers' keys; whatever one of them makes fail, repairs at once."""
 RETENTION_INTERVAL = 60.0
@@ -39,10 +51,23 @@ class Duty:
     """One thing the relay does again and again."""
 
     step: Callable[[Connection], float]
-    """Does it once and returns the seconds until it wants to be done again."""
+    """Does it once and returns the seconds until it wants to be done again; infinite: once a look finds work for it."""
     needs_redis: bool = False
     due: float = 0.0
     """When it is to be done next, by the monotonic clock."""
+
+
+@dataclass
+class Poll:
+    """What makes a duty due that waits for a look to find work for it."""
+
+    duty: Duty
+    finds: Callable[[dict[str, Any]], bool]
+    """Whether there is any, by what the statement `look` has returned."""
+    interval: float
+    """Seconds between two looks for it."""
+    due: float = 0.0
+    """When to look next; hints and the duty itself do not put it off."""
 
 
 class Relay:
@@ -60,46 +85,84 @@ class Relay:
         self._clock = Clock()
         self._looked_at = -math.inf
         self._rescues_from = 0.0
+        self._told_of_polling = False
 
     def run(self) -> None:
         """Works until it is told to stop, through outages of either server.
 
         Raises:
             NotMigratedError: the database lacks migrations.
+            SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
             UnsupportedRedisError: Redis is one that cannot serve.
         """
         logs.get().info("started", queues=self._settings.queues)
         while not self._stop.is_set():
             try:
-                with postgres.connect(self._settings.database_url, "outbox relay") as connection:
-                    self._serve(connection)
+                with (
+                    postgres.connect(
+                        self._settings.database_url, "outbox relay", pooled=self._settings.transaction_pooling
+                    ) as connection,
+                    Drain(self._client, self._settings) as drain,
+                ):
+                    self._serve(connection, drain)
             except postgres.AWAY as error:
                 self._stop.wait(self._postgres.away(error))
         self._client.close()
         logs.get().info("stopped")
 
-    def _serve(self, connection: Connection) -> None:
+    def _serve(self, connection: Connection, drain: Drain) -> None:
         postgres.check_migrated(connection)
-        connection.execute(query("listen"))
+        poll_interval = self._settings.poll_interval
+        if not self._listen(connection):
+            poll_interval = min(poll_interval, UNHEARD_INTERVAL)
         moving = Duty(self._move_due, needs_redis=True)
-        publishing = [Duty(self._publish(queue, moving), needs_redis=True) for queue in self._settings.queues]
+        publishing = {
+            queue: Duty(self._publish(queue, moving, drain), needs_redis=True) for queue in self._settings.queues
+        }
+        sweeping = Duty(Sweep(self._client, self._settings).step, needs_redis=True)
+        polls = [
+            *(Poll(duty, partial(_has_pending, queue), poll_interval) for queue, duty in publishing.items()),
+            Poll(moving, itemgetter("enqueued"), SCHEDULE_INTERVAL),
+            Poll(sweeping, itemgetter("unclaimed"), self._settings.sweep_interval),
+        ]
         duties = [
-            *publishing,
+            Duty(partial(self._look, polls)),
+            *publishing.values(),
             moving,
-            Duty(Sweep(self._client, self._settings).step, needs_redis=True),
+            sweeping,
             Duty(self._repair, needs_redis=True),
-            Duty(self._rescue),
             Duty(self._retention),
             Duty(self._tell_of_unserved_queues),
         ]
         while not self._stop.is_set():
             for duty in duties:
                 if not self._stop.is_set() and duty.due <= time.monotonic():
-                    duty.due = time.monotonic() + self._do(duty, connection)
+                    again = self._do(duty, connection)
+                    duty.due = time.monotonic() + again
             self._postgres.back()  # only now: a server may let us in and still refuse to write
             if self._wait(connection, min(duty.due for duty in duties) - time.monotonic()):
-                for duty in publishing:
+                for duty in publishing.values():
                     duty.due = 0.0
+
+    def _listen(self, connection: Connection) -> bool:
+        """Asks for hints and returns whether they can be heard; where not, says so once."""
+        if self._settings.transaction_pooling:
+            if not self._told_of_polling:
+                logs.get().info("polling without LISTEN", why="OUTBOX_TRANSACTION_POOLING is set")
+                postgres.tell_of_missing_limits(connection)
+                self._told_of_polling = True
+            return False
+        postgres.check_unpooled(connection, self._settings.database_url)
+        try:
+            connection.execute(query("listen"))
+        except psycopg.Error as error:
+            if connection.closed or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+                raise  # an outage, or a standby
+            if not self._told_of_polling:
+                logs.get().warning("polling without LISTEN", why=one_line(error))
+                self._told_of_polling = True
+            return False
+        return True
 
     def _do(self, duty: Duty, connection: Connection) -> float:
         if not duty.needs_redis:
@@ -128,30 +191,42 @@ class Relay:
         """
         return any(True for _ in connection.notifies(timeout=min(max(seconds, 0.0), 1.0), stop_after=1))
 
-    def _publish(self, queue: str, moving: Duty) -> Callable[[Connection], float]:
+    def _publish(self, queue: str, moving: Duty, drain: Drain) -> Callable[[Connection], float]:
         def step(connection: Connection) -> float:
             rows = publish(connection, self._client, queue, self._settings)
-            if rows:
-                moving.due = 0.0  # one of them may come due before the next look
-            return 0 if rows >= self._settings.batch else self._settings.poll_interval
+            if not rows:
+                return math.inf
+            moving.due = 0.0  # one of them may come due before the next look
+            if rows < self._settings.batch:
+                return REFILL_INTERVAL
+            drain.drain(connection, queue)
+            return 0
 
         return step
 
-    def _move_due(self, connection: Connection) -> float:
-        if self._clock.is_stale():
-            told = connection.execute(query("now")).fetchone()
-            assert told is not None
-            self._clock.set(told["now"])
-        upcoming = self._schedule.move_due(self._clock.now())
-        return SCHEDULE_INTERVAL if upcoming is None else min(SCHEDULE_INTERVAL, upcoming - self._clock.now())
+    def _look(self, polls: list[Poll], connection: Connection) -> float:
+        """Looks in one statement for all that there is to do, and rescues first: every other duty may hold that up."""
+        begun = time.monotonic()
+        settings = self._settings
+        found = connection.execute(
+            query("look"),
+            {"queues": list(settings.queues), "horizon": settings.horizon, "grace": settings.sweep_grace},
+        ).fetchone()
+        assert found is not None
+        self._clock.set(found["now"])
+        if self._may_rescue() and found["expired"]:
+            rescue(connection, patience=settings.lease / 3)
+        for poll in polls:
+            if poll.due <= begun + TOGETHER:
+                poll.due = begun + poll.interval
+                if poll.duty.due == math.inf and poll.finds(found):
+                    poll.duty.due = 0.0
+        return min(begun + RESCUE_INTERVAL, *(poll.due for poll in polls)) - time.monotonic()
 
-    def _repair(self, _: Connection) -> float:
-        repair(self._client, list(self._settings.queues))
-        return REPAIR_INTERVAL
+    def _may_rescue(self) -> bool:
+        """Returns whether dead workers' rows may be taken from them, to be called after every look.
 
-    def _rescue(self, connection: Connection) -> float:
-        """Rescues, unless nobody came here for a while: Postgres was away, or stalled, or this process was paused.
-
+        Not if the look took a while, or there was none: Postgres was away, or stalled, or this process was paused.
         Then the living workers may not have been able to renew their leases either, and first get a lease's length to
         do so. They renew every third of it: what is shorter than another third has cost none of them its lease.
         """
@@ -159,9 +234,15 @@ class Relay:
         if now - self._looked_at > RESCUE_INTERVAL + lease / 3:
             self._rescues_from = now + lease
         self._looked_at = now
-        if now >= self._rescues_from:
-            rescue(connection, patience=lease / 3)
-        return RESCUE_INTERVAL
+        return now >= self._rescues_from
+
+    def _move_due(self, _: Connection) -> float:
+        upcoming = self._schedule.move_due(self._clock.now())
+        return math.inf if upcoming is None else min(SCHEDULE_INTERVAL, upcoming - self._clock.now())
+
+    def _repair(self, _: Connection) -> float:
+        repair(self._client, list(self._settings.queues))
+        return REPAIR_INTERVAL
 
     def _retention(self, connection: Connection) -> float:
         deleted = retention(connection, self._settings)
@@ -170,3 +251,7 @@ class Relay:
     def _tell_of_unserved_queues(self, connection: Connection) -> float:
         tell_of_unserved_queues(connection, self._settings)
         return TELL_INTERVAL
+
+
+def _has_pending(queue: str, found: dict[str, Any]) -> bool:
+    return queue in found["pending"]

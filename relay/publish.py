@@ -3,13 +3,12 @@
 from typing import Any
 
 import redis
-from rq.job import Job, JobStatus
+from rq.job import Job
 from rq.queue import Queue
-from rq.serializers import JSONSerializer
 from rq.utils import now as rq_now
 
 from outbox import logs
-from outbox.jobs import Delivery, OutboxJob, deliver
+from outbox.jobs import OutboxJob, deliver, queue_key
 from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
@@ -18,14 +17,68 @@ from relay.schedule import SCHEDULED_JOBS
 HASH_TTL = 86_400
 """Seconds that a job's hash may outlive its id. Only ids matter to us; this keeps lost ones from filling Redis."""
 
+_SLICE = 1000
+"""Rows that one run of the script writes: Redis does nothing else meanwhile."""
+
+_OWN_FIELDS = frozenset({"data", "description", "timeout", "status"})
+
+# All jobs of a slice are copies of one, with its time to live, and then get the fields that are their own. A copy
+# replaces whatever a stranger keeps under the job's name. RQ reads data that is not compressed as well.
+_WRITE = """
+local queues, queue, schedule, template = unpack(KEYS)
+local prefix, ttl, called, shared = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+redis.call('DEL', template)
+redis.call('HSET', template, unpack(ARGV, 5, 4 + shared))
+redis.call('EXPIRE', template, ttl)
+local due, scheduled = {}, {}
+for i = 5 + shared, #ARGV, 5 do
+    local row, delivery, task, timeout, run_at = unpack(ARGV, i, i + 4)
+    local id = row .. '-' .. delivery
+    redis.call('COPY', template, prefix .. id, 'REPLACE')
+    redis.call('HSET', prefix .. id,
+        'data', '["' .. called .. '", null, [' .. row .. ', ' .. delivery .. '], {}]',
+        'description', task .. ' (row ' .. row .. ', delivery ' .. delivery .. ')',
+        'timeout', timeout,
+        'status', run_at == '' and 'queued' or 'scheduled')
+    if run_at == '' then
+        due[#due + 1] = id
+    else
+        scheduled[#scheduled + 1] = run_at
+        scheduled[#scheduled + 1] = id
+    end
+end
+redis.call('DEL', template)
+if #due > 0 then
+    redis.call('SADD', queues, queue)
+    redis.call('RPUSH', queue, unpack(due))
+end
+if #scheduled > 0 then redis.call('ZADD', schedule, unpack(scheduled)) end
+"""
+
 Row = dict[str, Any]
 
 
-def publish(connection: Connection, client: redis.Redis, queue: str, settings: RelaySettings) -> int:
+def publish(
+    connection: Connection,
+    client: redis.Redis,
+    queue: str,
+    settings: RelaySettings,
+    *,
+    room: int | None = None,
+    limit: int | None = None,
+) -> int:
     """Hands over one batch of a queue's rows and returns how many there were.
 
     Redis has the jobs before Postgres commits: a crash between the two leaves jobs whose delivery no row has, which
     workers drop, and rows that are still pending.
+
+    Args:
+        connection: in autocommit mode.
+        client: where to.
+        queue: whose rows.
+        settings: batch, window and horizon.
+        room: how many rows the window has room for, where that was counted a moment ago.
+        limit: how many rows there may be, where that is less than a batch.
 
     Raises:
         redis.RedisError: Redis did not take the batch; nothing is marked.
@@ -34,7 +87,13 @@ def publish(connection: Connection, client: redis.Redis, queue: str, settings: R
     with connection.transaction():
         rows = connection.execute(
             query("publish"),
-            {"queue": queue, "window": settings.window, "horizon": settings.horizon, "batch": settings.batch},
+            {
+                "queue": queue,
+                "window": settings.window,
+                "horizon": settings.horizon,
+                "batch": settings.batch if limit is None else min(settings.batch, limit),
+                "room": room,
+            },
         ).fetchall()
         if rows:
             rows.sort(key=lambda row: (row["run_at"], row["id"]))
@@ -55,41 +114,30 @@ def publish(connection: Connection, client: redis.Redis, queue: str, settings: R
 
 
 def write_jobs(client: redis.Redis, rows: list[Row]) -> None:
-    """Writes the rows as RQ jobs, in one transaction: due ones into their queue, others into rq-scheduler's set."""
-    jobs = [_job(client, row) for row in rows]
-    pipeline = client.pipeline(transaction=True)
-    pipeline.delete(*(job.key for job in jobs))  # a stranger's key of that name, whatever its type
-    due: dict[str, list[str]] = {}
-    scheduled: dict[str, float] = {}
-    for row, job in zip(rows, jobs, strict=True):
-        job.save(pipeline=pipeline)
-        pipeline.expire(job.key, HASH_TTL)
-        if row["scheduled"]:
-            scheduled[job.id] = row["run_at"]
-        else:
-            due.setdefault(row["queue"], []).append(job.id)
-    for name, job_ids in due.items():
-        queue = Queue(name, connection=client, serializer=JSONSerializer)
-        pipeline.sadd(Queue.redis_queues_keys, queue.key)
-        pipeline.rpush(queue.key, *job_ids)
-    if scheduled:
-        pipeline.zadd(SCHEDULED_JOBS, scheduled)
-    pipeline.execute()
+    """Writes one queue's rows as RQ jobs, in one transaction: due ones into the queue, others into rq-scheduler's set.
+
+    RQ itself writes one job, and a script in Redis fills in what differs: building an RQ job costs more than all else
+    that is done for a row.
+    """
+    queue = rows[0]["queue"]
+    shared = _shared_fields(client, queue)
+    fields: list[Any] = [part for name in sorted(shared) for part in (name, shared[name])]
+    prefix, called = Job.redis_job_namespace_prefix, f"{deliver.__module__}.{deliver.__qualname__}"
+    keys = [Queue.redis_queues_keys, queue_key(queue), SCHEDULED_JOBS, f"{prefix}template"]
+    given: list[Any] = [prefix, HASH_TTL, called, len(fields)]
+    with client.pipeline(transaction=True) as pipeline:
+        for start in range(0, len(rows), _SLICE):
+            own: list[Any] = [part for row in rows[start : start + _SLICE] for part in _own_parts(row)]
+            pipeline.eval(_WRITE, len(keys), *keys, *given, *fields, *own)
+        pipeline.execute()
 
 
-def _job(client: redis.Redis, row: Row) -> Job:
-    delivery = Delivery(row["id"], row["delivery"])
-    job = OutboxJob.create(
-        deliver,
-        args=(delivery.row, delivery.number),
-        connection=client,
-        id=delivery.job_id,
-        origin=row["queue"],
-        timeout=row["timeout"],
-        result_ttl=0,
-        description=f"{row['task']} (row {delivery.row}, delivery {delivery.number})",
-        status=JobStatus.SCHEDULED if row["scheduled"] else JobStatus.QUEUED,
-        serializer=JSONSerializer,
-    )
+def _shared_fields(client: redis.Redis, queue: str) -> dict[str, Any]:
+    """Returns the fields that all jobs of a queue have in common, as this version of RQ writes them."""
+    job = OutboxJob.create(deliver, args=(0, 0), connection=client, id="0-0", origin=queue, result_ttl=0)
     job.enqueued_at = rq_now()
-    return job
+    return {name: value for name, value in job.to_dict().items() if name not in _OWN_FIELDS}
+
+
+def _own_parts(row: Row) -> tuple[int, int, str, int, float | str]:
+    return row["id"], row["delivery"], row["task"], row["timeout"], row["run_at"] if row["scheduled"] else ""

@@ -21,7 +21,7 @@ def repair(client: redis.Redis, queues: list[str]) -> None:
     for name in queues:
         key = queue_key(name)
         kinds |= {key: b"list", intermediate_key(name): b"list", WORKERS_BY_QUEUE_KEY % name: b"set"}
-    pipeline = client.pipeline(transaction=True)
+    pipeline = client.pipeline(transaction=False)
     pipeline.set(CANARY, 1, ex=60)
     for key in kinds:
         pipeline.type(key)

@@ -1,5 +1,6 @@
 """Taking back rows that Redis has lost: one mechanism for every way in which Redis may forget."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +60,7 @@ class Sweep:
         self._missing: list[Delivery] = []
 
     def step(self, connection: Connection) -> float:
-        """Does one of the two steps and returns the seconds until the next.
+        """Does one of the two steps and returns the seconds until the next; infinite when both are done.
 
         Raises:
             redis.RedisError: Redis could not be read completely, or takes no writes; nothing is swept.
@@ -67,8 +68,8 @@ class Sweep:
         """
         if self._missing:
             self.take_back(connection)
-            return self._settings.sweep_interval
-        return SETTLING_TIME if self.look(connection) else self._settings.sweep_interval
+            return math.inf
+        return SETTLING_TIME if self.look(connection) else math.inf
 
     def look(self, connection: Connection) -> int:
         """Finds `enqueued` rows whose job is nowhere in Redis, and returns how many there are.

@@ -28,6 +28,23 @@ LISTEN outbox;
 SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false);
 
 
+-- name: session
+-- Which of the server's sessions this is.
+SELECT pg_backend_pid() AS session;
+
+
+-- name: missing_limits
+-- What gives our role those of the limits that it lacks: behind a pooler no session is ours, and they must be the role's.
+SELECT 'ALTER ROLE ' || quote_ident(current_user) || ' SET ' || name || ' = ' || quote_literal(value) AS statement
+FROM (VALUES ('idle_in_transaction_session_timeout', '30s'), ('lock_timeout', '10s')) AS wanted (name, value)
+WHERE current_setting(name) = '0';
+
+
+-- name: unlimit_transaction
+-- Lifts these limits, should they be the role's, from a transaction that waits and idles while others migrate.
+SELECT set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '0', true);
+
+
 -- name: applied_migrations
 -- What `outbox migrate` has applied to this database.
 SELECT migration_id FROM _yoyo_migration;
@@ -45,14 +62,23 @@ VALUES (%(username)s, %(hashed_password)s, %(full_name)s, %(email)s)
 RETURNING username, full_name, email, is_email_verified, password_changed_at, created_at;
 
 
+-- name: room
+-- How many more rows of a queue Redis may hold.
+SELECT greatest(0, %(window)s - count(*)) AS rows
+FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s;
+
+
 -- name: publish
 -- Claims due (or soon due) rows of one queue for Redis, as far as its window has room, and marks them enqueued.
 -- Rows whose time has not come get no more than about half of the window: they must not keep due ones waiting.
 -- It is committed only after Redis has taken the jobs. Relays side by side skip each other's rows.
+-- To count is slow where Redis holds many, so the room may be given by who has counted a moment ago.
 -- The ids go into an array because a join would scan the table where the backlog is long.
 WITH room AS (
-    SELECT greatest(0, %(window)s - count(*)) AS rows
-    FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s
+    SELECT coalesce(
+        %(room)s::bigint,
+        greatest(0, %(window)s - (SELECT count(*) FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s))
+    ) AS rows
 ), claimed AS (
     SELECT id
     FROM outbox
@@ -70,9 +96,24 @@ RETURNING id, delivery, task, payload, queue, max_retries, timeout, request_id,
           run_at > now() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
 
 
--- name: now
--- Postgres' time, which is everybody's time.
-SELECT extract(epoch FROM now())::float8 AS now;
+-- name: look
+-- What there is to do for a relay, so that one statement is all that an idle one asks: queues that have rows to hand
+-- over, whether Redis should hold any job, and one that no worker has claimed for longer than a grace, and whether a
+-- lease has passed. It counts nothing and stops at the first row of each. And Postgres' time, which is everybody's.
+SELECT extract(epoch FROM now())::float8 AS now,
+       ARRAY(
+           SELECT name
+           FROM unnest(%(queues)s::text[]) AS name,
+                LATERAL (SELECT FROM outbox
+                         WHERE status = 'pending' AND queue = name
+                           AND run_at <= now() + make_interval(secs => %(horizon)s)
+                         ORDER BY run_at
+                         LIMIT 1) AS row
+       ) AS pending,
+       EXISTS (SELECT FROM outbox WHERE status = 'enqueued') AS enqueued,
+       EXISTS (SELECT FROM outbox
+               WHERE status = 'enqueued' AND enqueued_at < now() - make_interval(secs => %(grace)s)) AS unclaimed,
+       EXISTS (SELECT FROM outbox WHERE status = 'running' AND lease_until < now()) AS expired;
 
 
 -- name: lock_sweep
@@ -91,17 +132,16 @@ WHERE status = 'enqueued' AND enqueued_at < now() - make_interval(secs => %(grac
 -- name: sweep
 -- Takes back rows whose job Redis no longer holds. The delivery is the one that was looked for in Redis:
 -- a row that was claimed or handed over meanwhile is left alone.
-WITH lost AS (
-    SELECT outbox.id
-    FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery)
-    JOIN outbox ON outbox.id = job.id AND outbox.delivery = job.delivery
-    WHERE outbox.status = 'enqueued'
-    FOR UPDATE OF outbox SKIP LOCKED
+WITH locked AS MATERIALIZED (
+    SELECT id, delivery, status FROM outbox WHERE id = ANY (%(ids)s) FOR UPDATE SKIP LOCKED
 )
 UPDATE outbox SET status = 'pending'
-FROM lost
-WHERE outbox.id = lost.id
-RETURNING outbox.id, delivery, task, queue, request_id;
+WHERE id = ANY (ARRAY(
+    SELECT id
+    FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
+    WHERE status = 'enqueued'
+))
+RETURNING id, delivery, task, queue, request_id;
 
 
 -- name: expired
@@ -136,52 +176,57 @@ WHERE status = 'pending' AND queue <> ALL (%(queues)s)
 GROUP BY queue;
 
 
--- name: lock_jobs
--- The first half of the worker's claim: waits for a relay that has published but not yet committed, and then
--- sees the newest version of the row. An UPDATE … WHERE status = 'enqueued' would not see it and lose the job.
-SELECT id, delivery, task, payload, queue, status, attempts, max_retries, timeout, request_id, run_at <= now() AS due
-FROM outbox
-WHERE id = ANY (%(ids)s)
-ORDER BY id
-FOR UPDATE;
-
-
 -- name: claim
--- The second half: takes the rows that were judged to be this worker's. The lease counts from here: the transaction
--- may have waited for a lock since its now().
-UPDATE outbox
-SET status = 'running', attempts = attempts + 1, worker = %(worker)s,
-    started_at = now(), lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
-WHERE id = ANY (%(ids)s);
+-- The worker's claim: locks first and judges after, in one statement. The lock waits for a relay that has published but
+-- not yet committed, and then sees the newest version of the row; an UPDATE … WHERE status = 'enqueued' would not see it
+-- and lose the job. The lease counts from the update: the statement may have waited for a lock since its now().
+WITH locked AS MATERIALIZED (
+    SELECT id, delivery, task, payload, queue, status, attempts, max_retries, timeout, request_id, run_at <= now() AS due
+    FROM outbox
+    WHERE id = ANY (%(ids)s)
+    ORDER BY id
+    FOR UPDATE
+), claimed AS (
+    UPDATE outbox
+    SET status = 'running', attempts = attempts + 1, worker = %(worker)s,
+        started_at = now(), lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
+    WHERE id = ANY (ARRAY(
+        SELECT id
+        FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
+        WHERE status = 'enqueued' AND due
+    ))
+    RETURNING id
+)
+SELECT locked.*, claimed.id IS NOT NULL AS claimed FROM locked LEFT JOIN claimed USING (id);
 
 
 -- name: renew_leases
--- Keeps the leases of all that a worker runs.
-WITH held AS (
-    SELECT outbox.id
-    FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery)
-    JOIN outbox ON outbox.id = job.id AND outbox.delivery = job.delivery
-    WHERE outbox.status = 'running'
-    ORDER BY outbox.id
-    FOR UPDATE OF outbox
+-- Keeps the leases of all that a worker runs. As in every statement that is given ids, the rows are found by their ids
+-- alone and judged once they are locked: a planner that believes that hardly any row is running would else read all
+-- running rows for every id.
+WITH locked AS MATERIALIZED (
+    SELECT id, delivery, status FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR UPDATE
 )
 UPDATE outbox SET lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
-FROM held
-WHERE outbox.id = held.id;
+WHERE id = ANY (ARRAY(
+    SELECT id
+    FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
+    WHERE status = 'running'
+));
 
 
 -- name: mark
 -- Writes what became of a batch of attempts, by their worker or by the rescue; returns the rows that were still
 -- this delivery's to write.
-WITH outcome AS (
+WITH locked AS MATERIALIZED (
+    SELECT id, delivery, status AS before FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR UPDATE
+), outcome AS MATERIALIZED (
     SELECT job.*
     FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[], %(statuses)s::text[],
                 %(delays)s::float8[], %(attempts)s::integer[], %(errors)s::text[])
         AS job (id, delivery, status, delay, attempts, error)
-    JOIN outbox ON outbox.id = job.id AND outbox.delivery = job.delivery
-    WHERE outbox.status = 'running'
-    ORDER BY outbox.id
-    FOR UPDATE OF outbox
+    JOIN locked USING (id, delivery)
+    WHERE before = 'running'
 )
 UPDATE outbox
 SET status = outcome.status,
@@ -262,18 +307,22 @@ DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM dead)) RETURNING id;
 SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 
 
--- name: verification_recipient
--- Whom a verification mail goes to.
-SELECT username, full_name, email, is_email_verified FROM users WHERE username = %(username)s;
-
-
 -- name: open_verification
--- The verification of an outbox row: the same one at every attempt, open for its full time from the latest; and
--- Postgres' time, which the mail bears.
-INSERT INTO verify_emails (outbox_id, username, email, expired_at)
-VALUES (%(outbox_id)s, %(username)s, %(email)s, now() + make_interval(secs => %(lifetime)s))
-ON CONFLICT (outbox_id) DO UPDATE SET expired_at = EXCLUDED.expired_at
-RETURNING id, username, email, extract(epoch FROM now())::float8 AS now;
+-- Whom a verification mail goes to, and the verification of this outbox row unless the user needs none any more: the
+-- same one at every attempt, open for its full time from the latest. And Postgres' time, which the mail bears.
+WITH recipient AS (
+    SELECT username, full_name, email, is_email_verified FROM users WHERE username = %(username)s
+), opened AS (
+    INSERT INTO verify_emails (outbox_id, username, email, expired_at)
+    SELECT %(outbox_id)s, username, email, now() + make_interval(secs => %(lifetime)s)
+    FROM recipient
+    WHERE NOT is_email_verified
+    ON CONFLICT (outbox_id) DO UPDATE SET expired_at = EXCLUDED.expired_at
+    RETURNING id, email
+)
+SELECT full_name, recipient.email AS user_email, is_email_verified, opened.id, opened.email,
+       extract(epoch FROM now())::float8 AS now
+FROM recipient LEFT JOIN opened ON true;
 
 
 -- name: lock_verification

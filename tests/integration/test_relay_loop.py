@@ -21,6 +21,7 @@ from outbox.migrate import migrate
 from outbox.queries import query
 from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
+from relay import loop
 from relay.loop import RESCUE_INTERVAL, Relay
 from tests.support.processes import frozen
 from tests.support.servers import cluster_settings
@@ -120,6 +121,33 @@ def test_polling_alone_serves(connection: Connection, redis_client: redis.Redis,
     with _running(_with(relay_settings, poll_interval=0.1)):
         row = _add(connection)
         eventually(lambda: _status(connection, row) == "enqueued", 5)
+
+
+@pytest.mark.parametrize("code", ["0A000", "08P01"])
+def test_where_listen_is_refused_it_polls(
+    connection: Connection,
+    relay_settings: RelaySettings,
+    lines: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+) -> None:
+    """A pooler's error to LISTEN ends nothing: one warning, over two connections, and a poll a second from then on."""
+    refusal = f"DO $$ BEGIN RAISE 'no LISTEN here' USING ERRCODE = '{code}'; END $$"
+    monkeypatch.setattr(loop, "query", lambda name: refusal if name == "listen" else query(name))
+    with _running(_with(relay_settings, poll_interval=30.0)):
+        eventually(lambda: _events(lines, "polling without LISTEN"), 10)
+        first = _add(connection)
+        eventually(lambda: _status(connection, first) == "enqueued", 5, "it is found")
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = 'outbox relay' AND datname = current_database()"
+        )
+        eventually(lambda: _events(lines, "Postgres is back"), 10)
+        second = _add(connection)
+        eventually(lambda: _status(connection, second) == "enqueued", 5, "it is found over the second connection")
+    (warning,) = [line for line in lines if line["event"] == "polling without LISTEN"]
+    assert warning["log_level"] == "warning"
+    assert "no LISTEN here" in warning["why"]
 
 
 def test_a_delayed_row_goes_out_at_its_time(
@@ -321,7 +349,7 @@ def test_nobody_is_rescued_just_after_postgres_stalled(
     with postgres.connect(own_postgres.url, "test") as connection, _running(settings):
         row = connection.execute(
             "INSERT INTO outbox (task, payload, status, attempts, delivery, lease_until)"
-            " VALUES ('t', '{}', 'running', 1, 1, now() + interval '1 s') RETURNING id"
+            " VALUES ('t', '{}', 'running', 1, 1, now() + interval '1 min') RETURNING id"
         ).fetchone()
         assert row is not None
         # A relay that has just started waits anyway.

@@ -1,0 +1,79 @@
+"""Handing over a backlog: two batches at a time, so that Postgres works on one while Redis takes the other."""
+
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import psycopg
+import redis
+
+from outbox import postgres
+from outbox.postgres import Connection
+from outbox.queries import query
+from outbox.settings import RelaySettings
+from relay.publish import publish
+
+BATCHES = 4
+"""Batches that each of the two hands over before the relay looks after its other duties."""
+SHARE = 16
+"""Part of the window's room that each of the two fills before it is counted again. What other relays hand over
+meanwhile is not seen, so that eight relays that count at the same moment just fill it."""
+
+
+class Drain:
+    """A second publisher beside the relay's own, with a thread and a connection, which are only there in a backlog."""
+
+    def __init__(self, client: redis.Redis, settings: RelaySettings) -> None:
+        self._client = client
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="drain")
+        self._closing = ExitStack()
+        self._second: Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        self._closing.close()
+
+    def drain(self, connection: Connection, queue: str) -> None:
+        """Hands over up to `2 * BATCHES` batches of a queue, as far as its window has room.
+
+        Raises:
+            redis.RedisError: Redis did not take a batch.
+            psycopg.OperationalError: Postgres is away.
+        """
+        if self._second is None and not self._open_second():
+            return
+        assert self._second is not None
+        room = connection.execute(query("room"), {"queue": queue, "window": self._settings.window}).fetchone()
+        assert room is not None
+        other = self._thread.submit(self._publish_all, self._second, queue, room["rows"])
+        try:
+            self._publish_all(connection, queue, room["rows"])
+        finally:
+            wait([other])
+        other.result()
+
+    def _open_second(self) -> bool:
+        settings = self._settings
+        try:
+            self._second = self._closing.enter_context(
+                postgres.connect(settings.database_url, "outbox relay drains", pooled=settings.transaction_pooling)
+            )
+        except psycopg.OperationalError:  # too many connections, say: the relay's own goes on alone
+            return False
+        return True
+
+    def _publish_all(self, connection: Connection, queue: str, room: int) -> None:
+        share = room // SHARE
+        for _ in range(BATCHES):
+            rows = publish(connection, self._client, queue, self._settings, room=room, limit=share)
+            share -= rows
+            room -= rows
+            if rows < self._settings.batch:
+                return

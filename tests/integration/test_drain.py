@@ -1,0 +1,98 @@
+"""A backlog: handed over by two publishers in one relay, within the window, and with nothing lost on the way."""
+
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+import redis
+
+from outbox.settings import RelaySettings
+from relay.drain import BATCHES, SHARE, Drain
+from tests.conftest import Connection
+
+BATCH = 50
+
+
+@pytest.fixture
+def settings(relay_settings: RelaySettings) -> RelaySettings:
+    """Small batches in a window that holds many."""
+    return relay_settings.model_copy(update={"batch": BATCH, "window": 1000 * BATCH})
+
+
+@pytest.fixture
+def drain(redis_client: redis.Redis, settings: RelaySettings) -> Iterator[Drain]:
+    """Two publishers."""
+    with Drain(redis_client, settings) as opened:
+        yield opened
+
+
+def add(connection: Connection, count: int) -> None:
+    """Adds rows that are due."""
+    connection.execute("INSERT INTO outbox (task, payload) SELECT 't', '{}' FROM generate_series(1, %s)", [count])
+
+
+def enqueued(connection: Connection) -> int:
+    """Returns how many rows are handed over."""
+    return len(connection.execute("SELECT FROM outbox WHERE status = 'enqueued' AND delivery = 1").fetchall())
+
+
+def test_both_hand_over_all_their_batches(connection: Connection, redis_client: redis.Redis, drain: Drain) -> None:
+    """Each row once, and then the relay has time for its other duties."""
+    add(connection, 3 * BATCHES * BATCH)
+    drain.drain(connection, "default")
+    assert enqueued(connection) == 2 * BATCHES * BATCH
+    drain.drain(connection, "default")
+    assert enqueued(connection) == 3 * BATCHES * BATCH
+    jobs = redis_client.lrange("rq:queue:default", 0, -1)
+    assert {*jobs} == {f"{row}-1".encode() for row in range(1, 3 * BATCHES * BATCH + 1)}
+    assert len(jobs) == 3 * BATCHES * BATCH
+
+
+def test_the_window_holds(connection: Connection, redis_client: redis.Redis, settings: RelaySettings) -> None:
+    """Neither sees what the other has not committed, and together they still do not overfill it."""
+    window = 5 * BATCH
+    with Drain(redis_client, settings.model_copy(update={"window": window})) as drain:
+        add(connection, 20 * BATCH)
+        for _ in range(50):
+            drain.drain(connection, "default")
+            assert redis_client.llen("rq:queue:default") <= window
+            assert enqueued(connection) <= window
+    assert enqueued(connection) > window - SHARE
+
+
+def test_a_redis_that_takes_nothing_marks_nothing(
+    connection: Connection, redis_client: redis.Redis, drain: Drain
+) -> None:
+    """Both give up, and everything is handed over later."""
+    add(connection, 4 * BATCH)
+    redis_client.config_set("min-replicas-to-write", 1)
+    try:
+        with pytest.raises(redis.RedisError):
+            drain.drain(connection, "default")
+        assert enqueued(connection) == 0
+    finally:
+        redis_client.config_set("min-replicas-to-write", 0)
+    drain.drain(connection, "default")
+    assert enqueued(connection) == 4 * BATCH
+
+
+def test_a_connection_that_breaks_is_an_outage(connection: Connection, drain: Drain) -> None:
+    """Where one publisher loses Postgres, the relay hears of it after both have ended."""
+    add(connection, BATCH)
+    drain.drain(connection, "default")
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'outbox relay drains'"
+        " AND datname = current_database()"
+    )
+    with pytest.raises(psycopg.OperationalError):
+        drain.drain(connection, "default")
+
+
+def test_where_there_is_no_second_connection_the_relay_goes_on_alone(
+    connection: Connection, redis_client: redis.Redis, settings: RelaySettings
+) -> None:
+    """A Postgres that lets nobody else in is no outage."""
+    add(connection, BATCH)
+    with Drain(redis_client, settings.model_copy(update={"database_url": "postgresql://127.0.0.1:1/none"})) as drain:
+        drain.drain(connection, "default")
+    assert enqueued(connection) == 0
