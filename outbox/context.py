@@ -7,6 +7,7 @@ from typing import Any
 
 from psycopg_pool import ConnectionPool
 
+from outbox.message import Message
 from outbox.settings import WorkerSettings
 
 
@@ -20,6 +21,6 @@ class Context:
     """1 at the first attempt."""
     database: ConnectionPool[Any]
     """Connections for short transactions. Hold none while talking to the outside."""
-    send: Callable[[EmailMessage], None]
+    send: Callable[[EmailMessage | Message], None]
     """Sends a mail; raises SkipRetry where the server refuses the recipient for good."""
     settings: WorkerSettings

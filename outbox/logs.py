@@ -1,14 +1,16 @@
 """Logging: one line per event, readable on a terminal and JSON elsewhere, for our own events and libraries' alike."""
 
 import io
+import json
 import logging
 import sys
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from threading import Lock
 from typing import Literal, TextIO, cast
 
 import structlog
+from pydantic_core import to_json
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 Logger = FilteringBoundLogger
@@ -20,19 +22,50 @@ _LIBRARIES = {
 
 
 class _Output(io.TextIOBase):
-    """Where lines go. One that cannot be written is lost, and no work with it."""
+    """Where lines go. One that cannot be written is lost, and no work with it.
+
+    Whoever comes while another thread is writing leaves the line to that thread and goes on: a system call per line,
+    one thread after the other, took a busy worker more time than all its work.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._lines: deque[str] = deque(maxlen=10_000)
+        self._writing = Lock()
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
+        self._lines.append(text)
+        while self._lines and self._writing.acquire(blocking=False):
+            try:
+                self._write_lines()
+            finally:
+                self._writing.release()
         return len(text)
 
     def flush(self) -> None:
+        with self._writing:
+            self._write_lines()
+
+    def _write_lines(self) -> None:
+        lines: list[str] = []
+        with suppress(IndexError):
+            while True:
+                lines.append(self._lines.popleft())
         with suppress(OSError, ValueError):
+            self._stream.write("".join(lines))
             self._stream.flush()
+
+
+class _Lines:
+    """What structlog writes to."""
+
+    def __init__(self, output: _Output) -> None:
+        self._output = output
+
+    def line(self, text: str) -> None:
+        self._output.write(text + "\n")
+
+    debug = info = warning = error = critical = line
 
 
 class _Counts:
@@ -43,11 +76,12 @@ class _Counts:
         self._lock = Lock()
 
     def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
-        with self._lock:
-            if event["level"] in ("warning", "error", "critical"):
+        if event["level"] in ("warning", "error", "critical"):
+            with self._lock:
                 self._logged[event["event"]] += 1
                 event["nth"] = self._logged[event["event"]]
-            elif event["event"] == "stopped":
+        elif event["event"] == "stopped":
+            with self._lock:
                 event["warnings"] = dict(self._logged)
         return event
 
@@ -81,17 +115,19 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         )
         final: list[Processor] = [renderer]
     else:
-        final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+        final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_to_json)]
 
-    output = cast("TextIO", _Output(sys.stdout))
+    output = _Output(sys.stdout)
     structlog.configure(
         processors=[*counted, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(output),
+        logger_factory=lambda *_: _Lines(output),
         cache_logger_on_first_use=True,
     )
 
-    handler = logging.StreamHandler(output)
+    _configured[:] = [structlog.get_logger()]
+
+    handler = logging.StreamHandler(cast("TextIO", output))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -108,7 +144,25 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         library.setLevel(lowest)
 
 
+_configured: list[Logger] = []
+"""One for all, once it is known where lines go: to make one takes as long as to write a line."""
+
+
+def reset() -> None:
+    """Undoes `configure`, for tests that go on in the same process."""
+    structlog.reset_defaults()
+    _configured.clear()
+
+
+def _to_json(event: EventDict, **_: object) -> str:
+    with suppress(ValueError):  # lone surrogates
+        text = to_json(event, fallback=str)
+        if text.isascii():
+            return text.decode()
+    return json.dumps(event, default=str, separators=(",", ":"))  # escapes whatever else a terminal might obey
+
+
 def get() -> Logger:
-    """Returns a logger whose methods take an event and its fields."""
-    logger: Logger = structlog.get_logger()
+    """Returns the logger, whose methods take an event and its fields."""
+    logger: Logger = _configured[0] if _configured else structlog.get_logger()
     return logger

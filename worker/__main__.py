@@ -1,5 +1,6 @@
 """`python -m worker`: one worker, configured by the environment, stopped by SIGTERM."""
 
+import logging
 import os
 import traceback
 
@@ -26,8 +27,10 @@ def main() -> None:
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()
+        logging.shutdown()
         os._exit(start.EXIT_FAILED)
     if worker.has_unfinished:
+        logging.shutdown()
         os._exit(0)  # a handler's thread cannot be stopped; its row was given back, and the fence shuts it out
 
 

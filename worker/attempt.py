@@ -3,8 +3,7 @@
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import structlog
 
@@ -22,8 +21,7 @@ UNKNOWN_TASK_DELAY = 15.0
 """Seconds until a task that this worker does not know is offered again, to a newer worker perhaps."""
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of an attempt, as it is written to the row."""
 
     delivery: Delivery

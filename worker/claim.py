@@ -1,8 +1,7 @@
 """Claiming rows: from "Redis says so" to "this worker holds the lease"."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from outbox import logs
 from outbox.jobs import Delivery
@@ -10,8 +9,7 @@ from outbox.postgres import Connection
 from outbox.queries import query
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A row that this worker holds."""
 
     delivery: Delivery
@@ -41,28 +39,32 @@ def claim(connection: Connection, deliveries: Sequence[Delivery], worker: str, l
     Raises:
         psycopg.OperationalError: Postgres is away; nothing is claimed.
     """
-    wanted = set(deliveries)
-    ids = sorted({delivery.row for delivery in wanted})
-    with connection.transaction():
-        rows = connection.execute(query("lock_jobs"), {"ids": ids}).fetchall()
-        claims = [
-            Claim(
-                delivery=Delivery(row["id"], row["delivery"]),
-                task=row["task"],
-                payload=row["payload"],
-                queue=row["queue"],
-                attempt=row["attempts"] + 1,
-                max_retries=row["max_retries"],
-                timeout=row["timeout"],
-                request_id=row["request_id"],
-            )
-            for row in rows
-            if row["status"] == "enqueued" and Delivery(row["id"], row["delivery"]) in wanted and row["due"]
-        ]
-        if claims:
-            ids = [claimed.delivery.row for claimed in claims]
-            connection.execute(query("claim"), {"ids": ids, "worker": worker, "lease": lease})
-    _tell_of_dropped(rows, wanted - {claimed.delivery for claimed in claims})
+    wanted = sorted(set(deliveries))
+    rows = connection.execute(
+        query("claim"),
+        {
+            "ids": [delivery.row for delivery in wanted],
+            "deliveries": [delivery.number for delivery in wanted],
+            "worker": worker,
+            "lease": lease,
+        },
+    ).fetchall()
+    claims = [
+        Claim(
+            delivery=Delivery(row["id"], row["delivery"]),
+            task=row["task"],
+            payload=row["payload"],
+            queue=row["queue"],
+            attempt=row["attempts"] + 1,
+            max_retries=row["max_retries"],
+            timeout=row["timeout"],
+            request_id=row["request_id"],
+        )
+        for row in rows
+        if row["claimed"]
+    ]
+    if len(claims) < len(wanted):
+        _tell_of_dropped(rows, set(wanted) - {claimed.delivery for claimed in claims})
     return claims
 
 

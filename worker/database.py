@@ -1,5 +1,6 @@
 """The connections to Postgres that all handlers of a worker share."""
 
+import select
 from typing import Any
 
 from psycopg import Connection
@@ -17,16 +18,16 @@ WAIT = 10.0
 class HandlerPool(ConnectionPool[Connection[Any]]):
     """A pool from which an attempt's time limit tears no connection: struck in the wait, it would lose it for good."""
 
-    def __init__(self, database_url: str) -> None:
+    def __init__(self, database_url: str, *, pooled: bool = False) -> None:
         super().__init__(
             database_url,
-            kwargs={"autocommit": True, "application_name": "outbox worker handlers", **postgres.LIMITS},
+            kwargs=postgres.options("outbox worker handlers", pooled=pooled),
             min_size=0,
             max_size=SIZE,
             timeout=WAIT,
             reconnect_timeout=postgres.RECONNECT_TIMEOUT,
-            configure=_limit_session,
-            check=ConnectionPool.check_connection,  # an outage must not cost the next handlers an attempt each
+            configure=None if pooled else _limit_session,
+            check=_check,
             open=False,
         )
 
@@ -39,6 +40,17 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
         """Takes a connection back; the time limit of the attempt waits meanwhile."""
         with held_back():
             super().putconn(conn)
+
+
+def _check(connection: Connection[Any]) -> None:
+    """Makes the pool drop a broken connection: an outage must not cost the next handlers an attempt each.
+
+    One on which nothing has arrived is not even asked: who closes a connection says so, and asking takes a round trip.
+    """
+    arrivals = select.poll()
+    arrivals.register(connection.fileno(), select.POLLIN)
+    if arrivals.poll(0):
+        ConnectionPool.check_connection(connection)
 
 
 def _limit_session(connection: Connection[Any]) -> None:

@@ -1,7 +1,9 @@
 """The time limit of an attempt: an exception in the handler's thread, and never outside of the handler's call."""
 
 import ctypes
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
@@ -47,37 +49,92 @@ def held_back() -> Iterator[None]:
 
 _current = threading.local()
 
+TICK = 0.05
+"""Seconds by which a limit may be late: so often is looked for new ones."""
+_RETRY = 0.01
+"""Seconds until a strike that was held back is tried again."""
+
 
 class _Limit:
     def __init__(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
         self._thread = threading.get_ident()
         self._is_over = False
         self._has_struck = False
         self.lock = threading.Lock()  # whoever holds it is not struck
-        self._timer = threading.Timer(seconds, self._strike)
-        self._timer.daemon = True
 
     def start(self) -> None:
         """Starts the time."""
         _current.limit = self
-        self._timer.start()
+        _watch.add(self)
 
-    def _strike(self) -> None:
-        with self.lock:
+    def strike(self) -> bool:
+        """Strikes, unless it is over; returns False where it is held back."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
             if not self._is_over:
                 self._has_struck = True
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self._thread), ctypes.py_object(TimeLimitReached)
                 )
+        finally:
+            self.lock.release()
+        return True
 
     def lift(self) -> None:
         """Ends the limit. A strike that has not been felt yet is felt here, and not later."""
         with self.lock:
             self._is_over = True
         _current.limit = None
-        self._timer.cancel()
         if self._has_struck:
             # The interpreter looks for it at every jump back. Taking it back instead is no way: CPython 3.11 then
             # looks for ever, and under a tracer goes no further.
             for _ in range(100):
                 pass
+        _watch.remove(self)  # last: felt in there, it would leave the lock of all limits taken
+
+
+class _Watch:
+    """One thread that strikes for all: a timer thread per attempt would cost more than a short attempt.
+
+    It shares no lock with the attempts: single operations on a dictionary are atomic.
+    """
+
+    def __init__(self) -> None:
+        self._limits: dict[_Limit, None] = {}
+        self._needed = threading.Event()
+        self._start = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, limit: _Limit) -> None:
+        self._limits[limit] = None
+        if not self._needed.is_set():
+            self._needed.set()
+        if self._thread is None:
+            with self._start:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="time limits", daemon=True)
+                    self._thread.start()
+
+    def remove(self, limit: _Limit) -> None:
+        self._limits.pop(limit, None)
+
+    def _run(self) -> None:
+        while True:
+            self._needed.wait()
+            limits = list(self._limits)
+            if not limits:
+                self._needed.clear()
+                if not self._limits:
+                    continue
+                self._needed.set()  # one came between the two lines before
+            now = time.monotonic()
+            for limit in limits:
+                if limit.deadline <= now and limit.strike():
+                    self.remove(limit)
+            upcoming = min((limit.deadline for limit in limits if limit.deadline > now), default=math.inf)
+            time.sleep(min(max(upcoming - now, _RETRY), TICK))
+
+
+_watch = _Watch()

@@ -1,5 +1,6 @@
 """Sending mail: one SMTP connection per thread, kept and reused, with a time limit on every step."""
 
+import re
 import smtplib
 import ssl
 import threading
@@ -13,6 +14,7 @@ from email_validator import EmailNotValidError, validate_email
 
 from outbox import logs
 from outbox.errors import OutboxError, SkipRetry
+from outbox.message import Message
 from outbox.settings import WorkerSettings
 from outbox.verification import masked
 
@@ -32,18 +34,22 @@ class Mailer:
         self._tls = None if settings.smtp_server.security == "none" else ssl.create_default_context()
         self._local = threading.local()
 
-    def send(self, message: EmailMessage) -> None:
-        """Sends a mail to the address in its `To` header.
+    def send(self, message: EmailMessage | Message) -> None:
+        """Sends a mail; an `EmailMessage` goes to the address in its `To` header.
 
         Raises:
             SkipRetry: the server refuses this address for good.
             MailError: the server does not take the mail now, or does not like us.
             OSError, smtplib.SMTPException: the connection failed.
         """
-        recipient = _envelope_address(str(message["To"]))
+        if isinstance(message, EmailMessage):
+            recipient = _envelope_address(str(message["To"]))
+            content = message.as_bytes(policy=policy.SMTP if recipient.isascii() else policy.SMTPUTF8)
+        else:
+            recipient, content = _envelope_address(message.recipient), message.content
         try:
             smtp = self._begin(["SMTPUTF8", "BODY=8BITMIME"] if not recipient.isascii() else [])
-            self._transfer(smtp, message, recipient)
+            self._transfer(smtp, content, recipient)
         except (SkipRetry, MailError):
             self._reset()
             raise
@@ -71,14 +77,14 @@ class Mailer:
             self._refused("the sender", code, text)
         return smtp
 
-    def _transfer(self, smtp: smtplib.SMTP, message: EmailMessage, recipient: str) -> None:
+    def _transfer(self, smtp: smtplib.SMTP, content: bytes, recipient: str) -> None:
         code, text = smtp.rcpt(recipient)
         if code not in (250, 251):
             if _is_final(code, text):
                 raise SkipRetry(f"the mail server refuses {recipient} for good: {_reply(code, text)}")
             self._refused("the recipient", code, text)
         try:
-            code, text = smtp.data(message.as_bytes(policy=policy.SMTP if recipient.isascii() else policy.SMTPUTF8))
+            code, text = smtp.data(content)
         except smtplib.SMTPDataError as error:
             code, text = error.smtp_code, _bytes(error.smtp_error)
         if code != 250:
@@ -138,8 +144,15 @@ class Mailer:
             smtp.close()
 
 
+_LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_PLAIN_ADDRESS = re.compile(rf"(?=.{{1,64}}@)[A-Za-z0-9_%+-]+(?:\.[A-Za-z0-9_%+-]+)*@{_LABEL}(?:\.{_LABEL})+")
+"""Most addresses, which need no look at international names and quoted parts."""
+
+
 def deliverable(address: str) -> str:
     """Returns an address with its domain in ASCII, as every mail server takes it; as it is where that cannot be."""
+    if _PLAIN_ADDRESS.fullmatch(address):
+        return address
     try:
         return validate_email(address, check_deliverability=False).ascii_email or address
     except EmailNotValidError:
@@ -148,6 +161,8 @@ def deliverable(address: str) -> str:
 
 def _envelope_address(address: str) -> str:
     """Returns the address as the envelope carries it: the domain in ASCII, and all of it where that is possible."""
+    if _PLAIN_ADDRESS.fullmatch(address):
+        return address
     try:
         valid = validate_email(address, check_deliverability=False)
     except EmailNotValidError as error:

@@ -16,7 +16,9 @@ from outbox.queries import query
 from worker.attempt import Outcome
 from worker.claim import Claim
 
-_BATCH = 500
+_BATCH = 1000
+_GATHERING = 0.005
+"""Seconds between two writes on a busy system: each costs Postgres a commit, and the handlers the interpreter."""
 
 OVERTIME = 5.0
 """Seconds past its time limit after which an attempt is no longer believed to end, and its lease is let go."""
@@ -29,8 +31,9 @@ class Marker:
     meanwhile, the fence decides, and the late outcome is dropped.
     """
 
-    def __init__(self, database_url: str, lease: float) -> None:
+    def __init__(self, database_url: str, lease: float, *, pooled: bool = False) -> None:
         self._database_url = database_url
+        self._pooled = pooled
         self._lease = lease
         self._failures = 0
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
@@ -70,7 +73,7 @@ class Marker:
         unwritten: list[Outcome] = []
         while True:
             try:
-                with postgres.connect(self._database_url, "outbox worker marks") as connection:
+                with postgres.connect(self._database_url, "outbox worker marks", pooled=self._pooled) as connection:
                     self.healthy.set()
                     self._serve(connection, unwritten)
                     return
@@ -94,6 +97,8 @@ class Marker:
                 unwritten += self._collect(min(max(renew_at - time.monotonic(), 0.001), 0.2))
             if unwritten:
                 self._write(connection, unwritten)
+                if len(unwritten) > 1 and not self._closing.is_set():
+                    time.sleep(_GATHERING)
                 unwritten.clear()
                 self._failures = 0
             elif self._closing.is_set() and self._outcomes.empty():

@@ -17,24 +17,27 @@ from outbox.redis import BLOCK
 # taken in the same order. The jobs' hashes go with their ids: what they say is in Postgres too, and truer there.
 # A stranger's key where a queue belongs would fail every take, so it goes; the sweep restores what the queue held.
 _TAKE = """
+if redis.call('EXISTS', unpack(KEYS)) == 0 then return {0, {}, {}} end
 if redis.call('EXISTS', KEYS[1]) == 1 then return {1, {}, {}} end
-local taken, strange, left = {}, {}, tonumber(ARGV[1])
+local taken, hashes, strange, left = {}, {}, {}, tonumber(ARGV[1])
 local function take(key, count)
-    for _ = 1, math.min(count, left) do
-        local id = redis.pcall('LPOP', key)
-        if type(id) == 'table' then
-            redis.call('DEL', key)
-            strange[#strange + 1] = key
-            return
-        end
-        if not id then return end
-        if string.match(id, '^%d+%-%d+$') then redis.call('DEL', ARGV[2] .. id) end
-        taken[#taken + 1] = string.sub(id, 1, 100)
-        left = left - 1
+    if math.min(count, left) < 1 then return end
+    local ids = redis.pcall('LPOP', key, math.min(count, left))
+    if not ids then return end
+    if ids.err then
+        redis.call('DEL', key)
+        strange[#strange + 1] = key
+        return
     end
+    for _, id in ipairs(ids) do
+        if string.match(id, '^%d+%-%d+$') then hashes[#hashes + 1] = ARGV[2] .. id end
+        taken[#taken + 1] = string.sub(id, 1, 100)
+    end
+    left = left - #ids
 end
 for i = 2, #KEYS do take(KEYS[i], tonumber(ARGV[i + 1])) end
 for i = 2, #KEYS do take(KEYS[i], left) end
+for i = 1, #hashes, 1000 do redis.call('DEL', unpack(hashes, i, math.min(i + 999, #hashes))) end
 return {0, taken, strange}
 """
 

@@ -1,8 +1,6 @@
 """The worker's loop: it takes jobs, claims their rows, runs them, and gives back what it cannot end."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
-from threading import Condition
 
 from outbox import logs, postgres
 from outbox import redis as outbox_redis
@@ -18,6 +16,7 @@ from worker.database import HandlerPool
 from worker.mail import Mailer
 from worker.mark import Marker
 from worker.rq_worker import RQWorker
+from worker.slots import Slots
 from worker.take import Queues, Suspended
 
 MARKING_TIME = 5.0
@@ -41,19 +40,18 @@ class OutboxWorker(RQWorker):
         self._registry = registry
         self._queues = Queues(client, settings.queues)
         self._redis = Outage("Redis")
-        self._running: dict[Delivery, Claim] = {}
-        self._changed = Condition()
-        self._handlers = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="handler")
         self._mailer = Mailer(settings)
         self._postgres = Outage("Postgres")
-        self._marker = Marker(settings.database_url, settings.lease)
-        self._database = HandlerPool(settings.database_url)
+        self._marker = Marker(settings.database_url, settings.lease, pooled=settings.transaction_pooling)
+        self._database = HandlerPool(settings.database_url, pooled=settings.transaction_pooling)
+        self._slots = Slots(settings.concurrency, self._handle, self._marker.put)
 
     def run(self) -> None:
         """Works until it is told to stop, through outages of either server.
 
         Raises:
             NotMigratedError: the database lacks migrations.
+            SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
             UnsupportedRedisError: Redis is one that cannot serve.
         """
         self._install_signal_handlers()
@@ -68,14 +66,18 @@ class OutboxWorker(RQWorker):
     @property
     def has_unfinished(self) -> bool:
         """Whether a handler outlived the worker's grace: its row was given back, and the process should exit hard."""
-        return bool(self._running)
+        return bool(self._slots.unfinished)
 
     def _work(self) -> None:
         taken: list[Delivery] = []
         while not self.stopping.is_set():
             try:
-                with postgres.connect(self._settings.database_url, "outbox worker claims") as connection:
+                with postgres.connect(
+                    self._settings.database_url, "outbox worker claims", pooled=self._settings.transaction_pooling
+                ) as connection:
                     postgres.check_migrated(connection)
+                    if not self._settings.transaction_pooling:
+                        postgres.check_unpooled(connection, self._settings.database_url)
                     self._postgres.back()
                     self._serve(connection, taken)
             except postgres.AWAY as error:
@@ -88,15 +90,18 @@ class OutboxWorker(RQWorker):
             if taken:
                 claims = claim(connection, taken, self.name, self._settings.lease)
                 taken.clear()
-                self._start(claims)
+                self._marker.hold(claims)
+                self._slots.begin(claims)
 
     def _take(self) -> list[Delivery]:
+        if self._slots.are_stuck:
+            self._give_back_waiting()
         # Without marks and renewed leases, what is done here would be done again elsewhere.
-        if not self._marker.healthy.wait(1) or not (free := self._wait_for_slots()):
+        if not self._marker.healthy.wait(1) or not (room := self._slots.wait_for_room(1)):
             return []
         try:
-            self.beat(busy=bool(self._running))
-            deliveries = self._queues.take(free) or self._queues.wait()
+            self.beat(busy=self.has_unfinished)
+            deliveries = self._queues.take(room) or self._queues.wait()
         except Suspended:
             self._redis.back()
             self.stopping.wait(1)
@@ -108,19 +113,7 @@ class OutboxWorker(RQWorker):
         self._redis.back()
         return deliveries
 
-    def _wait_for_slots(self) -> int:
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._running) < self._settings.concurrency, timeout=1)
-            return self._settings.concurrency - len(self._running)
-
-    def _start(self, claims: list[Claim]) -> None:
-        self._marker.hold(claims)
-        with self._changed:
-            self._running.update({claimed.delivery: claimed for claimed in claims})
-        for claimed in claims:
-            self._handlers.submit(self._run_handler, claimed)
-
-    def _run_handler(self, claimed: Claim) -> None:
+    def _handle(self, claimed: Claim) -> Outcome:
         context = Context(
             row=claimed.delivery.row,
             attempt=claimed.attempt,
@@ -128,26 +121,29 @@ class OutboxWorker(RQWorker):
             send=self._mailer.send,
             settings=self._settings,
         )
-        outcome = attempt(claimed, self._registry, context)
-        with self._changed:  # together, or the row might be given back after its outcome
-            self._marker.put(outcome)
-            self._running.pop(claimed.delivery, None)
-            self._changed.notify_all()
+        return attempt(claimed, self._registry, context)
+
+    def _give_back_waiting(self) -> None:
+        for claimed in self._slots.take_back():
+            self._marker.put(Outcome(claimed.delivery, "pending", claimed.attempt - 1))
 
     def _finish(self) -> None:
         """Lets handlers end, signs off, gives back what did not end, and writes the last marks."""
         deadline = (self._stop_requested_at or time.monotonic()) + self._settings.grace
-        with self._changed:
-            while self._running and not self.hurry.is_set() and time.monotonic() < deadline:
-                self._changed.wait(0.2)
+        self._give_back_waiting()
+        while self.has_unfinished and not self.hurry.is_set() and time.monotonic() < deadline:
+            self._slots.wait_until_empty(0.2)
         self.sign_off()
-        self._handlers.shutdown(wait=False, cancel_futures=True)
         # Last, so that a handler that is given up has no time left to end all the same while its row is another's.
-        with self._changed:
-            unfinished = list(self._running.values())
-            for claimed in unfinished:
-                told = "given back: the worker was stopped"
-                self._marker.put(Outcome(claimed.delivery, "pending", claimed.attempt - 1, LEAVING_TIME, told))
+        unfinished = self._slots.give_up(
+            lambda claimed: Outcome(
+                claimed.delivery,
+                "pending",
+                claimed.attempt - 1,
+                LEAVING_TIME,
+                "given back: the worker was stopped",
+            )
+        )
         last_marks = MARKING_TIME if unfinished else max(MARKING_TIME, deadline - time.monotonic())
         if unmarked := self._marker.close(last_marks):
             # Their leases run out, and they are done again.

@@ -1,0 +1,51 @@
+"""A mail as the bytes that go over the wire, for handlers that send many: the email package takes 2 ms for one."""
+
+import binascii
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_BOUNDARY = "=_alternative"
+"""Never in a part: quoted-printable has no "=_" (RFC 2045, section 6.7)."""
+
+_LINE_END = re.compile(r"\r\n|[\r\n]")
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class Message(NamedTuple):
+    """A mail that is ready to be sent."""
+
+    recipient: str
+    """The address for the envelope."""
+    content: bytes
+    """Headers and body, with CRLF at the end of every line."""
+
+
+def alternatives(recipient: str, headers: Mapping[str, str], *, text: str, html: str) -> Message:
+    """Returns a mail whose body is there as text and as HTML.
+
+    Args:
+        recipient: the address, which becomes the `To` header as well.
+        headers: the others; a value that is not ASCII needs to be an encoded word already.
+        text: the body for programs that show no HTML.
+        html: the body for the others.
+
+    Raises:
+        ValueError: a header has a linefeed or another control character in it.
+    """
+    lines = [f"{name}: {value}" for name, value in {"To": recipient, **headers}.items()]
+    for line in lines:
+        if _CONTROL.search(line):
+            raise ValueError("a header has a linefeed or another control character in it")
+    head = "\r\n".join([*lines, "MIME-Version: 1.0", f'Content-Type: multipart/alternative; boundary="{_BOUNDARY}"'])
+    parts = b"".join(_part(kind, body) for kind, body in (("plain", text), ("html", html)))
+    return Message(recipient, f"{head}\r\n\r\n".encode() + parts + f"--{_BOUNDARY}--\r\n".encode())
+
+
+def _part(kind: str, body: str) -> bytes:
+    head = (
+        f"--{_BOUNDARY}\r\n"
+        f'Content-Type: text/{kind}; charset="utf-8"\r\n'
+        "Content-Transfer-Encoding: quoted-printable\r\n\r\n"
+    )
+    return head.encode() + binascii.b2a_qp(_LINE_END.sub("\r\n", body).encode(errors="replace")) + b"\r\n"

@@ -1,0 +1,105 @@
+"""The threads of a worker: how much is claimed for them, and what becomes of rows that no thread gets to."""
+
+import time
+from collections.abc import Callable, Iterator
+from threading import Event
+
+import pytest
+
+from outbox.jobs import Delivery
+from tests.support.waiting import eventually
+from worker.attempt import Outcome
+from worker.claim import Claim
+from worker.slots import MOST_AHEAD, PATIENCE, Slots
+
+COUNT = 4
+
+
+class Crew:
+    """Slots whose handlers end when they are let, and what they have put."""
+
+    def __init__(self) -> None:
+        self.may_end = Event()
+        self.begun: list[int] = []
+        self.put: list[Outcome] = []
+        self.slots = Slots(COUNT, self._handle, self.put.append)
+
+    def _handle(self, claimed: Claim) -> Outcome:
+        self.begun.append(claimed.delivery.row)
+        self.may_end.wait(10)
+        return Outcome(claimed.delivery, "done", claimed.attempt)
+
+    def begin(self, *rows: int) -> None:
+        """Gives rows to the threads."""
+        self.slots.begin([Claim(Delivery(row, 1), "t", {}, "default", 1, 3, 30, None) for row in rows])
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    """A crew, which is let go in the end."""
+    made = Crew()
+    yield made
+    made.may_end.set()
+
+
+def test_without_a_pace_nothing_is_claimed_ahead(crew: Crew) -> None:
+    """A fresh worker claims as many rows as it has threads, and one more when a thread is free."""
+    assert crew.slots.wait_for_room(0) == COUNT
+    crew.begin(1, 2, 3)
+    assert crew.slots.wait_for_room(0) == 1
+    crew.begin(4)
+    assert crew.slots.wait_for_room(0.01) == 0
+    crew.may_end.set()
+    eventually(lambda: crew.slots.wait_for_room(0) == COUNT, 5)
+    assert sorted(outcome.delivery.row for outcome in crew.put) == [1, 2, 3, 4]
+
+
+def test_short_handlers_have_rows_claimed_ahead(crew: Crew) -> None:
+    """Of many that end at once, more rows are claimed than there are threads, up to a limit; later, none any more."""
+    crew.may_end.set()
+    begun = time.monotonic()
+    row = 0
+    while time.monotonic() - begun < 0.5:
+        room = crew.slots.wait_for_room(1)
+        crew.begin(*range(row, row + room))
+        row += room
+    assert COUNT < crew.slots.wait_for_room(1) <= COUNT + MOST_AHEAD
+    crew.slots.wait_until_empty(5)
+    time.sleep(0.2)
+    crew.slots.wait_for_room(1)
+    time.sleep(0.2)
+    assert crew.slots.wait_for_room(1) == COUNT
+
+
+def test_rows_that_no_thread_begins_are_taken_back(crew: Crew) -> None:
+    """Handlers have become slow: what waits for a thread goes to another worker, what runs stays."""
+    crew.begin(*range(1, 11))
+    eventually(lambda: len(crew.begun) == COUNT, 5)
+    assert not crew.slots.are_stuck
+    eventually(lambda: crew.slots.are_stuck, PATIENCE + 2)
+    back = crew.slots.take_back()
+    assert [claimed.delivery.row for claimed in back] == [5, 6, 7, 8, 9, 10]
+    assert not crew.slots.are_stuck
+    assert sorted(claimed.delivery.row for claimed in crew.slots.unfinished) == [1, 2, 3, 4]
+    assert not crew.put
+
+
+def test_rows_that_come_after_a_quiet_time_are_not_stuck(crew: Crew) -> None:
+    """However long no row began: these have only just come."""
+    time.sleep(PATIENCE + 0.1)
+    crew.begin(*range(1, 11))
+    assert not crew.slots.are_stuck
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_does_not_end_is_given_up(crew: Crew, ends: bool) -> None:  # noqa: FBT001
+    """In the end every row has one outcome: its handler's, or that of giving up."""
+    crew.begin(1, 2)
+    eventually(lambda: len(crew.begun) == 2, 5)
+    if ends:
+        crew.may_end.set()
+    crew.slots.wait_until_empty(0.5)
+    outcome_of: Callable[[Claim], Outcome] = lambda claimed: Outcome(claimed.delivery, "pending", 0)  # noqa: E731
+    given_up = crew.slots.give_up(outcome_of)
+    assert len(given_up) == (0 if ends else 2)
+    assert [outcome.status for outcome in crew.put] == ["done" if ends else "pending"] * 2

@@ -1,0 +1,119 @@
+"""The threads that run handlers, and how many rows are claimed ahead of them."""
+
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from threading import Condition, Lock, Thread
+
+from outbox.jobs import Delivery
+from worker.attempt import Outcome
+from worker.claim import Claim
+
+LOOKAHEAD = 0.2
+"""Seconds of work that are claimed ahead, at the pace of late: no thread should be idle while the next claim is under
+way. Where handlers take long, that is no row at all."""
+MOST_AHEAD = 2000
+"""Rows that are claimed ahead at the most."""
+PATIENCE = 1.0
+"""Seconds after which rows that no thread has begun are given back: handlers have become slow, and another worker may
+have threads to spare."""
+
+
+class Slots:
+    """As many threads as there may be handlers at once, started as they are needed."""
+
+    def __init__(self, count: int, handle: Callable[[Claim], Outcome], put: Callable[[Outcome], None]) -> None:
+        """Takes what runs a claimed row, and what then gets the outcome; neither may raise."""
+        self._count = count
+        self._handle = handle
+        self._put = put
+        self._threads = 0
+        self._waiting: SimpleQueue[Claim] = SimpleQueue()
+        self._held: dict[Delivery, Claim] = {}
+        self._lock = Lock()
+        self._changed = Condition(self._lock)
+        self._wake_at = -1
+        """As many held rows as somebody waits for."""
+        self._ended = 0
+        self._looked_at = time.monotonic()
+        self._ahead = 0
+        self._moved_at = time.monotonic()
+        """When a thread last began a row, or got new ones to begin."""
+
+    def wait_for_room(self, timeout: float) -> int:
+        """Waits up to `timeout` seconds until a claim is worth while, and returns how many rows there is room for."""
+        with self._lock:
+            ahead = self._look_ahead()
+            self._await(self._count + ahead - max(1, ahead // 2), timeout)
+            return max(0, self._count + ahead - len(self._held))
+
+    def _look_ahead(self) -> int:
+        now = time.monotonic()
+        if (elapsed := now - self._looked_at) > LOOKAHEAD / 2:
+            self._ahead = min(MOST_AHEAD, int(self._ended / elapsed * LOOKAHEAD))
+            self._looked_at, self._ended = now, 0
+        return self._ahead
+
+    def _await(self, held: int, timeout: float) -> None:
+        self._wake_at = held
+        self._changed.wait_for(lambda: len(self._held) <= held, timeout)
+        self._wake_at = -1
+
+    def begin(self, claims: Sequence[Claim]) -> None:
+        """Gives rows to the threads."""
+        self._moved_at = time.monotonic()
+        with self._lock:
+            self._held.update({claimed.delivery: claimed for claimed in claims})
+            while self._threads < min(self._count, len(self._held)):
+                self._threads += 1
+                Thread(target=self._work, name=f"handler-{self._threads}", daemon=True).start()
+        for claimed in claims:
+            self._waiting.put(claimed)
+
+    def _work(self) -> None:
+        while True:
+            claimed = self._waiting.get()
+            self._moved_at = time.monotonic()
+            outcome = self._handle(claimed)
+            with self._lock:  # together, or the row might be given back after its outcome
+                self._put(outcome)
+                self._held.pop(claimed.delivery, None)
+                self._ended += 1
+                if len(self._held) <= self._wake_at:
+                    self._changed.notify()
+
+    @property
+    def are_stuck(self) -> bool:
+        """Whether rows wait for a thread for longer than `PATIENCE`."""
+        return not self._waiting.empty() and time.monotonic() - self._moved_at > PATIENCE
+
+    def take_back(self) -> list[Claim]:
+        """Returns the rows that no thread has begun, and forgets them."""
+        back: list[Claim] = []
+        with self._lock:
+            try:
+                while True:
+                    back.append(self._waiting.get_nowait())
+            except Empty:
+                for claimed in back:
+                    del self._held[claimed.delivery]
+        return back
+
+    def wait_until_empty(self, timeout: float) -> None:
+        """Waits up to `timeout` seconds until no handler runs."""
+        with self._lock:
+            self._await(0, timeout)
+
+    @property
+    def unfinished(self) -> list[Claim]:
+        """The rows whose outcome has not been put."""
+        with self._lock:
+            return list(self._held.values())
+
+    def give_up(self, outcome_of: Callable[[Claim], Outcome]) -> list[Claim]:
+        """Puts an outcome for every row whose handler has not ended, and returns these rows."""
+        with self._lock:
+            unfinished = list(self._held.values())
+            for claimed in unfinished:
+                self._put(outcome_of(claimed))
+            return unfinished
