@@ -136,7 +136,7 @@ def discard(ids: tuple[int, ...], *, as_json: bool) -> None:
 @contextmanager
 def _database() -> Iterator[Connection]:
     settings = DatabaseSettings.from_environment()
-    with postgres.connect(settings.database_url, "outbox dead") as connection:
+    with postgres.connect(settings.database_url, "outbox dead", pooled=settings.transaction_pooling) as connection:
         postgres.check_migrated(connection)
         yield connection
 

@@ -22,7 +22,14 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo is untyp
         return _Backend(self._database_url)
 
     def connect(self, dburi: Any) -> psycopg.Connection[Any]:  # noqa: ARG002 - yoyo's signature
-        return psycopg.connect(self._database_url, autocommit=True, application_name="outbox migrate")
+        return _connect(self._database_url, autocommit=True)
+
+
+def _connect(database_url: str, *, autocommit: bool = False) -> psycopg.Connection[Any]:
+    """Opens a connection that a pooler may stand in: it prepares no statements."""
+    return psycopg.connect(
+        database_url, autocommit=autocommit, prepare_threshold=None, application_name="outbox migrate"
+    )
 
 
 def migrate(database_url: str) -> list[str]:
@@ -41,7 +48,8 @@ def migrate(database_url: str) -> list[str]:
         psycopg.OperationalError: Postgres is away.
     """
     # Not postgres.connect: this transaction idles for as long as the migrations take.
-    with psycopg.connect(database_url, application_name="outbox migrate") as connection:
+    with _connect(database_url) as connection:
+        connection.execute(query("unlimit_transaction"))
         connection.execute(query("lock_migrations"))
         with _Backend(database_url) as backend:
             backend.init_database()

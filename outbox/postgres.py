@@ -9,7 +9,8 @@ from psycopg.rows import dict_row
 from psycopg.types.json import set_json_loads
 from pydantic_core import from_json
 
-from outbox.errors import NotMigratedError
+from outbox import logs
+from outbox.errors import NotMigratedError, SettingsError
 from outbox.queries import query, sql_folder
 
 T = TypeVar("T")
@@ -68,22 +69,77 @@ def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.Operation
         raise psycopg.OperationalError(f"no answer within {ANSWER_LIMIT:g} s") from error
 
 
-def connect(database_url: str, name: str) -> Connection:
+def options(name: str, *, pooled: bool) -> dict[str, Any]:
+    """Returns what every connection of ours is opened with: autocommit mode, LIMITS, and no more than can be had.
+
+    Args:
+        name: shown by `pg_stat_activity` as the application's name.
+        pooled: whether the URL leads through a pooler in transaction mode. Each transaction may have another session
+            there, so nothing may be left in one: no prepared statements, and no limits of the session's own.
+    """
+    unprepared = {"prepare_threshold": None} if pooled else {}
+    return {"autocommit": True, "application_name": name, **unprepared, **LIMITS}
+
+
+def connect(database_url: str, name: str, *, pooled: bool = False) -> Connection:
     """Opens a connection in autocommit mode whose rows are dictionaries.
 
     Args:
         database_url: where to.
         name: shown by `pg_stat_activity` as the application's name.
+        pooled: whether that leads through a pooler in transaction mode.
 
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
     """
-    connection = LimitedConnection.connect(
-        database_url, autocommit=True, application_name=name, row_factory=dict_row, **LIMITS
-    )
+    connection = LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
     set_json_loads(_loads, connection)
-    connection.execute(query("limit_session"))
+    if not pooled:
+        connection.execute(query("limit_session"))
     return connection
+
+
+def check_unpooled(connection: Connection, database_url: str) -> None:
+    """Checks that a session is ours alone, unless the settings say that it is not.
+
+    Behind a pooler in transaction mode, what one process has prepared in a session is what another executes there.
+    It is found out where it can be, which is nearly always: two connections that are open at once have one session.
+
+    Args:
+        connection: one that was opened without `pooled`.
+        database_url: where it leads.
+
+    Raises:
+        SettingsError: a pooler in transaction mode stands between.
+        psycopg.OperationalError: Postgres is away.
+    """
+    if _session(connection) == connection.info.backend_pid:
+        return  # no pooler at all: one gives its clients numbers of its own
+    with LimitedConnection.connect(
+        database_url, row_factory=dict_row, **options("outbox check", pooled=True)
+    ) as another:
+        # Once may be chance: on a busy pool the two are given different sessions.
+        if any(_session(another) == _session(connection) for _ in range(20)):
+            raise SettingsError(
+                "DATABASE_URL leads through a connection pooler in transaction mode:"
+                " set OUTBOX_TRANSACTION_POOLING=true, or name Postgres itself"
+            )
+
+
+def _session(connection: Connection) -> int:
+    row = connection.execute(query("session")).fetchone()
+    assert row is not None
+    return int(row["session"])
+
+
+def tell_of_missing_limits(connection: Connection) -> None:
+    """Logs a warning if the sessions behind a pooler lack the limits that we would set, and what gives them some.
+
+    Raises:
+        psycopg.OperationalError: Postgres is away.
+    """
+    if statements := [row["statement"] for row in connection.execute(query("missing_limits"))]:
+        logs.get().warning("sessions have no limits", run="; ".join(statements))
 
 
 def _loads(text: str | bytes) -> Any:

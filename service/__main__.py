@@ -20,8 +20,14 @@ def main() -> None:
     logs.configure("service", settings.log_level, settings.log_format)
     listener = listen(settings.http_server_address)
     try:
-        with postgres.connect(settings.database_url, "outbox service") as connection:
+        with postgres.connect(
+            settings.database_url, "outbox service", pooled=settings.transaction_pooling
+        ) as connection:
             postgres.check_migrated(connection)
+            if settings.transaction_pooling:
+                postgres.tell_of_missing_limits(connection)
+            else:
+                postgres.check_unpooled(connection, settings.database_url)
     except postgres.AWAY as error:
         logs.get().warning("Postgres is away", error=one_line(error))
 

@@ -42,13 +42,13 @@ def create_pool(settings: ServiceSettings) -> AsyncConnectionPool[AsyncConnectio
     return AsyncConnectionPool(
         settings.database_url,
         connection_class=AsyncConnection,
-        kwargs={"autocommit": True, "row_factory": dict_row, "application_name": "outbox service", **postgres.LIMITS},
+        kwargs={"row_factory": dict_row, **postgres.options("outbox service", pooled=settings.transaction_pooling)},
         min_size=1,
         max_size=settings.pool_size,
         timeout=POOL_TIMEOUT,
         reconnect_timeout=postgres.RECONNECT_TIMEOUT,
         max_waiting=MAX_WAITING,
-        configure=_limit_session,
+        configure=None if settings.transaction_pooling else _limit_session,
         check=AsyncConnectionPool.check_connection,
         open=False,
     )

@@ -37,12 +37,13 @@ def test_defaults_suit_production() -> None:
     """With nothing set but what must be, every value is the documented one."""
     relay = RelaySettings.from_environment()
     assert relay.model_dump(exclude={"database_url", "redis_url"}) == {
+        "transaction_pooling": False,
         "log_level": "info",
         "log_format": None,
         "queues": {"critical": 10, "default": 5},
         "lease": 15,
         "poll_interval": 1,
-        "batch": 500,
+        "batch": 1000,
         "window": 10_000,
         "horizon": 60,
         "sweep_interval": 2,
@@ -197,7 +198,7 @@ def test_other_programs_variables_are_not_ours(environment: pytest.MonkeyPatch) 
     """BATCH, LEASE or CONCURRENCY may be set for anything; only documented names count."""
     for name in ("BATCH", "LEASE", "WINDOW", "CONCURRENCY", "HANDLERS", "GRACE", "QUEUES", "RETENTION", "POOL_SIZE"):
         environment.setenv(name, "nonsense")
-    assert RelaySettings.from_environment().batch == 500
+    assert RelaySettings.from_environment().batch == 1000
     assert WorkerSettings.from_environment().handlers == ()
     assert ServiceSettings.from_environment().pool_size == 10
 

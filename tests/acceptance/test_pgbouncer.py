@@ -1,0 +1,138 @@
+"""Postgres by way of PgBouncer in transaction mode, where each transaction may have another session."""
+
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from structlog.testing import capture_logs
+
+from outbox import postgres
+from outbox.migrate import migrate
+from outbox.queries import query
+from tests.conftest import Connection, short_folder
+from tests.support.mailbox import Mailbox, link_in
+from tests.support.pgbouncer import PROGRAM, pgbouncer
+from tests.support.processes import Stack, add_users
+from tests.support.servers import with_database
+from tests.support.waiting import eventually
+
+pytestmark = [
+    pytest.mark.unmeasured,
+    pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here; Debian's package pgbouncer has one"),
+]
+
+POOLED = {"OUTBOX_TRANSACTION_POOLING": "true"}
+
+
+@pytest.fixture(scope="module")
+def bouncer(server_url: str) -> Iterator[Callable[[str], str]]:
+    """Returns a database's URL by way of a PgBouncer that has four connections to it."""
+    with short_folder() as folder, pgbouncer(folder, server_url) as url:
+        yield lambda direct: with_database(url, _name(direct))
+
+
+@pytest.fixture
+def pooled_url(bouncer: Callable[[str], str], database_url: str) -> str:
+    """The test's database by way of PgBouncer."""
+    return bouncer(database_url)
+
+
+def test_all_three_work_through_it(stack: Stack, connection: Connection, mailbox: Mailbox, pooled_url: str) -> None:
+    """On four sessions that all share, users get their mails, many at once; each relay says once that it polls."""
+    stack.environment |= {"DATABASE_URL": pooled_url, **POOLED, "OUTBOX_CONCURRENCY": "8"}
+    processes = stack.run_all("service", "relay", "relay", "worker")
+    created = [f"created{n}" for n in range(8)]
+    with ThreadPoolExecutor(8) as clients:
+        assert [status for status, _ in clients.map(stack.create_user, created)] == [201] * 8
+    added = [f"added{n}" for n in range(200)]
+    add_users(connection, added)
+
+    eventually(lambda: len(mailbox.mails) == 208, 30, "all mails")
+    assert {recipient for recipient, _ in mailbox.mails} == {f"{name}@example.com" for name in created + added}
+    link = link_in(mailbox.to("created7@example.com")[0])
+    assert stack.get(link.removeprefix(stack.url)) == (200, {"is_verified": True})
+    eventually(lambda: _statuses(connection) == {"done"}, 10)
+
+    for process in processes:
+        process.send(signal.SIGTERM)
+    for process in processes:
+        assert process.wait() == 0
+        assert "prepared statement" not in process.text()
+        assert not process.events("Postgres is away")
+        assert not process.events("marks cannot be written")
+    said = [line for process in processes for line in process.events("polling without LISTEN")]
+    assert [(line["process"], line["level"], line["why"]) for line in said] == [
+        ("relay", "info", "OUTBOX_TRANSACTION_POOLING is set")
+    ] * 2
+
+
+@pytest.mark.parametrize("module", ["service", "relay", "worker"])
+def test_without_the_setting_a_sentence_says_what_to_set(stack: Stack, pooled_url: str, module: str) -> None:
+    """Sharing sessions unawares, one process would execute what another has prepared: none starts like that."""
+    process = stack.start(module, DATABASE_URL=pooled_url)
+    assert process.wait() == 2
+    assert "set OUTBOX_TRANSACTION_POOLING=true" in process.text().splitlines()[-1]
+    assert "Traceback" not in process.text()
+
+
+def test_in_session_mode_nothing_need_be_set(server_url: str, database_url: str) -> None:
+    """There a client has its session for itself, with its limits, hints and prepared statements."""
+    with short_folder() as folder, pgbouncer(folder, server_url, "session") as url:
+        by_way_of_it = with_database(url, _name(database_url))
+        with postgres.connect(by_way_of_it, "test") as connection:
+            assert connection.execute(query("session")).fetchone() != {"session": connection.info.backend_pid}
+            postgres.check_unpooled(connection, by_way_of_it)
+
+
+def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str], str], database_url: str) -> None:
+    """No limit and no prepared statement stays behind in a session that the next transaction may not have."""
+    with postgres.connect(bouncer(database_url), "test", pooled=True) as connection:
+        for _ in range(10):
+            connection.execute("SELECT %s::integer", [1])
+        assert connection.execute("SELECT * FROM pg_prepared_statements").fetchall() == []
+        assert connection.execute("SHOW lock_timeout").fetchone() == {"lock_timeout": "0"}
+
+
+def test_the_limits_that_the_role_lacks_are_told(bouncer: Callable[[str], str], database_url: str) -> None:
+    """Until the role has the limits that sessions otherwise get, a warning says which statements give it them."""
+    with postgres.connect(bouncer(database_url), "test", pooled=True) as connection, capture_logs() as lines:
+        postgres.tell_of_missing_limits(connection)
+    (line,) = lines
+    assert line["event"] == "sessions have no limits"
+    idle, lock = line["run"].split("; ")
+    assert idle == "ALTER ROLE outbox SET idle_in_transaction_session_timeout = '30s'"
+    assert lock == "ALTER ROLE outbox SET lock_timeout = '10s'"
+
+
+def test_a_role_that_has_limits_may_migrate(
+    bouncer: Callable[[str], str], create_database: Callable[[str | None], str]
+) -> None:
+    """Limits short enough for requests do not end a migration that waits for another; and nothing is told."""
+    direct = create_database(None)
+    with psycopg.connect(direct, autocommit=True) as connection:
+        for limit in ("idle_in_transaction_session_timeout", "lock_timeout"):
+            connection.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {_name(direct)} SET {limit} = '300ms'")
+    url = bouncer(direct)
+    with psycopg.connect(direct) as first, ThreadPoolExecutor(1) as threads:
+        first.execute(query("unlimit_transaction"))
+        first.execute(query("lock_migrations"))
+        second = threads.submit(migrate, url)
+        with pytest.raises(TimeoutError):
+            second.result(1)
+        first.rollback()
+        assert second.result(20) == postgres.migrations()
+    assert migrate(url) == []
+    with postgres.connect(url, "test", pooled=True) as pooled, capture_logs() as lines:
+        postgres.tell_of_missing_limits(pooled)
+    assert lines == []
+
+
+def _name(database_url: str) -> str:
+    return str(conninfo_to_dict(database_url)["dbname"])
+
+
+def _statuses(connection: Connection) -> set[str]:
+    return {row["status"] for row in connection.execute("SELECT status FROM outbox")}
