@@ -1,0 +1,1 @@
+"""`python -m bench`: how fast this project is beside what people would use instead, measured in one run."""

@@ -1,0 +1,27 @@
+"""`python -m bench.bare_service`: the service as it is, but without the outbox: no row, and no hint to the relays."""
+
+from typing import Any
+
+import outbox
+from outbox import start
+from service.__main__ import main
+from service.wakeup import Wakeup
+
+
+async def _add_nothing(*_: Any, **__: Any) -> None:
+    """Stands for `outbox.add`."""
+
+
+def _hint_nobody(_: Wakeup) -> None:
+    """Stands for `Wakeup.hint`."""
+
+
+def bare() -> None:
+    """Runs the service."""
+    outbox.add = _add_nothing  # type: ignore[assignment]
+    Wakeup.hint = _hint_nobody  # type: ignore[method-assign, assignment]
+    start.run(main)
+
+
+if __name__ == "__main__":
+    bare()

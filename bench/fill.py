@@ -1,0 +1,108 @@
+"""Big tables for the bench, made quickly: rows as the processes would have left them."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, LiteralString
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg import sql
+
+from bench.stage import Bench
+
+_CONNECTIONS = 2
+"""How many fill at once."""
+
+_PENDING = """
+INSERT INTO outbox (task, payload, queue, max_retries, request_id)
+SELECT 'send_verify_email', jsonb_build_object('username', 'user_' || number),
+       CASE number %% 2 WHEN 0 THEN 'critical' ELSE 'default' END, 10, md5(number::text)
+FROM generate_series(%s::bigint, %s) AS number
+"""
+_DONE = """
+INSERT INTO outbox (task, payload, queue, max_retries, request_id, status, delivery, attempts, worker,
+                    run_at, created_at, enqueued_at, started_at, done_at)
+SELECT 'send_verify_email', jsonb_build_object('username', 'user_' || number), 'critical', 10, md5(number::text),
+       'done', 1, 1, '00000000000000000000000000000000', at, at, at, at, at
+FROM generate_series(%s::bigint, %s) AS number,
+     LATERAL (SELECT now() - make_interval(secs => number * 0.001) AS at) AS times
+"""
+"""A millisecond apart: ten million are within three hours, and younger than any retention."""
+
+
+def add_pending(database_url: str, rows: int) -> None:
+    """Adds due rows, half of them for either queue."""
+    _insert(database_url, _PENDING, rows)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("VACUUM (ANALYZE) outbox")
+
+
+def add_done(database_url: str, rows: int) -> None:
+    """Adds rows that were done within the last hours, and vacuums, as autovacuum would have long since.
+
+    The rows come first and the two indexes that they are in after, and the checks are put back without looking at what
+    is there: that is three times as fast, and leaves the same table.
+    """
+    with psycopg.connect(database_url, autocommit=True) as connection, _without_costly_parts(connection):
+        _insert(database_url, _DONE, rows)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("VACUUM (ANALYZE) outbox")
+
+
+@contextmanager
+def _without_costly_parts(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    indexes = _definitions(
+        connection,
+        "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'outbox' AND indexname = 'outbox_done'",
+    )
+    constraints = _definitions(
+        connection,
+        "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint "
+        "WHERE conrelid = 'outbox'::regclass AND contype IN ('p', 'c')",
+    )
+    for name in constraints:
+        connection.execute(sql.SQL("ALTER TABLE outbox DROP CONSTRAINT {}").format(sql.Identifier(name)))
+    for name in indexes:
+        connection.execute(sql.SQL("DROP INDEX {}").format(sql.Identifier(name)))
+    yield
+    connection.execute("SET maintenance_work_mem = '512MB'")
+    for name, definition in constraints.items():
+        late = " NOT VALID" if definition.startswith("CHECK") else ""
+        add = sql.SQL("ALTER TABLE outbox ADD CONSTRAINT {} ").format(sql.Identifier(name))
+        connection.execute(add + sql.SQL(_trusted(definition + late)))
+    for definition in indexes.values():
+        connection.execute(sql.SQL(_trusted(definition)))
+
+
+def clone(bench: Bench, database_url: str) -> str:
+    """Makes a copy of a database that nobody is connected to, and returns its URL."""
+    copy = bench.database()
+    name, original = (sql.Identifier(urlsplit(url).path.removeprefix("/")) for url in (copy, database_url))
+    with bench.server() as connection:
+        connection.execute(sql.SQL("DROP DATABASE {}").format(name))
+        # A copy of files, and not page by page through the WAL; before Postgres 15 there was no other way.
+        strategy = sql.SQL(" STRATEGY file_copy" if connection.info.server_version >= 150_000 else "")
+        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(name, original) + strategy)
+    return copy
+
+
+def _insert(database_url: str, statement: LiteralString, rows: int) -> None:
+    share = -(-rows // _CONNECTIONS)
+    parts = [(first, min(first + share - 1, rows)) for first in range(1, rows + 1, share)]
+
+    def insert(part: tuple[int, int]) -> None:
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute(statement, part)
+
+    with ThreadPoolExecutor(_CONNECTIONS) as threads:
+        list(threads.map(insert, parts))
+
+
+def _definitions(connection: psycopg.Connection[Any], statement: LiteralString) -> dict[str, str]:
+    return {str(name): str(definition) for name, definition in connection.execute(statement)}
+
+
+def _trusted(definition: str) -> LiteralString:
+    """Returns what Postgres itself has told of its catalogue."""
+    return definition

@@ -1,0 +1,206 @@
+"""The pictures: how many times faster than whom, how long mails take, and what size does to speed.
+
+`python -m bench.pictures results.json FOLDER` draws them anew from what a run has left.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from bench.measure import Figure
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+_BETTER, _WORSE = _COLOURS[0], _COLOURS[4]
+
+_COMPARED = ("relay", "schedule", "noop", "sleep", "mails", "wait")
+"""Parts whose figures have peers; the others compare this project with itself, or with what nobody can exceed."""
+_VARIANTS = ("polling alone",)
+"""Contenders that are this project once more."""
+
+
+def draw(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    """Draws bench-ratios.png, bench-wait.png and bench-scale.png, as far as there is something to draw.
+
+    Args:
+        figures: what was measured; parts may be missing.
+        folder: where to.
+
+    Returns:
+        The pictures that were drawn.
+    """
+    pictures = {"bench-ratios.png": _draw_ratios, "bench-wait.png": _draw_waits, "bench-scale.png": _draw_scale}
+    with plt.rc_context({"font.size": 10, "figure.facecolor": "white", "axes.spines.top": False}):
+        return [folder / name for name, drawing in pictures.items() if drawing(figures, folder / name)]
+
+
+def _draw_ratios(figures: Sequence[Figure], path: Path) -> bool:
+    groups = [
+        (figure, peers)
+        for figure in figures
+        if figure.part in _COMPARED
+        and not figure.title.endswith(", worst")  # one row of each run: a matter of luck
+        and (peers := [name for name in figure.samples if _is_peer(figure, name)])
+    ]
+    if not groups:
+        return False
+    ratios = [figure.ratio(peer) for figure, peers in groups for peer in peers]
+    lines = len(ratios) + 1.3 * len(groups)
+    picture, axes = plt.subplots(figsize=(9, 0.9 + 0.29 * lines), layout="constrained")
+    places, labels, place = [], [], 0.0
+    for figure, peers in groups:
+        axes.text(
+            0.01,
+            place,
+            figure.title,
+            transform=axes.get_yaxis_transform(),
+            weight="bold",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # the line at 1 would run through it
+        )
+        for peer in peers:
+            place += 1
+            places.append(place)
+            labels.append(peer)
+        place += 1.3
+    # From 1 to either side: what is worse points to the left.
+    axes.barh(places, [ratio - 1 for ratio in ratios], left=1, height=0.75, color=[_colour(ratio) for ratio in ratios])
+    for at, ratio in zip(places, ratios, strict=True):
+        axes.annotate(
+            _times(ratio),
+            (ratio, at),
+            xytext=(4 if ratio >= 1 else -4, 0),
+            textcoords="offset points",
+            ha="left" if ratio >= 1 else "right",
+            va="center",
+        )
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.5, min(ratios) / 1.8), max(2.0, max(ratios) * 1.8))
+    axes.set_yticks(places, labels)
+    axes.set_ylim(place - 0.6, -0.7)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("this project is so many times better, by the medians of all runs (left of 1: worse)")
+    axes.spines["right"].set_visible(False)
+    return _save(picture, path)
+
+
+def _is_peer(figure: Figure, contender: str) -> bool:
+    return contender != figure.ours and contender not in _VARIANTS and 0 < figure.ratio(contender) < np.inf
+
+
+def _colour(ratio: float) -> str:
+    return _BETTER if ratio >= 1 else _WORSE
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} ×" if ratio < 2 else f"{ratio:.1f} ×" if ratio < 20 else f"{ratio:,.0f} ×"  # noqa: RUF001 - times
+
+
+def _draw_waits(figures: Sequence[Figure], path: Path) -> bool:
+    drawn = sorted((figure for figure in figures if "quantiles" in figure.extra), key=lambda it: it.extra["rate"])
+    if not drawn:
+        return False
+    picture, panels = plt.subplots(
+        1, len(drawn), figsize=(1.5 + 3.6 * len(drawn), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, figure in zip(panels[0], drawn, strict=True):
+        for colour, (name, waits) in zip(_COLOURS, figure.extra["quantiles"].items(), strict=False):
+            axes.plot(np.linspace(0, 100, len(waits)), waits, label=name, color=colour, linewidth=2)
+        axes.set_yscale("log")
+        axes.set_title(f"{figure.extra['rate']} users a second", fontsize=10)
+        axes.set_xlabel("% of the mails that came within")
+        axes.set_xticks([0, 25, 50, 75, 99], ["0", "25", "50", "75", "99"])
+        _grid(axes)
+    panels[0][0].yaxis.set_major_formatter(FuncFormatter(_duration))
+    panels[0][0].set_ylabel("commit to the mail server")
+    panels[0][-1].legend(loc="lower right", fontsize=9, framealpha=0.9)
+    return _save(picture, path)
+
+
+def _duration(milliseconds: float, _: object) -> str:
+    return f"{milliseconds:g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:g} s"
+
+
+def _draw_scale(figures: Sequence[Figure], path: Path) -> bool:
+    drawn = [figure for figure in figures if "rates" in figure.extra or "by_number" in figure.extra]
+    if not drawn:
+        return False
+    picture, panels = plt.subplots(
+        1, len(drawn), figsize=(1.5 + 3.6 * len(drawn), 3.8), squeeze=False, layout="constrained"
+    )
+    for axes, colour, figure in zip(panels[0], _COLOURS, drawn, strict=False):
+        points = figure.extra.get("rates") or figure.extra["by_number"]
+        rates = [rate for _, rate in points]
+        axes.errorbar(
+            range(len(points)),
+            rates,
+            yerr=_spread(figure, rates),
+            color=colour,
+            marker="o",
+            linewidth=2,
+            capsize=4,
+        )
+        axes.set_title(figure.title, fontsize=10)
+        axes.set_xticks(range(len(points)), [_count(number) for number, _ in points])
+        axes.set_xlim(-0.4, len(points) - 0.6)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rows done, still in the table" if "rates" in figure.extra else "processes on one machine")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        _grid(axes)
+    panels[0][0].set_ylabel("rows per second: median, least, most")
+    return _save(picture, path)
+
+
+def _spread(figure: Figure, medians: list[float]) -> list[list[float]]:
+    """Returns how far the runs lie below and above each median, found by it: the contenders' order is another."""
+    samples = {figure.median(name): values for name, values in figure.samples.items()}
+    runs = [samples.get(middle, [middle]) for middle in medians]
+    return [
+        [middle - min(values) for middle, values in zip(medians, runs, strict=True)],
+        [max(values) - middle for middle, values in zip(medians, runs, strict=True)],
+    ]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1_000_000:g} million" if number >= 1_000_000 else str(number)
+
+
+def _grid(axes: Axes) -> None:
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines["right"].set_visible(False)
+
+
+def _save(picture: Any, path: Path) -> bool:
+    picture.savefig(path, dpi=120)
+    plt.close(picture)
+    return True
+
+
+def main() -> None:
+    """Draws from a results.json."""
+    parser = argparse.ArgumentParser(prog="python -m bench.pictures")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    names = ("part", "title", "unit", "higher_is_better", "samples", "target", "extra")
+    found = json.loads(given.results.read_text(encoding="utf-8"))["figures"]
+    draw([Figure(**{name: figure[name] for name in names}) for figure in found], given.folder)
+
+
+if __name__ == "__main__":
+    main()
