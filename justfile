@@ -4,6 +4,9 @@ set shell := ["sh", "-euc"]
 
 bin := ".venv/bin"
 
+# Tests start a hundred processes: where bytecode is not kept, each one compiles everything again.
+export PYTHONDONTWRITEBYTECODE := ""
+
 # List the recipes
 default:
     @{{ just_executable() }} --list --unsorted
@@ -18,7 +21,7 @@ up *arguments: setup
 
 # Run all tests, with branch coverage over every process; or those that the arguments to pytest name
 test *arguments: setup
-    @{{ bin }}/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder {{ if arguments == "" { coverage } else { arguments } }}
+    @{{ bin }}/pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder {{ if arguments == "" { coverage } else { arguments } }}
 
 # Inject faults at random while users are created, then judge: was anything lost? (--help tells the options)
 [no-exit-message]
@@ -30,13 +33,18 @@ chaos *arguments: setup
 recovery *arguments: setup
     @{{ bin }}/python -m tests.chaos.figures {{ arguments }}
 
+# Measure speed against what people would use instead; `just bench relay` measures one part (--help tells the options)
+[no-exit-message]
+bench *arguments: setup-bench
+    @{{ bin }}/python -m bench {{ arguments }}
+
 # Check the model of a row's life in docs/model; needs spin and gcc
 [no-exit-message]
 model:
     @docs/model/check.sh
 
 # Check formatting, lint, types and import rules
-check: setup
+check: setup-bench
     {{ bin }}/ruff format --check .
     {{ bin }}/ruff check .
     {{ bin }}/mypy
@@ -63,6 +71,7 @@ redis: setup
 lock: setup
     {{ bin }}/uv pip compile -q pyproject.toml --extra dev --upgrade {{ lock_options }} -o requirements.lock
     {{ bin }}/uv pip compile -q pyproject.toml --upgrade --constraint requirements.lock {{ lock_options }} -o requirements-runtime.lock
+    {{ bin }}/uv pip compile -q pyproject.toml --extra dev --extra bench --upgrade --constraint requirements.lock {{ lock_options }} -o requirements-bench.lock
 
 lock_options := "--universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header"
 
@@ -82,4 +91,11 @@ setup:
         {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock; \
         {{ bin }}/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .; \
         touch .venv/.installed; \
+    fi
+
+# Install the peers of the bench on top
+setup-bench: setup
+    @if [ -z "$(find .venv/.bench-installed -newer .venv/.installed -newer requirements-bench.lock 2>/dev/null)" ]; then \
+        {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-bench.lock; \
+        touch .venv/.bench-installed; \
     fi

@@ -11,13 +11,13 @@ from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.unmeasured
 
-BACKLOG = 20_000
+BACKLOG = 100_000
 PATIENCE = 1.0
 """Seconds from the commit of a critical row to its `done`."""
 
 
 def test_critical_rows_behind_a_backlog(stack: Stack, connection: Connection) -> None:
-    """While one relay and one worker are at 20,000 rows of `default`, each critical row is done within a second."""
+    """While one relay and one worker are at 100,000 rows of `default`, each critical row is done within a second."""
     connection.execute(
         "INSERT INTO outbox (task, payload) SELECT %s, '{}' FROM generate_series(1, %s)", [RETURN.name, BACKLOG]
     )

@@ -112,21 +112,6 @@ def test_flushall_while_jobs_wait(
     assert early == {"rows": 0}
 
 
-def test_flushall_again_and_again_under_load(
-    stack: Stack, own_redis: EmbeddedServer, connection: Connection, mailbox: Mailbox
-) -> None:
-    """FLUSHALL in the middle of work, wherever it strikes, loses no row and doubles none."""
-    stack.run_all("relay", "worker", OUTBOX_BATCH="20", OUTBOX_WINDOW="40")
-    names = [f"user_{n}" for n in range(300)]
-    add_users(connection, names)
-    with outbox_redis.connect(own_redis.url, "test") as client:
-        for goal in (50, 100, 150, 200):
-            eventually(lambda goal=goal: len(mailbox.received) >= goal, 20, f"{goal} mails")  # type: ignore[misc]
-            client.flushall()
-
-    everybody_got_one_mail(mailbox, connection, names)
-
-
 def counts(client: redis.Redis) -> tuple[int, int]:
     """Returns how many jobs are in the queue `critical` and in rq-scheduler's set."""
     return client.llen("rq:queue:critical"), client.zcard("rq:scheduler:scheduled_jobs")

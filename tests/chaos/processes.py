@@ -69,7 +69,7 @@ class Slot:
 
     def look(self) -> None:
         """Takes note of it when the process says that it has started."""
-        if not self.ready.is_set() and not self.cause and b'"event": "started"' in self.logs[-1].read_bytes():
+        if not self.ready.is_set() and not self.cause and b'"event":"started"' in self.logs[-1].read_bytes():
             self.ready.set()
 
     def tail(self) -> str:

@@ -51,9 +51,7 @@ class Postgres:
 
     async def start(self) -> None:
         """Starts it again and returns when it lets clients in."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self._server.process.wait, 30)
-        self._server.restart()
+        await _restart(self._server)
         await self.await_up()
 
     async def await_up(self) -> None:
@@ -114,9 +112,7 @@ class Redis:
 
     async def start(self) -> None:
         """Starts it again, empty, after it was ended, and returns when it answers."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self._server.process.wait, 30)
-        self._server.restart()
+        await _restart(self._server)
         await self.await_up()
 
     async def await_up(self) -> None:
@@ -158,3 +154,8 @@ class Redis:
 def loop_time() -> float:
     """Returns the running loop's time in seconds."""
     return asyncio.get_running_loop().time()
+
+
+async def _restart(server: EmbeddedServer) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, server.process.wait, 30)
+    server.restart()

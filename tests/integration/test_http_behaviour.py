@@ -14,7 +14,6 @@ import httpx
 import psycopg
 import psycopg.sql
 import pytest
-import structlog
 import uvicorn
 from psycopg_pool.base import AttemptWithBackoff
 
@@ -90,7 +89,7 @@ def serve(settings: ServiceSettings) -> Iterator[Api]:
         listener.close()
         root.handlers = handlers
         root.setLevel(level)
-        structlog.reset_defaults()
+        logs.reset()
 
 
 def is_problem(response: httpx.Response, status: int) -> bool:

@@ -64,7 +64,8 @@ def postgres_server(folder: Path) -> Iterator[str]:
         with PostgresContainer(POSTGRES_IMAGE, username="outbox", password="outbox", dbname="outbox") as container:
             yield container.get_connection_url(driver=None)
     else:
-        with embedded_postgres(folder, settings=["fsync=off", "max_connections=200", "autovacuum=off"]) as server:
+        settings = ["fsync=off", "full_page_writes=off", "max_connections=200", "autovacuum=off"]
+        with embedded_postgres(folder, settings=settings) as server:
             yield server.url
             server.process.send_signal(signal.SIGQUIT)  # at once: in order, it would first write 300 databases to disk
 
