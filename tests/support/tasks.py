@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 from pydantic import BaseModel
 
@@ -13,12 +14,19 @@ class Nothing(BaseModel):
 
 
 RETURN = Task("return", Nothing)
+PAUSE = Task("pause", Nothing)
 KILL_THE_WORKER = Task("kill_the_worker", Nothing)
 
 
 @handler(RETURN)
 def return_(payload: Nothing, context: Context) -> None:
     """Is done at once."""
+
+
+@handler(PAUSE)
+def pause(payload: Nothing, context: Context) -> None:
+    """Takes half a second."""
+    time.sleep(0.5)
 
 
 @handler(KILL_THE_WORKER)
