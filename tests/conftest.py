@@ -17,6 +17,7 @@ from outbox import redis as outbox_redis
 from outbox.migrate import migrate
 from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
+from tests.support.databases import Databases
 from tests.support.mailbox import Mailbox, serve_mailbox
 from tests.support.processes import SECRET_KEY, Stack
 from tests.support.servers import postgres_choice, postgres_server, redis_choice, redis_server, with_database
@@ -81,10 +82,18 @@ def template(create_database: Callable[[str | None], str]) -> str:
     return url.partition("?")[0].rpartition("/")[2]
 
 
+@pytest.fixture(scope="session")
+def databases(create_database: Callable[[str | None], str], template: str) -> Databases:
+    """Migrated, empty databases."""
+    return Databases(create_database, template)
+
+
 @pytest.fixture
-def database_url(create_database: Callable[[str | None], str], template: str) -> str:
+def database_url(databases: Databases) -> Iterator[str]:
     """A migrated, empty database of the test's own."""
-    return create_database(template)
+    url = databases.lend()
+    yield url
+    databases.take_back(url)
 
 
 @pytest.fixture
