@@ -280,7 +280,7 @@ almost_users = st.fixed_dictionaries(
 def test_no_body_makes_the_service_fail(api: Api, connection: Connection) -> None:
     """Whatever is sent, the answer is a user or a 4xx problem, with a user and a row written or neither."""
 
-    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(almost_users.map(json.dumps).map(str.encode) | anything.map(json.dumps).map(str.encode) | st.binary())
     def check(body: bytes) -> None:
         before = written(connection)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import LiteralString
 
 import psycopg
+import psycopg.sql
 
 _MOST_ROWS = 5_000
 """Rows that are emptied; a new database is cheaper than to delete more."""
@@ -16,24 +17,23 @@ WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type 
 """
 
 # Who creates or alters something writes to a catalog, and who drops something leaves one row less in it.
-_SCHEMA: LiteralString = " UNION ALL ".join(
-    f"SELECT count(*), max(xmin::text::bigint) FROM {catalog}"
-    for catalog in (
-        "pg_class",
-        "pg_attribute",
-        "pg_attrdef",
-        "pg_constraint",
-        "pg_index",
-        "pg_namespace",
-        "pg_proc",
-        "pg_statistic",
-        "pg_trigger",
-        "pg_type",
-        "_yoyo_migration",
-        "(SELECT setting.xmin FROM pg_db_role_setting AS setting JOIN pg_database ON pg_database.oid = setdatabase"
-        " WHERE datname = current_database()) AS setting",
-    )
+_CATALOGS = (
+    "pg_class",
+    "pg_attribute",
+    "pg_attrdef",
+    "pg_constraint",
+    "pg_index",
+    "pg_namespace",
+    "pg_proc",
+    "pg_statistic",
+    "pg_trigger",
+    "pg_type",
+    "_yoyo_migration",
 )
+_SETTINGS: LiteralString = """
+SELECT setconfig FROM pg_db_role_setting JOIN pg_database ON pg_database.oid = setdatabase
+WHERE datname = current_database()
+"""
 
 _EMPTY: LiteralString = """
 DELETE FROM outbox;
@@ -49,7 +49,7 @@ class Databases:
     def __init__(self, create: Callable[[str | None], str], template: str) -> None:
         self._create = create
         self._template = template
-        self._schema: list[tuple[object, ...]] | None = None
+        self._schema: object = None
         self._emptied: list[str] = []
 
     def lend(self) -> str:
@@ -59,7 +59,7 @@ class Databases:
         url = self._create(self._template)
         if self._schema is None:
             with psycopg.connect(url, autocommit=True) as connection:
-                self._schema = connection.execute(_SCHEMA).fetchall()
+                self._schema = _schema(connection)
         return url
 
     def take_back(self, url: str) -> None:
@@ -67,7 +67,7 @@ class Databases:
         try:
             with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
                 connection.execute(_END_OTHERS)
-                if connection.execute(_SCHEMA).fetchall() != self._schema:
+                if _schema(connection) != self._schema:
                     return
                 (rows,) = connection.execute("SELECT count(*) FROM outbox").fetchone() or (0,)
                 if rows <= _MOST_ROWS:
@@ -75,3 +75,13 @@ class Databases:
                     self._emptied.append(url)
         except psycopg.Error:
             return  # the test has taken it down
+
+
+def _schema(connection: psycopg.Connection) -> object:
+    """Returns what no change of the schema leaves as it was."""
+    parts = (
+        psycopg.sql.SQL("SELECT count(*), max(xmin::text::bigint) FROM {}").format(psycopg.sql.Identifier(catalog))
+        for catalog in _CATALOGS
+    )
+    catalogs = connection.execute(psycopg.sql.SQL(" UNION ALL ").join(parts)).fetchall()
+    return catalogs, connection.execute(_SETTINGS).fetchall()
