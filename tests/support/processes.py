@@ -174,6 +174,7 @@ def take_down(server: EmbeddedServer) -> None:
 def frozen(server: EmbeddedServer) -> Iterator[None]:
     """Stops a server and its children in their tracks: connections stay open, and nothing answers."""
     main = psutil.Process(server.process.pid)
+    main.suspend()  # first: what it starts while its children are listed would go on
     processes = [main, *main.children(recursive=True)]
     for process in processes:
         process.suspend()
