@@ -18,6 +18,12 @@ from outbox.message import Message
 from outbox.settings import WorkerSettings
 from outbox.verification import masked
 
+Reply = tuple[int, bytes]
+"""A mail server's answer: its code, and its text."""
+
+_LEADING_DOT = re.compile(rb"^\.", re.MULTILINE)
+"""What would end a mail early, were it not doubled (RFC 5321, section 4.5.2)."""
+
 
 class MailError(OutboxError):
     """The mail server did not take a mail, and may take it later."""
@@ -48,7 +54,7 @@ class Mailer:
         else:
             recipient, content = _envelope_address(message.recipient), message.content
         try:
-            smtp = self._begin(["SMTPUTF8", "BODY=8BITMIME"] if not recipient.isascii() else [])
+            smtp = self._begin(recipient, ["SMTPUTF8", "BODY=8BITMIME"] if not recipient.isascii() else [])
             self._transfer(smtp, content, recipient)
         except (SkipRetry, MailError):
             self._reset()
@@ -57,7 +63,7 @@ class Mailer:
             self._drop()
             raise
 
-    def _begin(self, options: list[str]) -> smtplib.SMTP:
+    def _begin(self, recipient: str, options: list[str]) -> smtplib.SMTP:
         """Returns a connection that has taken the sender.
 
         The kept one is tried first. The server may have closed it meanwhile, or may want no more mails on it:
@@ -66,29 +72,53 @@ class Mailer:
         kept: smtplib.SMTP | None = getattr(self._local, "smtp", None)
         if kept is not None:
             with suppress(OSError, smtplib.SMTPException):
-                if kept.mail(self._sender, options)[0] == 250:
+                if self._offer(kept, recipient, options)[0] == 250:
                     return kept
             self._drop()
         self._local.smtp = smtp = self._connect()
         if options and not smtp.has_extn("smtputf8"):
             raise SkipRetry("the mail server cannot send to international addresses, and this is one")
-        code, text = smtp.mail(self._sender, options)
+        code, text = self._offer(smtp, recipient, options)
         if code != 250:
+            if _pipelines(smtp):
+                self._drop()  # with its answers to the rest
             self._refused("the sender", code, text)
         return smtp
 
+    def _offer(self, smtp: smtplib.SMTP, recipient: str, options: list[str]) -> Reply:
+        """Says whom the mail is from, and returns the answer.
+
+        Where the server lets us, it says in the same breath what `_transfer` would say next, and finds answered
+        there: of a mail's four waits for the server, two are left (RFC 2920).
+        """
+        if not _pipelines(smtp):
+            return smtp.mail(self._sender, options)
+        mail = " ".join([f"MAIL FROM:{smtplib.quoteaddr(self._sender)}", *options])
+        smtp.send(f"{mail}\r\nRCPT TO:{smtplib.quoteaddr(recipient)}\r\nDATA\r\n".encode())
+        return smtp.getreply()
+
     def _transfer(self, smtp: smtplib.SMTP, content: bytes, recipient: str) -> None:
-        code, text = smtp.rcpt(recipient)
+        pipelines = _pipelines(smtp)
+        code, text = smtp.getreply() if pipelines else smtp.rcpt(recipient)
         if code not in (250, 251):
+            if pipelines:
+                self._settle(smtp)
             if _is_final(code, text):
                 raise SkipRetry(f"the mail server refuses {recipient} for good: {_reply(code, text)}")
             self._refused("the recipient", code, text)
-        try:
-            code, text = smtp.data(content)
-        except smtplib.SMTPDataError as error:
-            code, text = error.smtp_code, _bytes(error.smtp_error)
+        code, text = smtp.getreply() if pipelines else smtp.docmd("DATA")
+        if code == 354:
+            smtp.send(_LEADING_DOT.sub(b"..", content) + b".\r\n")
+            code, text = smtp.getreply()
         if code != 250:
             self._refused("the mail", code, text)
+
+    def _settle(self, smtp: smtplib.SMTP) -> None:
+        """Reads the answer to DATA of a refused mail; a server that would take it all the same is left."""
+        with suppress(OSError, smtplib.SMTPException):
+            if smtp.getreply()[0] != 354:
+                return
+        self._drop()
 
     @staticmethod
     def _refused(what: str, code: int, text: bytes) -> NoReturn:
@@ -168,6 +198,10 @@ def _envelope_address(address: str) -> str:
     except EmailNotValidError as error:
         raise SkipRetry(f"the address {address!r} is not valid: {error}") from None
     return valid.ascii_email or valid.normalized
+
+
+def _pipelines(smtp: smtplib.SMTP) -> bool:
+    return smtp.has_extn("pipelining")
 
 
 def _is_final(code: int, text: bytes) -> bool:

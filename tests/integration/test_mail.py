@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from outbox import SkipRetry
 from outbox.settings import WorkerSettings
+from tests.support import mailbox as servers
 from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script, tls
 from tests.support.waiting import eventually
 from worker.mail import Mailer, MailError
@@ -23,6 +24,12 @@ def login(*args: Any) -> AuthResult:
     """Lets one user in."""
     data = args[-1]
     return AuthResult(success=(data.login, data.password) == (b"user@x", b"p:/w"), handled=False)
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["pipelined", "one by one"])
+def _pipelining(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with both kinds of servers."""
+    monkeypatch.setattr(servers, "PIPELINING", request.param)
 
 
 LOGIN: dict[str, Any] = {"authenticator": login, "auth_required": True}
@@ -274,6 +281,19 @@ def test_a_server_that_hangs_after_a_refusal_changes_nothing() -> None:
     """What was refused stays refused when RSET gets no answer."""
     with serve_script(replies={"RCPT": b"550 5.1.1 no", "RSET": None}) as server, pytest.raises(SkipRetry):
         mailer(server.url).send(mail())
+
+
+@pytest.mark.parametrize("data", [b"503 no recipient", b"354 go on", b"", None])
+def test_what_is_answered_after_a_refusal_changes_nothing(data: bytes | None) -> None:
+    """A server may be ready for the mail that it has refused the recipient of; the next mail goes through."""
+    with serve_script(replies={"RCPT": b"550 5.1.1 no", "DATA": data}) as server:
+        sender = mailer(server.url)
+        with pytest.raises(SkipRetry, match=r"550 5\.1\.1 no"):
+            sender.send(mail())
+        server.replies.clear()
+        sender.send(mail())
+        eventually(lambda: server.mails == 1)
+        close(sender)
 
 
 def test_an_endless_reply_is_cut() -> None:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import trustme
 
 
+PIPELINING = True
+"""Whether these servers let clients say the next thing before the last one is answered (RFC 2920)."""
+
+
 @dataclass
 class Mailbox:
     """What the server was sent, and what it answers."""
@@ -66,7 +70,7 @@ class Mailbox:
         """Counts connections."""
         session.host_name = hostname
         self.connections += 1
-        return responses
+        return [*(["250-PIPELINING"] if PIPELINING else []), *responses]
 
     async def handle_MAIL(  # noqa: N802
         self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
@@ -158,6 +162,13 @@ class ScriptedServer:
         """What `SMTP_URL` should be."""
         return f"smtp://127.0.0.1:{self.port}"
 
+    def reply_to(self, step: str, mails: int) -> bytes | None:
+        """Returns what it says at a step of a connection on which it has taken so many mails."""
+        if step == "MAIL" and self.close_after is not None and mails >= self.close_after:
+            return b"421 4.7.0 enough"
+        usual = b"250-this\r\n250 PIPELINING" if step == "EHLO" and PIPELINING else _REPLIES.get(step, b"250 OK")
+        return self.replies.get(step, usual)
+
     def serve(self, connection: socket.socket) -> None:
         """Talks to one client until one of both hangs up."""
         self.connections += 1
@@ -165,9 +176,7 @@ class ScriptedServer:
         with connection, connection.makefile("rb") as lines:
             step = "CONNECT"
             while True:
-                reply = self.replies.get(step, _REPLIES.get(step, b"250 OK"))
-                if step == "MAIL" and self.close_after is not None and mails >= self.close_after:
-                    reply = b"421 4.7.0 enough"
+                reply = self.reply_to(step, mails)
                 if reply is None:
                     lines.read()  # until the client hangs up
                 if not reply:
@@ -180,7 +189,8 @@ class ScriptedServer:
                         lines.readline()
                         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         return
-                    _read_mail(lines)
+                    if not _read_mail(lines):
+                        return
                     step = "."
                     continue
                 if step == "." and reply.startswith(b"250"):
@@ -191,9 +201,9 @@ class ScriptedServer:
                 step = line.split()[0].decode(errors="replace").upper()
 
 
-def _read_mail(lines: BufferedReader) -> None:
-    while lines.readline() not in (b".\r\n", b""):
-        pass
+def _read_mail(lines: BufferedReader) -> bool:
+    """Reads a mail to its end, and returns whether it had one."""
+    return any(line == b".\r\n" for line in lines)
 
 
 _REPLIES = {"CONNECT": b"220 ready", "DATA": b"354 go on", "QUIT": b"221 bye"}
