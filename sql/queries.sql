@@ -307,22 +307,26 @@ DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM dead)) RETURNING id;
 SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 
 
--- name: open_verification
--- Whom a verification mail goes to, and the verification of this outbox row unless the user needs none any more: the
--- same one at every attempt, open for its full time from the latest. And Postgres' time, which the mail bears.
-WITH recipient AS (
-    SELECT username, full_name, email, is_email_verified FROM users WHERE username = %(username)s
+-- name: open_verifications
+-- Whom verification mails go to, and the verification of each outbox row unless its user needs none any more: the same
+-- one at every attempt, open for its full time from the latest. And Postgres' time, which the mails bear.
+WITH wanted AS (
+    SELECT outbox_id, username
+    FROM unnest(%(outbox_ids)s::bigint[], %(usernames)s::text[]) AS row (outbox_id, username)
+), recipient AS (
+    SELECT outbox_id, username, full_name, email, is_email_verified FROM wanted JOIN users USING (username)
 ), opened AS (
     INSERT INTO verify_emails (outbox_id, username, email, expired_at)
-    SELECT %(outbox_id)s, username, email, now() + make_interval(secs => %(lifetime)s)
+    SELECT outbox_id, username, email, now() + make_interval(secs => %(lifetime)s)
     FROM recipient
     WHERE NOT is_email_verified
+    ORDER BY outbox_id
     ON CONFLICT (outbox_id) DO UPDATE SET expired_at = EXCLUDED.expired_at
-    RETURNING id, email
+    RETURNING outbox_id, id, email
 )
-SELECT full_name, recipient.email AS user_email, is_email_verified, opened.id, opened.email,
+SELECT outbox_id, full_name, recipient.email AS user_email, is_email_verified, opened.id, opened.email,
        extract(epoch FROM now())::float8 AS now
-FROM recipient LEFT JOIN opened ON true;
+FROM recipient LEFT JOIN opened USING (outbox_id);
 
 
 -- name: lock_verification

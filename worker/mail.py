@@ -93,8 +93,8 @@ class Mailer:
         """
         if not _pipelines(smtp):
             return smtp.mail(self._sender, options)
-        mail = " ".join([f"MAIL FROM:{smtplib.quoteaddr(self._sender)}", *options])
-        smtp.send(f"{mail}\r\nRCPT TO:{smtplib.quoteaddr(recipient)}\r\nDATA\r\n".encode())
+        mail = " ".join([f"MAIL FROM:<{self._sender}>", *options])
+        smtp.send(f"{mail}\r\nRCPT TO:<{recipient}>\r\nDATA\r\n".encode())
         return smtp.getreply()
 
     def _transfer(self, smtp: smtplib.SMTP, content: bytes, recipient: str) -> None:

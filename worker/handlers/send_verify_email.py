@@ -2,26 +2,28 @@
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from email import policy
 from email.headerregistry import Address
 from email.message import EmailMessage
 from email.utils import formatdate, parseaddr
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
+import psycopg
 from psycopg.rows import dict_row
 from psycopg_pool import PoolTimeout
 
-from outbox import Context, SkipRetry, handler, postgres
+from outbox import Context, SkipRetry, handler
 from outbox.message import Message, alternatives
 from outbox.queries import query
 from outbox.settings import WorkerSettings
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox.verification import secret_code
 from worker.mail import deliverable
+from worker.together import Together
 
 
 @handler(SEND_VERIFY_EMAIL)
@@ -32,12 +34,7 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
         SkipRetry: the user is gone, or the mail server refuses the address for good.
         MailError, OSError, smtplib.SMTPException: the mail server does not take the mail now.
     """
-    try:
-        verification = _open_verification(payload.username, context)
-    except PoolTimeout:
-        raise
-    except postgres.AWAY:  # the connection broke in the middle, and nothing is sent yet: another may serve
-        verification = _open_verification(payload.username, context)
+    verification = _open_verification(Recipient(context.row, payload.username), context)
     if verification is None:
         raise SkipRetry(f"the user {payload.username} is gone")
     if verification["is_email_verified"]:
@@ -52,14 +49,38 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
     return {"email": recipient}
 
 
-def _open_verification(username: str, context: Context) -> dict[str, Any] | None:
+class Recipient(NamedTuple):
+    """Whom a row wants to send the mail to."""
+
+    row: int
+    username: str
+
+
+_together: Together[Recipient, dict[str, Any] | None] = Together()
+
+
+def _open_verification(recipient: Recipient, context: Context) -> dict[str, Any] | None:
+    try:
+        return _together(recipient, partial(_open_verifications, context))
+    except PoolTimeout:
+        raise
+    except psycopg.Error:  # it may be another row's fault, or the connection broke, and nothing is sent yet
+        return _open_verifications(context, [recipient])[0]
+
+
+def _open_verifications(context: Context, recipients: Sequence[Recipient]) -> list[dict[str, Any] | None]:
+    by_row = dict(recipients)
     with context.database.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
         cursor.execute(
-            query("open_verification"),
-            {"outbox_id": context.row, "username": username, "lifetime": context.settings.link_lifetime},
+            query("open_verifications"),
+            {
+                "outbox_ids": list(by_row),
+                "usernames": list(by_row.values()),
+                "lifetime": context.settings.link_lifetime,
+            },
         )
-        verification: dict[str, Any] | None = cursor.fetchone()
-    return verification
+        opened = {verification["outbox_id"]: verification for verification in cursor}
+    return [opened.get(recipient.row) for recipient in recipients]
 
 
 def compose(
