@@ -1,5 +1,6 @@
 """Handing over a backlog: two batches at a time, so that Postgres works on one while Redis takes the other."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from types import TracebackType
@@ -14,8 +15,8 @@ from outbox.queries import query
 from outbox.settings import RelaySettings
 from relay.publish import publish
 
-BATCHES = 4
-"""Batches that each of the two hands over before the relay looks after its other duties."""
+SPELL = 0.25
+"""Seconds after which neither of the two begins another batch: the relay has other duties to look after."""
 SHARE = 16
 """Part of the window's room that each of the two fills before it is counted again. What other relays hand over
 meanwhile is not seen, so that eight relays that count at the same moment just fill it."""
@@ -40,24 +41,27 @@ class Drain:
         self._thread.shutdown()
         self._closing.close()
 
-    def drain(self, connection: Connection, queue: str) -> None:
-        """Hands over up to `2 * BATCHES` batches of a queue, as far as its window has room.
+    def drain(self, connection: Connection, queue: str) -> bool:
+        """Hands over a queue's rows for about SPELL seconds, as far as its window has room.
+
+        Returns:
+            Whether there are likely more that could be handed over.
 
         Raises:
             redis.RedisError: Redis did not take a batch.
             psycopg.OperationalError: Postgres is away.
         """
         if self._second is None and not self._open_second():
-            return
+            return False
         assert self._second is not None
         room = connection.execute(query("room"), {"queue": queue, "window": self._settings.window}).fetchone()
         assert room is not None
         other = self._thread.submit(self._publish_all, self._second, queue, room["rows"])
         try:
-            self._publish_all(connection, queue, room["rows"])
+            more = self._publish_all(connection, queue, room["rows"])
         finally:
             wait([other])
-        other.result()
+        return other.result() and more
 
     def _open_second(self) -> bool:
         settings = self._settings
@@ -69,11 +73,14 @@ class Drain:
             return False
         return True
 
-    def _publish_all(self, connection: Connection, queue: str, room: int) -> None:
+    def _publish_all(self, connection: Connection, queue: str, room: int) -> bool:
         share = room // SHARE
-        for _ in range(BATCHES):
+        ends = time.monotonic() + SPELL
+        while True:
             rows = publish(connection, self._client, queue, self._settings, room=room, limit=share)
             share -= rows
             room -= rows
             if rows < self._settings.batch:
-                return
+                return False
+            if time.monotonic() >= ends:
+                return True

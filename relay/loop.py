@@ -192,15 +192,18 @@ class Relay:
         return any(True for _ in connection.notifies(timeout=min(max(seconds, 0.0), 1.0), stop_after=1))
 
     def _publish(self, queue: str, moving: Duty, drain: Drain) -> Callable[[Connection], float]:
+        backlog = False
+
         def step(connection: Connection) -> float:
-            rows = publish(connection, self._client, queue, self._settings)
-            if not rows:
-                return math.inf
+            nonlocal backlog
+            if not backlog:
+                rows = publish(connection, self._client, queue, self._settings)
+                if not rows:
+                    return math.inf
+                backlog = rows == self._settings.batch
             moving.due = 0.0  # one of them may come due before the next look
-            if rows < self._settings.batch:
-                return REFILL_INTERVAL
-            drain.drain(connection, queue)
-            return 0
+            backlog = backlog and drain.drain(connection, queue)
+            return 0 if backlog else REFILL_INTERVAL
 
         return step
 

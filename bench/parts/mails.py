@@ -20,7 +20,7 @@ _ONE, _TWO = "one worker", "two workers"
 
 def measure(bench: Bench) -> list[Figure]:
     """Measures the part."""
-    mails = bench.size(3_000, 50)
+    mails = bench.size(6_000, 50)
     with open_sink() as sink:
         both = bench.in_turn(
             "mails",

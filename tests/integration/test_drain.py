@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from outbox.settings import RelaySettings
-from relay.drain import BATCHES, SHARE, Drain
+from relay.drain import SHARE, Drain
 from tests.conftest import Connection
 
 BATCH = 50
@@ -36,16 +36,25 @@ def enqueued(connection: Connection) -> int:
     return len(connection.execute("SELECT FROM outbox WHERE status = 'enqueued' AND delivery = 1").fetchall())
 
 
-def test_both_hand_over_all_their_batches(connection: Connection, redis_client: redis.Redis, drain: Drain) -> None:
-    """Each row once, and then the relay has time for its other duties."""
-    add(connection, 3 * BATCHES * BATCH)
-    drain.drain(connection, "default")
-    assert enqueued(connection) == 2 * BATCHES * BATCH
-    drain.drain(connection, "default")
-    assert enqueued(connection) == 3 * BATCHES * BATCH
+def test_both_hand_over_a_backlog(connection: Connection, redis_client: redis.Redis, drain: Drain) -> None:
+    """Each row once."""
+    rows = 20 * BATCH
+    add(connection, rows)
+    assert not drain.drain(connection, "default"), "nothing is left"
+    assert enqueued(connection) == rows
     jobs = redis_client.lrange("rq:queue:default", 0, -1)
-    assert {*jobs} == {f"{row}-1".encode() for row in range(1, 3 * BATCHES * BATCH + 1)}
-    assert len(jobs) == 3 * BATCHES * BATCH
+    assert sorted(jobs) == sorted(f"{row}-1".encode() for row in range(1, rows + 1))
+
+
+def test_a_spell_ends(connection: Connection, drain: Drain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the backlog is, the relay has time for its other duties, and then goes on."""
+    monkeypatch.setattr("relay.drain.SPELL", 1e-9)
+    add(connection, 5 * BATCH)
+    assert drain.drain(connection, "default")
+    assert enqueued(connection) == 2 * BATCH, "one batch each"
+    assert drain.drain(connection, "default")
+    assert not drain.drain(connection, "default")
+    assert enqueued(connection) == 5 * BATCH
 
 
 def test_the_window_holds(connection: Connection, redis_client: redis.Redis, settings: RelaySettings) -> None:
@@ -94,5 +103,5 @@ def test_where_there_is_no_second_connection_the_relay_goes_on_alone(
     """A Postgres that lets nobody else in is no outage."""
     add(connection, BATCH)
     with Drain(redis_client, settings.model_copy(update={"database_url": "postgresql://127.0.0.1:1/none"})) as drain:
-        drain.drain(connection, "default")
+        assert not drain.drain(connection, "default")
     assert enqueued(connection) == 0

@@ -43,7 +43,7 @@ def test_defaults_suit_production() -> None:
         "queues": {"critical": 10, "default": 5},
         "lease": 15,
         "poll_interval": 1,
-        "batch": 1000,
+        "batch": 2000,
         "window": 10_000,
         "horizon": 60,
         "sweep_interval": 2,
@@ -198,7 +198,7 @@ def test_other_programs_variables_are_not_ours(environment: pytest.MonkeyPatch) 
     """BATCH, LEASE or CONCURRENCY may be set for anything; only documented names count."""
     for name in ("BATCH", "LEASE", "WINDOW", "CONCURRENCY", "HANDLERS", "GRACE", "QUEUES", "RETENTION", "POOL_SIZE"):
         environment.setenv(name, "nonsense")
-    assert RelaySettings.from_environment().batch == 1000
+    assert RelaySettings.from_environment().batch == 2000
     assert WorkerSettings.from_environment().handlers == ()
     assert ServiceSettings.from_environment().pool_size == 10
 
