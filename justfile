@@ -38,6 +38,11 @@ recovery *arguments: setup
 bench *arguments: setup-bench
     @{{ bin }}/python -m bench {{ arguments }}
 
+# Add 500 rows a second for half an hour: do the table and its indexes stop growing? (--help tells the options)
+[no-exit-message]
+steady *arguments: setup-bench
+    @{{ bin }}/python -m bench.steady {{ arguments }}
+
 # Check the model of a row's life in docs/model; needs spin and gcc
 [no-exit-message]
 model:

@@ -1,11 +1,9 @@
-"""What several threads want at the same moment, done at once for all of them."""
+"""What several threads want at the same moment, made at once for all of them."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Generic, TypeVar
-
-from worker.limit import held_back
 
 Wanted = TypeVar("Wanted")
 Made = TypeVar("Made")
@@ -28,30 +26,33 @@ class Together(Generic[Wanted, Made]):
         Args:
             wanted: its part.
             make: makes all that is wanted at the moment, in the same order; called in the thread of whoever comes
-                first, and never in two at once. The time limit of that thread's attempt waits meanwhile.
+                first, and never in two at once. Where the time limit of that thread's attempt ends it, it is called
+                anew for the others: it must do no harm twice.
 
         Raises:
             Exception: what `make` has raised, in whoever's thread that was.
         """
         call: _Call[Wanted, Made] = _Call(wanted)
         self._waiting.append(call)
-        with held_back(), self._leading:
+        with self._leading:
             if not call.is_over:
-                self._lead(make)
+                self._lead(call, make)
         if call.error is not None:
             raise call.error
         return call.made[0]
 
-    def _lead(self, make: Callable[[Sequence[Wanted]], Sequence[Made]]) -> None:
-        calls = [self._waiting.popleft() for _ in range(len(self._waiting))]
+    def _lead(self, own: "_Call[Wanted, Made]", make: Callable[[Sequence[Wanted]], Sequence[Made]]) -> None:
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        calls = [own, *(call for call in waiting if call is not own)]  # a leader that was struck may have taken it out
         try:
-            for call, made in zip(calls, make([call.wanted for call in calls]), strict=True):
-                call.made.append(made)
+            made = make([call.wanted for call in calls])
         except Exception as error:  # noqa: BLE001 - it is raised where it belongs
             for call in calls:
                 call.error = error
-        finally:
-            for call in calls:
+                call.is_over = True
+        else:
+            for call, part in zip(calls, made, strict=True):
+                call.made.append(part)
                 call.is_over = True
 
 
