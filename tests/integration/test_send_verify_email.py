@@ -5,6 +5,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from email import message_from_bytes, policy
+from email.message import EmailMessage
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -13,7 +15,7 @@ import trustme
 from psycopg_pool import ConnectionPool
 from structlog.testing import capture_logs
 
-from outbox import Context, endpoints, postgres
+from outbox import Context, SkipRetry, endpoints, postgres
 from outbox.settings import WorkerSettings
 from outbox.verification import is_secret_code
 from tests.conftest import Connection
@@ -122,6 +124,45 @@ def test_a_connection_that_breaks_before_the_mail_costs_no_attempt(
         assert run(connection, context, row).status == "done"
         is_cut.result()
     assert len(mailbox.mails) == 1
+
+
+def test_many_at_once_each_get_their_own(connection: Connection, context: Context) -> None:
+    """Verifications are opened together: with one user gone and one verified among them, none is mixed up."""
+    names = [f"user_{n}" for n in range(30)]
+    add_users(connection, names)
+    connection.execute("DELETE FROM users WHERE username = 'user_7'")
+    connection.execute("UPDATE users SET is_email_verified = true WHERE username = 'user_8'")
+    rows = connection.execute("SELECT id, payload ->> 'username' AS name FROM outbox").fetchall()
+    handle = registry()["send_verify_email"]
+    sent: list[Any] = []
+
+    def attempt_at(row: dict[str, Any]) -> bool:
+        try:
+            handle.function(
+                handle.task.parse({"username": row["name"]}), replace(context, row=row["id"], send=sent.append)
+            )
+        except SkipRetry:
+            assert row["name"] == "user_7"
+            return False
+        return True
+
+    with ThreadPoolExecutor(30) as threads:
+        assert sum(threads.map(attempt_at, rows)) == 29
+
+    opened = {row["id"]: row for row in connection.execute("SELECT * FROM verify_emails").fetchall()}
+    assert {row["username"]: row["outbox_id"] for row in opened.values()} == {
+        row["name"]: row["id"] for row in rows if row["name"] not in ("user_7", "user_8")
+    }
+    assert len(sent) == 28
+    for message in sent:
+        name = message.recipient.removesuffix("@example.com")
+        mail = message_from_bytes(message.content, policy=policy.default)
+        assert isinstance(mail, EmailMessage)
+        assert (mail["To"], f"{name}@example.com") == (message.recipient, message.recipient)
+        parameters = parse_qs(urlsplit(link_in(mail)).query)
+        email_id, code = int(parameters["email_id"][0]), parameters["secret_code"][0]
+        assert opened[email_id]["username"] == name
+        assert is_secret_code(code, context.settings.secret_key, email_id, name, message.recipient)
 
 
 HANG = None
