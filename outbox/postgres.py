@@ -1,5 +1,6 @@
 """Connections to Postgres, and whether its schema is the one that this version needs."""
 
+import select
 from typing import Any, TypeVar
 
 import psycopg
@@ -140,6 +141,16 @@ def tell_of_missing_limits(connection: Connection) -> None:
     """
     if statements := [row["statement"] for row in connection.execute(query("missing_limits"))]:
         logs.get().warning("sessions have no limits", run="; ".join(statements))
+
+
+def has_heard(connection: psycopg.BaseConnection[Any]) -> bool:
+    """Returns whether anything has arrived on an idle connection: it may be broken, and should be asked.
+
+    Who closes a connection says so, and to ask every time takes a round trip.
+    """
+    arrivals = select.poll()
+    arrivals.register(connection.fileno(), select.POLLIN)
+    return bool(arrivals.poll(0))
 
 
 def _loads(text: str | bytes) -> Any:

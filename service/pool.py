@@ -49,9 +49,14 @@ def create_pool(settings: ServiceSettings) -> AsyncConnectionPool[AsyncConnectio
         reconnect_timeout=postgres.RECONNECT_TIMEOUT,
         max_waiting=MAX_WAITING,
         configure=None if settings.transaction_pooling else _limit_session,
-        check=AsyncConnectionPool.check_connection,
+        check=_check,
         open=False,
     )
+
+
+async def _check(connection: AsyncConnection) -> None:
+    if postgres.has_heard(connection):
+        await AsyncConnectionPool.check_connection(connection)
 
 
 async def _limit_session(connection: AsyncConnection) -> None:

@@ -1,6 +1,5 @@
 """The connections to Postgres that all handlers of a worker share."""
 
-import select
 from typing import Any
 
 from psycopg import Connection
@@ -43,13 +42,8 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
 
 
 def _check(connection: Connection[Any]) -> None:
-    """Makes the pool drop a broken connection: an outage must not cost the next handlers an attempt each.
-
-    One on which nothing has arrived is not even asked: who closes a connection says so, and asking takes a round trip.
-    """
-    arrivals = select.poll()
-    arrivals.register(connection.fileno(), select.POLLIN)
-    if arrivals.poll(0):
+    """Makes the pool drop a broken connection: an outage must not cost the next handlers an attempt each."""
+    if postgres.has_heard(connection):
         ConnectionPool.check_connection(connection)
 
 

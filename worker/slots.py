@@ -37,13 +37,15 @@ class Slots:
         self._ended = 0
         self._looked_at = time.monotonic()
         self._ahead = 0
+        self._last_chances = False
+        """Whether rows of late would be dead if this worker vanished: such are not claimed before they can begin."""
         self._moved_at = time.monotonic()
         """When a thread last began a row, or got new ones to begin."""
 
     def wait_for_room(self, timeout: float) -> int:
         """Waits up to `timeout` seconds until a claim is worth while, and returns how many rows there is room for."""
         with self._lock:
-            ahead = self._look_ahead()
+            ahead = 0 if self._last_chances else self._look_ahead()
             self._await(self._count + ahead - max(1, ahead // 2), timeout)
             return max(0, self._count + ahead - len(self._held))
 
@@ -62,6 +64,7 @@ class Slots:
     def begin(self, claims: Sequence[Claim]) -> None:
         """Gives rows to the threads."""
         self._moved_at = time.monotonic()
+        self._last_chances = any(claimed.attempt > claimed.max_retries for claimed in claims)
         with self._lock:
             self._held.update({claimed.delivery: claimed for claimed in claims})
             while self._threads < min(self._count, len(self._held)):

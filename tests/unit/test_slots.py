@@ -29,9 +29,9 @@ class Crew:
         self.may_end.wait(10)
         return Outcome(claimed.delivery, "done", claimed.attempt)
 
-    def begin(self, *rows: int) -> None:
-        """Gives rows to the threads."""
-        self.slots.begin([Claim(Delivery(row, 1), "t", {}, "default", 1, 3, 30, None) for row in rows])
+    def begin(self, *rows: int, attempt: int = 1) -> None:
+        """Gives rows to the threads, which have 3 retries."""
+        self.slots.begin([Claim(Delivery(row, 1), "t", {}, "default", attempt, 3, 30, None) for row in rows])
 
 
 @pytest.fixture
@@ -69,6 +69,22 @@ def test_short_handlers_have_rows_claimed_ahead(crew: Crew) -> None:
     crew.slots.wait_for_room(1)
     time.sleep(0.2)
     assert crew.slots.wait_for_room(1) == COUNT
+
+
+def test_rows_at_their_last_attempt_are_not_claimed_ahead(crew: Crew) -> None:
+    """Were the worker killed, they would be dead without having begun."""
+    crew.may_end.set()
+    begun = time.monotonic()
+    while time.monotonic() - begun < 0.3:
+        crew.begin(*range(crew.slots.wait_for_room(1)))
+    crew.slots.wait_until_empty(5)
+    assert crew.slots.wait_for_room(1) > COUNT
+    crew.begin(1, attempt=4)
+    crew.slots.wait_until_empty(5)
+    assert crew.slots.wait_for_room(1) == COUNT
+    crew.begin(2, attempt=3)
+    crew.slots.wait_until_empty(5)
+    assert crew.slots.wait_for_room(1) > COUNT
 
 
 def test_rows_that_no_thread_begins_are_taken_back(crew: Crew) -> None:
