@@ -73,7 +73,8 @@ FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s;
 -- Rows whose time has not come get no more than about half of the window: they must not keep due ones waiting.
 -- It is committed only after Redis has taken the jobs. Relays side by side skip each other's rows.
 -- To count is slow where Redis holds many, so the room may be given by who has counted a moment ago.
--- The ids go into an array because a join would scan the table where the backlog is long.
+-- The ids go into an array because a join would scan the table where the backlog is long. What is due is decided by
+-- the clock: a row that was added after this transaction began has a time that its now() has not reached.
 WITH room AS (
     SELECT coalesce(
         %(room)s::bigint,
@@ -93,7 +94,7 @@ UPDATE outbox
 SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
 WHERE id = ANY (ARRAY(SELECT id FROM claimed))
 RETURNING id, delivery, task, payload, queue, max_retries, timeout, request_id,
-          run_at > now() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
+          run_at > clock_timestamp() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
 
 
 -- name: look

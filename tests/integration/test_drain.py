@@ -36,8 +36,11 @@ def enqueued(connection: Connection) -> int:
     return len(connection.execute("SELECT FROM outbox WHERE status = 'enqueued' AND delivery = 1").fetchall())
 
 
-def test_both_hand_over_a_backlog(connection: Connection, redis_client: redis.Redis, drain: Drain) -> None:
+def test_both_hand_over_a_backlog(
+    connection: Connection, redis_client: redis.Redis, drain: Drain, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each row once."""
+    monkeypatch.setattr("relay.drain.SPELL", 60.0)
     rows = 20 * BATCH
     add(connection, rows)
     assert not drain.drain(connection, "default"), "nothing is left"

@@ -129,6 +129,17 @@ def test_a_row_whose_time_has_not_come_is_scheduled(
     assert row["status"] == "enqueued"
 
 
+def test_a_row_that_is_younger_than_the_relays_transaction_is_due(
+    connection: Connection, database_url: str, redis_client: redis.Redis, relay_settings: RelaySettings
+) -> None:
+    """It was added between the transaction's beginning, which now() tells, and the look at the rows."""
+    with postgres.connect(database_url, "relay") as relays, relays.transaction():
+        relays.execute("SELECT now()")
+        _add(connection)
+        assert publish(relays, redis_client, "default", relay_settings) == 1
+    assert _queue(redis_client).job_ids == ["1-1"]
+
+
 def test_rows_beyond_the_horizon_stay_in_postgres(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
