@@ -1,11 +1,10 @@
 """A steady load for a long time: do the table and its indexes stop growing?
 
 `python -m bench.steady` adds rows at a set rate, with one relay and one worker at default settings, but for the time
-that `done` rows are kept, and looks at the sizes every few seconds. It writes `steady.json` and the picture
-`steady.png`. Postgres runs with its default settings: autovacuum does what it does for everybody.
+that `done` rows are kept, and looks at the sizes every few seconds. It draws the picture that `docs/deploy.md` shows.
+Postgres runs with its default settings: autovacuum does what it does for everybody.
 """
 
-import json
 import sys
 import tempfile
 import time
@@ -30,9 +29,7 @@ SELECT pg_relation_size('outbox') AS table_bytes,
        (SELECT count(*) FROM outbox WHERE status = 'done') AS done,
        (SELECT count(*) FROM outbox WHERE status NOT IN ('done', 'dead')) AS open,
        (SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'outbox') AS dead_tuples,
-       (SELECT autovacuum_count FROM pg_stat_user_tables WHERE relname = 'outbox') AS vacuums,
-       (SELECT json_object_agg(relname, pg_relation_size(oid)) FROM pg_class
-        WHERE oid IN (SELECT indexrelid FROM pg_index WHERE indrelid = 'outbox'::regclass)) AS indexes
+       (SELECT autovacuum_count FROM pg_stat_user_tables WHERE relname = 'outbox') AS vacuums
 """
 
 Look = dict[str, Any]
@@ -44,9 +41,9 @@ Look = dict[str, Any]
 @click.option("--retention", default=300, show_default=True, help="Seconds that done rows are kept.")
 @click.option(
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path(__file__).parent.parent / "docs",
-    help="Folder for steady.json and the picture.  [default: docs]",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path(__file__).parent.parent / "docs" / "steady.png",
+    help="Where the picture goes.  [default: docs/steady.png]",
 )
 def main(minutes: float, rate: int, retention: int, output: Path) -> None:
     """Add rows at a steady rate, and show how large the table and its indexes get."""
@@ -62,10 +59,7 @@ def main(minutes: float, rate: int, retention: int, output: Path) -> None:
             bench.start("worker", OUTBOX_HANDLERS="bench.handlers"),
         ):
             looks = _load(bench, minutes * 60, rate, console)
-    output.mkdir(parents=True, exist_ok=True)
-    found = {"rate": rate, "retention": retention, "looks": looks}
-    (output / "steady.json").write_text(f"{json.dumps(found)}\n", encoding="utf-8")
-    _draw(looks, rate, retention, output / "steady.png")
+    _draw(looks, rate, retention, output)
 
 
 def _load(bench: Bench, seconds: float, rate: int, console: Console) -> list[Look]:
@@ -120,7 +114,7 @@ def _draw(looks: list[Look], rate: int, retention: int, path: Path) -> None:
         for axes in (sizes, rows):
             axes.set_ylim(bottom=0)
             axes.grid(axis="y", alpha=0.3)
-            axes.legend(loc="lower right", frameon=False)
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         picture.savefig(path, dpi=110)
         plt.close(picture)
 

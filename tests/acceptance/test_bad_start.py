@@ -1,11 +1,14 @@
 """A process that cannot work says why in a sentence and ends; no process ever says a secret."""
 
+import secrets
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import psycopg.sql
 import pytest
 from aiosmtpd.smtp import AuthResult
 
@@ -103,28 +106,44 @@ def test_a_redis_cluster(stack: Stack, tmp_path: Path) -> None:
         assert "cluster" in sentence_of(process)
 
 
+@contextmanager
+def login(connection: Connection, password: str) -> Iterator[str]:
+    """Creates a role that may do what ours may, and yields its name."""
+    name = f"outbox_test_{secrets.token_hex(6)}"
+    role, ours = psycopg.sql.Identifier(name), psycopg.sql.Identifier(connection.info.user)
+    connection.execute(
+        psycopg.sql.SQL("CREATE ROLE {} LOGIN PASSWORD {} IN ROLE {}").format(role, psycopg.sql.Literal(password), ours)
+    )
+    try:
+        yield name
+    finally:
+        connection.execute(psycopg.sql.SQL("DROP ROLE {}").format(role))
+
+
 def test_no_log_holds_a_secret(stack: Stack, connection: Connection, own_redis: EmbeddedServer) -> None:
     """Neither passwords nor their hashes, nor the secret key, a URL's password or a link's code, even at `debug`."""
-    secrets = {"user": "correct horse 1", "postgres": "pg-pass-2", "redis": "redis-pass-3", "smtp": "smtp-pass-4"}
-    head, _, tail = stack.environment["DATABASE_URL"].partition("://")
-    name, _, rest = tail.partition("@")
+    hidden = {"user": "correct horse 1", "postgres": "pg-pass-2", "redis": "redis-pass-3", "smtp": "smtp-pass-4"}
     with outbox_redis.connect(own_redis.url, "test") as client:
-        client.config_set("requirepass", secrets["redis"])
-    with serve_mailbox(
-        auth_require_tls=False, authenticator=lambda *_: AuthResult(success=True, handled=True)
-    ) as mailbox:
+        client.config_set("requirepass", hidden["redis"])
+    with (
+        login(connection, hidden["postgres"]) as name,
+        serve_mailbox(
+            auth_require_tls=False, authenticator=lambda *_: AuthResult(success=True, handled=True)
+        ) as mailbox,
+    ):
+        head, _, tail = stack.environment["DATABASE_URL"].partition("://")
         service, relay, worker = stack.run_all(
             "service",
             "relay",
             "worker",
             LOG_LEVEL="debug",
-            DATABASE_URL=f"{head}://{name.partition(':')[0]}:{secrets['postgres']}@{rest}",
-            REDIS_URL=own_redis.url.replace("unix://", f"unix://:{secrets['redis']}@"),
-            SMTP_URL=mailbox.url.replace("//", f"//me:{secrets['smtp']}@"),
+            DATABASE_URL=f"{head}://{name}:{hidden['postgres']}@{tail.partition('@')[2]}",
+            REDIS_URL=own_redis.url.replace("unix://", f"unix://:{hidden['redis']}@"),
+            SMTP_URL=mailbox.url.replace("//", f"//me:{hidden['smtp']}@"),
         )
-        user = {"username": "alice", "password": secrets["user"], "full_name": "Alice", "email": "alice@example.com"}
+        user = {"username": "alice", "password": hidden["user"], "full_name": "Alice", "email": "alice@example.com"}
         assert stack.post("/v1/users", {**user, "username": "A L I C E"})[0] == 400
-        assert stack.post("/v1/users", {**user, "hashed_password": secrets["user"]})[0] == 400
+        assert stack.post("/v1/users", {**user, "hashed_password": hidden["user"]})[0] == 400
         assert stack.post("/v1/users", user)[0] == 201
         assert stack.post("/v1/users", user)[0] == 409
         link = link_in(eventually(lambda: mailbox.to("alice@example.com"), 10, "the mail")[0])
@@ -139,5 +158,5 @@ def test_no_log_holds_a_secret(stack: Stack, connection: Connection, own_redis: 
     assert row is not None
     logged = "".join(process.text() for process in (service, relay, worker))
     assert logged.count('"event"') > 10, "they did log"
-    forbidden = [*secrets.values(), row["hashed_password"], row["hashed_password"][-20:], "argon2id", SECRET_KEY]
+    forbidden = [*hidden.values(), row["hashed_password"], row["hashed_password"][-20:], "argon2id", SECRET_KEY]
     assert [secret for secret in [*forbidden, code, code[:-1]] if secret in logged] == []

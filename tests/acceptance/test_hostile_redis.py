@@ -25,6 +25,7 @@ from outbox import redis as outbox_redis
 from tests.conftest import Connection
 from tests.support.mailbox import Mailbox, serve_mailbox
 from tests.support.processes import QUICK, Process, Stack, add_users
+from tests.support.servers import with_database
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.unmeasured
@@ -313,7 +314,8 @@ def test_a_payload_that_python_cannot_read(
 ) -> None:
     """JSON that is good to Postgres and too much for Python's parser makes its row dead, and ends no process."""
     stack.environment |= QUICK
-    stack.environment["REDIS_URL"] += "/1" if stack.environment["REDIS_URL"].startswith("redis:") else "?db=1"
+    url = stack.environment["REDIS_URL"]
+    stack.environment["REDIS_URL"] = f"{url}?db=1" if url.startswith("unix:") else with_database(url, "1")
     processes = stack.run_all("relay", "worker")
     connection.execute(
         "INSERT INTO outbox (task, payload, queue) VALUES ('send_verify_email', %s::text::jsonb, 'critical')", [payload]
