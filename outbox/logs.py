@@ -35,16 +35,19 @@ class _Output(io.TextIOBase):
 
     def write(self, text: str) -> int:
         self._lines.append(text)
-        while self._lines and self._writing.acquire(blocking=False):
-            try:
-                self._write_lines()
-            finally:
-                self._writing.release()
+        self._write_waiting()
         return len(text)
 
     def flush(self) -> None:
         with self._writing:
             self._write_lines()
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        # Not acquire(blocking=False): struck by a time limit before its `try`, it would leave the lock taken for good.
+        while self._lines and not self._writing.locked():
+            with self._writing:
+                self._write_lines()
 
     def _write_lines(self) -> None:
         lines: list[str] = []

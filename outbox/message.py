@@ -48,4 +48,4 @@ def _part(kind: str, body: str) -> bytes:
         f'Content-Type: text/{kind}; charset="utf-8"\r\n'
         "Content-Transfer-Encoding: quoted-printable\r\n\r\n"
     )
-    return head.encode() + binascii.b2a_qp(_LINE_END.sub("\r\n", body).encode(errors="replace")) + b"\r\n"
+    return head.encode() + binascii.b2a_qp(_LINE_END.sub("\r\n", f"{body}\n").encode(errors="replace"))

@@ -128,7 +128,7 @@ def check_unpooled(connection: Connection, database_url: str) -> None:
 
 
 def _session(connection: Connection) -> int:
-    row = connection.execute(query("session")).fetchone()
+    row = connection.execute(query("session"), prepare=False).fetchone()
     assert row is not None
     return int(row["session"])
 

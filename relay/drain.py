@@ -23,7 +23,7 @@ meanwhile is not seen, so that eight relays that count at the same moment just f
 
 
 class Drain:
-    """A second publisher beside the relay's own, with a thread and a connection, which are only there in a backlog."""
+    """A second publisher beside the relay's own, with a thread and a connection from the first backlog on."""
 
     def __init__(self, client: redis.Redis, settings: RelaySettings) -> None:
         self._client = client
@@ -45,7 +45,7 @@ class Drain:
         """Hands over a queue's rows for about SPELL seconds, as far as its window has room.
 
         Returns:
-            Whether there are likely more that could be handed over.
+            Whether it should go on: neither ran out of rows, and the window has room for a batch.
 
         Raises:
             redis.RedisError: Redis did not take a batch.
@@ -74,13 +74,16 @@ class Drain:
         return True
 
     def _publish_all(self, connection: Connection, queue: str, room: int) -> bool:
-        share = room // SHARE
+        if room < self._settings.batch:
+            return False
+        share = max(1, room // SHARE)
         ends = time.monotonic() + SPELL
         while True:
-            rows = publish(connection, self._client, queue, self._settings, room=room, limit=share)
+            limit = min(self._settings.batch, share)
+            rows = publish(connection, self._client, queue, self._settings, room=room, limit=limit)
             share -= rows
             room -= rows
-            if rows < self._settings.batch:
+            if rows < limit:
                 return False
-            if time.monotonic() >= ends:
+            if not share or time.monotonic() >= ends:
                 return True

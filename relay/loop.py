@@ -21,6 +21,7 @@ from relay.clock import Clock
 from relay.drain import Drain
 from relay.publish import publish
 from relay.repair import repair
+from relay.rescue import BATCH as RESCUE_BATCH
 from relay.rescue import rescue
 from relay.retention import BATCH as RETENTION_BATCH
 from relay.retention import retention
@@ -217,13 +218,16 @@ class Relay:
         ).fetchone()
         assert found is not None
         self._clock.set(found["now"])
+        rescued = 0
         if self._may_rescue() and found["expired"]:
-            rescue(connection, patience=settings.lease / 3)
+            rescued = rescue(connection, patience=settings.lease / 3)
         for poll in polls:
             if poll.due <= begun + TOGETHER:
                 poll.due = begun + poll.interval
                 if poll.duty.due == math.inf and poll.finds(found):
                     poll.duty.due = 0.0
+        if rescued == RESCUE_BATCH:
+            return 0  # a busy worker has left more
         return min(begun + RESCUE_INTERVAL, *(poll.due for poll in polls)) - time.monotonic()
 
     def _may_rescue(self) -> bool:

@@ -9,7 +9,7 @@ from outbox.backoff import retry_delay
 from outbox.postgres import Connection
 from outbox.queries import query
 
-_BATCH = 500
+BATCH = 500
 
 
 def rescue(connection: Connection, patience: float = math.inf) -> int:
@@ -25,7 +25,7 @@ def rescue(connection: Connection, patience: float = math.inf) -> int:
     """
     begun = time.monotonic()
     with connection.transaction():
-        rows = connection.execute(query("expired"), {"batch": _BATCH}).fetchall()
+        rows = connection.execute(query("expired"), {"batch": BATCH}).fetchall()
         if not rows or time.monotonic() - begun > patience:
             return 0
         statuses = ["dead" if row["attempts"] > row["max_retries"] else "pending" for row in rows]

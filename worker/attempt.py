@@ -33,6 +33,11 @@ class Outcome(NamedTuple):
     error: str | None = None
 
 
+def given_back(claim: Claim) -> Outcome:
+    """Returns the outcome of a row whose handler has not begun: another worker may have it, and no attempt counts."""
+    return Outcome(claim.delivery, "pending", claim.attempt - 1)
+
+
 def attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
     """Runs the row's handler and returns what became of it; whatever the handler raises ends here."""
     with structlog.contextvars.bound_contextvars(

@@ -50,9 +50,9 @@ def held_back() -> Iterator[None]:
 _current = threading.local()
 
 TICK = 0.05
-"""Seconds by which a limit may be late: so often is looked for new ones."""
+"""Seconds by which a limit may be late: so often is looked for new ones, and for strikes that were held back."""
 _RETRY = 0.01
-"""Seconds until a strike that was held back is tried again."""
+"""Seconds between two looks at the limits, at least."""
 
 
 class _Limit:
@@ -84,8 +84,9 @@ class _Limit:
 
     def lift(self) -> None:
         """Ends the limit. A strike that has not been felt yet is felt here, and not later."""
-        with self.lock:
-            self._is_over = True
+        if not self._has_struck:  # else it has no other strike, and may have left the lock taken
+            with self.lock:
+                self._is_over = True
         _current.limit = None
         if self._has_struck:
             # The interpreter looks for it at every jump back. Taking it back instead is no way: CPython 3.11 then

@@ -107,9 +107,13 @@ class Mailer:
                 raise SkipRetry(f"the mail server refuses {recipient} for good: {_reply(code, text)}")
             self._refused("the recipient", code, text)
         code, text = smtp.getreply() if pipelines else smtp.docmd("DATA")
-        if code == 354:
-            smtp.send(_LEADING_DOT.sub(b"..", content) + b".\r\n")
-            code, text = smtp.getreply()
+        if code != 354:
+            if code < 400:
+                self._drop()  # it is an answer to something else
+            self._refused("the mail", code, text)
+        ended = content if content.endswith(b"\r\n") else content + b"\r\n"
+        smtp.send(_LEADING_DOT.sub(b"..", ended) + b".\r\n")
+        code, text = smtp.getreply()
         if code != 250:
             self._refused("the mail", code, text)
 
@@ -161,11 +165,13 @@ class Mailer:
         smtp: smtplib.SMTP | None = getattr(self._local, "smtp", None)
         if smtp is None:
             return
+        is_reset = False
         try:
-            if smtp.rset()[0] != 250:
+            with suppress(OSError, smtplib.SMTPException):
+                is_reset = smtp.rset()[0] == 250
+        finally:  # the time limit of an attempt as well: its answer would be taken for the next mail's
+            if not is_reset:
                 self._drop()
-        except (OSError, smtplib.SMTPException):
-            self._drop()
 
     def _drop(self) -> None:
         smtp: smtplib.SMTP | None = getattr(self._local, "smtp", None)

@@ -6,8 +6,9 @@ from queue import Empty, SimpleQueue
 from threading import Condition, Lock, Thread
 
 from outbox.jobs import Delivery
-from worker.attempt import Outcome
+from worker.attempt import Outcome, given_back
 from worker.claim import Claim
+from worker.mark import OVERTIME
 
 LOOKAHEAD = 0.2
 """Seconds of work that are claimed ahead, at the pace of late: no thread should be idle while the next claim is under
@@ -28,7 +29,7 @@ class Slots:
         self._handle = handle
         self._put = put
         self._threads = 0
-        self._waiting: SimpleQueue[Claim] = SimpleQueue()
+        self._waiting: SimpleQueue[tuple[Claim, float]] = SimpleQueue()
         self._held: dict[Delivery, Claim] = {}
         self._lock = Lock()
         self._changed = Condition(self._lock)
@@ -38,9 +39,11 @@ class Slots:
         self._looked_at = time.monotonic()
         self._ahead = 0
         self._last_chances = False
-        """Whether rows of late would be dead if this worker vanished: such are not claimed before they can begin."""
+        """Whether there was one among the last rows: then only as many are claimed as can begin."""
         self._moved_at = time.monotonic()
         """When a thread last began a row, or got new ones to begin."""
+        self._is_late = False
+        """Whether the row that was begun last had waited for longer than PATIENCE."""
 
     def wait_for_room(self, timeout: float) -> int:
         """Waits up to `timeout` seconds until a claim is worth while, and returns how many rows there is room for."""
@@ -61,23 +64,39 @@ class Slots:
         self._changed.wait_for(lambda: len(self._held) <= held, timeout)
         self._wake_at = -1
 
-    def begin(self, claims: Sequence[Claim]) -> None:
-        """Gives rows to the threads."""
-        self._moved_at = time.monotonic()
-        self._last_chances = any(claimed.attempt > claimed.max_retries for claimed in claims)
+    def begin(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Gives rows to the threads.
+
+        Returns:
+            Rows that it did not take, because no thread is free for them: they are at their last attempt, and would be
+            dead without having begun if this worker were killed.
+        """
+        now = time.monotonic()
+        self._moved_at = now
+        last_chances = [claimed for claimed in claims if claimed.attempt > claimed.max_retries]
+        self._last_chances = bool(last_chances)
         with self._lock:
+            not_taken = last_chances[max(0, self._count - len(self._held)) :]
+            if last_chances:
+                claims = [
+                    *(claimed for claimed in last_chances if claimed not in not_taken),
+                    *(claimed for claimed in claims if claimed not in last_chances),
+                ]
             self._held.update({claimed.delivery: claimed for claimed in claims})
             while self._threads < min(self._count, len(self._held)):
                 self._threads += 1
                 Thread(target=self._work, name=f"handler-{self._threads}", daemon=True).start()
         for claimed in claims:
-            self._waiting.put(claimed)
+            self._waiting.put((claimed, now))
+        return not_taken
 
     def _work(self) -> None:
         while True:
-            claimed = self._waiting.get()
-            self._moved_at = time.monotonic()
-            outcome = self._handle(claimed)
+            claimed, since = self._waiting.get()
+            self._moved_at = now = time.monotonic()
+            self._is_late = now - since > PATIENCE
+            # The lease of one that has waited long may end before its handler would.
+            outcome = self._handle(claimed) if now - since < OVERTIME else given_back(claimed)
             with self._lock:  # together, or the row might be given back after its outcome
                 self._put(outcome)
                 self._held.pop(claimed.delivery, None)
@@ -88,15 +107,17 @@ class Slots:
     @property
     def are_stuck(self) -> bool:
         """Whether rows wait for a thread for longer than `PATIENCE`."""
-        return not self._waiting.empty() and time.monotonic() - self._moved_at > PATIENCE
+        is_late = self._is_late or time.monotonic() - self._moved_at > PATIENCE
+        return is_late and not self._waiting.empty()
 
     def take_back(self) -> list[Claim]:
         """Returns the rows that no thread has begun, and forgets them."""
         back: list[Claim] = []
+        self._is_late = False
         with self._lock:
             try:
                 while True:
-                    back.append(self._waiting.get_nowait())
+                    back.append(self._waiting.get_nowait()[0])
             except Empty:
                 for claimed in back:
                     del self._held[claimed.delivery]

@@ -10,7 +10,7 @@ from outbox.outage import Outage
 from outbox.postgres import Connection
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
-from worker.attempt import Outcome, attempt
+from worker.attempt import Outcome, attempt, given_back
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
 from worker.mail import Mailer
@@ -91,7 +91,8 @@ class OutboxWorker(RQWorker):
                 claims = claim(connection, taken, self.name, self._settings.lease)
                 taken.clear()
                 self._marker.hold(claims)
-                self._slots.begin(claims)
+                for claimed in self._slots.begin(claims):
+                    self._marker.put(given_back(claimed))
 
     def _take(self) -> list[Delivery]:
         if self._slots.are_stuck:
@@ -125,7 +126,7 @@ class OutboxWorker(RQWorker):
 
     def _give_back_waiting(self) -> None:
         for claimed in self._slots.take_back():
-            self._marker.put(Outcome(claimed.delivery, "pending", claimed.attempt - 1))
+            self._marker.put(given_back(claimed))
 
     def _finish(self) -> None:
         """Lets handlers end, signs off, gives back what did not end, and writes the last marks."""

@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from outbox.settings import RelaySettings
-from relay.drain import SHARE, Drain
+from relay.drain import Drain
 from tests.conftest import Connection
 
 BATCH = 50
@@ -69,7 +69,20 @@ def test_the_window_holds(connection: Connection, redis_client: redis.Redis, set
             drain.drain(connection, "default")
             assert redis_client.llen("rq:queue:default") <= window
             assert enqueued(connection) <= window
-    assert enqueued(connection) > window - SHARE
+    assert enqueued(connection) > window - BATCH, "less room than a batch is not worth two publishers"
+
+
+def test_a_small_window_is_filled_at_once(
+    connection: Connection, redis_client: redis.Redis, settings: RelaySettings
+) -> None:
+    """A share that is less than a batch is no reason to wait: the room is counted again."""
+    with Drain(redis_client, settings.model_copy(update={"window": 5 * BATCH})) as drain:
+        add(connection, 20 * BATCH)
+        drains = 1
+        while drain.drain(connection, "default"):
+            drains += 1
+    assert drains > 5
+    assert 4 * BATCH < enqueued(connection) <= 5 * BATCH
 
 
 def test_a_redis_that_takes_nothing_marks_nothing(

@@ -13,6 +13,7 @@ from aiosmtpd.smtp import AuthResult
 from structlog.testing import capture_logs
 
 from outbox import SkipRetry
+from outbox.message import Message
 from outbox.settings import WorkerSettings
 from tests.support import mailbox as servers
 from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script, tls
@@ -281,6 +282,28 @@ def test_a_server_that_hangs_after_a_refusal_changes_nothing() -> None:
     """What was refused stays refused when RSET gets no answer."""
     with serve_script(replies={"RCPT": b"550 5.1.1 no", "RSET": None}) as server, pytest.raises(SkipRetry):
         mailer(server.url).send(mail())
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\r\n."])
+def test_a_mail_needs_no_line_end(mailbox: Mailbox, end: bytes) -> None:
+    """However it ends, the server sees its end."""
+    sender = mailer(mailbox.url)
+    sender.send(Message("alice@example.com", b"Subject: Hello\r\n\r\nHello" + end))
+    sender.send(mail())
+    assert [mail.get_content().split()[0] for _, mail in mailbox.mails] == ["Hello", "Hello"]
+    close(sender)
+
+
+def test_a_mail_that_was_not_asked_for_is_not_sent() -> None:
+    """An answer to DATA that is neither yes nor no belongs to something else: the mail is tried again."""
+    with serve_script(replies={"DATA": b"250 fine"}) as server:
+        sender = mailer(server.url)
+        with pytest.raises(MailError, match="does not take the mail: 250 fine"):
+            sender.send(mail())
+        server.replies.clear()
+        sender.send(mail())
+        eventually(lambda: (server.mails, server.connections) == (1, 2))
+        close(sender)
 
 
 @pytest.mark.parametrize("data", [b"503 no recipient", b"354 go on", b"", None])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from outbox.errors import SettingsError
+from outbox.message import alternatives
 from outbox.settings import WorkerSettings
 from worker.handlers.send_verify_email import compose, message_id
 
@@ -148,3 +149,14 @@ def test_long_names_and_addresses_survive() -> None:
     assert mail["To"] == recipient
     assert "N" * 100 in body(mail, "plain")
     assert LINK + "x" * 900 in body(mail, "plain")
+
+
+@pytest.mark.parametrize("body", ["x" * 200, "x" * 200 + "\n", "a\nb", "a\r\nb\r", "", "=\n."])
+def test_every_line_ends_with_crlf(body: str) -> None:
+    """A bare line feed is refused by mail servers that have been attacked with one."""
+    message = alternatives("alice@example.com", {"Subject": "Hello"}, text=body, html=body)
+    content = message.content
+    assert content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
+    parsed = message_from_bytes(content, policy=policy.default).get_body(("plain",))
+    assert parsed is not None
+    assert parsed.get_content().split() == body.split()

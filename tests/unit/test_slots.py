@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from threading import Event
+from threading import Event, Semaphore
 
 import pytest
 
@@ -20,14 +20,21 @@ class Crew:
 
     def __init__(self) -> None:
         self.may_end = Event()
+        self._ends = Semaphore(0)
         self.begun: list[int] = []
         self.put: list[Outcome] = []
         self.slots = Slots(COUNT, self._handle, self.put.append)
 
     def _handle(self, claimed: Claim) -> Outcome:
         self.begun.append(claimed.delivery.row)
-        self.may_end.wait(10)
+        ends = time.monotonic() + 10
+        while not self.may_end.is_set() and not self._ends.acquire(timeout=0.01) and time.monotonic() < ends:
+            pass
         return Outcome(claimed.delivery, "done", claimed.attempt)
+
+    def end(self, count: int) -> None:
+        """Lets so many handlers end."""
+        self._ends.release(count)
 
     def begin(self, *rows: int, attempt: int = 1) -> None:
         """Gives rows to the threads, which have 3 retries."""
@@ -85,6 +92,40 @@ def test_rows_at_their_last_attempt_are_not_claimed_ahead(crew: Crew) -> None:
     crew.begin(2, attempt=3)
     crew.slots.wait_until_empty(5)
     assert crew.slots.wait_for_room(1) > COUNT
+
+
+def test_a_last_attempt_that_could_not_begin_is_not_taken(crew: Crew) -> None:
+    """It is given back at once, whatever else has been claimed with it; where a thread is free, it comes first."""
+    crew.begin(1, 2, 3)
+    claims = [
+        Claim(Delivery(row, 1), "t", {}, "default", attempt, 3, 30, None) for row, attempt in ((4, 1), (5, 4), (6, 4))
+    ]
+    assert [claimed.delivery.row for claimed in crew.slots.begin(claims)] == [6]
+    eventually(lambda: sorted(crew.begun) == [1, 2, 3, 5], 5)
+    assert [claimed.delivery.row for claimed in crew.slots.take_back()] == [4]
+
+
+def test_rows_that_wait_long_are_stuck_although_threads_begin_others(crew: Crew) -> None:
+    """Handlers have become slow, and end one after the other: the rows behind them wait all the same."""
+    crew.begin(*range(1, 11))
+    eventually(lambda: len(crew.begun) == COUNT, 5)
+    time.sleep(PATIENCE + 0.1)
+    crew.end(1)
+    eventually(lambda: len(crew.begun) == COUNT + 1, 5)
+    assert crew.slots.are_stuck
+    assert len(crew.slots.take_back()) == 10 - COUNT - 1
+    assert not crew.slots.are_stuck
+
+
+def test_a_row_that_waited_too_long_is_not_begun(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease could end before its handler does: it is given back, and the attempt does not count."""
+    monkeypatch.setattr("worker.slots.OVERTIME", 0.1)
+    crew.begin(*range(1, COUNT + 2))
+    eventually(lambda: len(crew.begun) == COUNT, 5)
+    time.sleep(0.2)
+    crew.end(1)
+    eventually(lambda: Outcome(Delivery(COUNT + 1, 1), "pending", 0) in crew.put, 5)
+    assert COUNT + 1 not in crew.begun
 
 
 def test_rows_that_no_thread_begins_are_taken_back(crew: Crew) -> None:
