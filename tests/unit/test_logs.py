@@ -51,7 +51,8 @@ def test_work_goes_on_when_nobody_takes_the_lines() -> None:
     """With standard output closed at the other end, a log line is lost and nothing else."""
     code = (
         "import os, sys; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r);"
-        "logs.get().info('lost'); logs.get().info('lost again'); sys.stderr.write('went on'); os._exit(0)"
+        "logs.get().info('lost'); logs.get().info('lost again');"
+        "print('went on', end='', file=sys.stderr, flush=True); os._exit(0)"
     )
     done = _run(code)
     assert (done.stderr, done.returncode) == ("went on", 0)
