@@ -84,9 +84,8 @@ class _Limit:
 
     def lift(self) -> None:
         """Ends the limit. A strike that has not been felt yet is felt here, and not later."""
-        if not self._has_struck:  # else it has no other strike, and may have left the lock taken
-            with self.lock:
-                self._is_over = True
+        with self.lock:  # a strike that has begun ends first
+            self._is_over = True
         _current.limit = None
         if self._has_struck:
             # The interpreter looks for it at every jump back. Taking it back instead is no way: CPython 3.11 then
