@@ -7,8 +7,6 @@ import psycopg
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
-from psycopg.types.json import set_json_loads
-from pydantic_core import from_json
 
 from outbox import logs
 from outbox.errors import NotMigratedError, SettingsError
@@ -94,7 +92,6 @@ def connect(database_url: str, name: str, *, pooled: bool = False) -> Connection
         psycopg.OperationalError: Postgres is away or refuses.
     """
     connection = LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
-    set_json_loads(_loads, connection)
     if not pooled:
         connection.execute(query("limit_session"))
     return connection
@@ -151,17 +148,6 @@ def has_heard(connection: psycopg.BaseConnection[Any]) -> bool:
     arrivals = select.poll()
     arrivals.register(connection.fileno(), select.POLLIN)
     return bool(arrivals.poll(0))
-
-
-def _loads(text: str | bytes) -> Any:
-    """Reads JSON; what is too deep or too large for a parser becomes a string, which is no task's payload.
-
-    Postgres takes such JSON, and Python's own parser would raise in the middle of fetching other rows.
-    """
-    try:
-        return from_json(text)
-    except ValueError as error:
-        return f"unreadable: {error}"
 
 
 def migrations() -> list[str]:

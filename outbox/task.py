@@ -43,14 +43,14 @@ class Task(Generic[P]):
         if self.delay < 0 or not 0 <= self.max_retries <= 1000 or not 1 <= self.timeout <= 86_400:
             raise TaskError(f"task {self.name}: delay must be 0 s or more, max_retries 0 to 1000, timeout 1 to 86400 s")
 
-    def parse(self, stored: object) -> P:
+    def parse(self, stored: str) -> P:
         """Turns a stored payload, which is JSON, into the task's model.
 
         Raises:
             PayloadError: it does not fit; the text names each field.
         """
         try:
-            return self.payload.model_validate_json(json.dumps(stored))
+            return self.payload.model_validate_json(stored)
         except ValidationError as error:
             raise self._misfit(_violations(error)) from None
 
@@ -72,7 +72,7 @@ class Task(Generic[P]):
             raise self._misfit("payload: must be an object")
         if violations := [f"{field}: {why}" for field, why in _unstorable(stored, "")]:
             raise self._misfit("; ".join(violations))
-        self.parse(stored)
+        self.parse(json.dumps(stored))
         return stored
 
     def _misfit(self, violations: str) -> PayloadError:

@@ -105,7 +105,7 @@ def publish(
             type=row["task"],
             queue=row["queue"],
             max_retry=row["max_retries"],
-            payload=row["payload"],
+            payload=logs.stored(row["payload"]),
             row=row["id"],
             delivery=row["delivery"],
             request_id=row["request_id"],

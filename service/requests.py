@@ -6,7 +6,6 @@ import time
 from typing import Any
 from uuid import uuid4
 
-import structlog
 from litestar.types import ASGIApp, Message, Receive, Send
 
 from outbox import logs
@@ -48,7 +47,7 @@ class RequestLog:
                 message["headers"] = [*message["headers"], (HEADER, request_id.encode())]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        with logs.bound(request_id=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
             except asyncio.CancelledError:

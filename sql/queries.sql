@@ -93,7 +93,7 @@ WITH room AS (
 UPDATE outbox
 SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
 WHERE id = ANY (ARRAY(SELECT id FROM claimed))
-RETURNING id, delivery, task, payload, queue, max_retries, timeout, request_id,
+RETURNING id, delivery, task, payload::text AS payload, queue, max_retries, timeout, request_id,
           run_at > clock_timestamp() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
 
 
@@ -198,7 +198,9 @@ WITH locked AS MATERIALIZED (
     ))
     RETURNING id
 )
-SELECT locked.*, claimed.id IS NOT NULL AS claimed FROM locked LEFT JOIN claimed USING (id);
+SELECT id, delivery, task, payload::text, queue, attempts + 1 AS attempt, max_retries, timeout, request_id, status,
+       claimed.id IS NOT NULL AS claimed
+FROM locked LEFT JOIN claimed USING (id);
 
 
 -- name: renew_leases

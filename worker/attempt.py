@@ -1,11 +1,10 @@
 """One attempt at one row: its handler, its time limit, and what becomes of it."""
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Literal, NamedTuple
-
-import structlog
 
 from outbox import logs
 from outbox.backoff import retry_delay
@@ -40,9 +39,8 @@ def given_back(claim: Claim) -> Outcome:
 
 def attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
     """Runs the row's handler and returns what became of it; whatever the handler raises ends here."""
-    with structlog.contextvars.bound_contextvars(
-        type=claim.task, row=claim.delivery.row, delivery=claim.delivery.number, request_id=claim.request_id
-    ):
+    row, delivery = claim.delivery
+    with logs.bound(type=claim.task, row=row, delivery=delivery, request_id=claim.request_id):
         return _attempt(claim, registry, context)
 
 
@@ -68,9 +66,10 @@ def _attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
         return _dead(claim, _text(error).removeprefix(f"{type(error).__name__}: "), log)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler must end neither the thread nor the row
         return _failed(claim, error, log)
-    own = {"payload": claim.payload, "duration": round(time.monotonic() - started, 6)}
-    with suppress(Exception):  # whatever a handler returns, its work is done, and must not be done again
-        _tell_of_success(log, fields, own)
+    if log.is_enabled_for(logging.INFO):
+        own = {"payload": logs.stored(claim.payload), "duration": round(time.monotonic() - started, 6)}
+        with suppress(Exception):  # whatever a handler returns, its work is done, and must not be done again
+            _tell_of_success(log, fields, own)
     return Outcome(claim.delivery, "done", claim.attempt)
 
 

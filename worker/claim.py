@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from psycopg.rows import tuple_row
+
 from outbox import logs
 from outbox.jobs import Delivery
 from outbox.postgres import Connection
@@ -14,7 +16,8 @@ class Claim(NamedTuple):
 
     delivery: Delivery
     task: str
-    payload: dict[str, Any]
+    payload: str
+    """JSON, as Postgres has it."""
     queue: str
     attempt: int
     """1 at the first."""
@@ -40,44 +43,35 @@ def claim(connection: Connection, deliveries: Sequence[Delivery], worker: str, l
         psycopg.OperationalError: Postgres is away; nothing is claimed.
     """
     wanted = sorted(set(deliveries))
-    rows = connection.execute(
-        query("claim"),
-        {
-            "ids": [delivery.row for delivery in wanted],
-            "deliveries": [delivery.number for delivery in wanted],
-            "worker": worker,
-            "lease": lease,
-        },
-    ).fetchall()
-    claims = [
-        Claim(
-            delivery=Delivery(row["id"], row["delivery"]),
-            task=row["task"],
-            payload=row["payload"],
-            queue=row["queue"],
-            attempt=row["attempts"] + 1,
-            max_retries=row["max_retries"],
-            timeout=row["timeout"],
-            request_id=row["request_id"],
+    rows = (
+        connection.cursor(row_factory=tuple_row)
+        .execute(
+            query("claim"),
+            {
+                "ids": [delivery.row for delivery in wanted],
+                "deliveries": [delivery.number for delivery in wanted],
+                "worker": worker,
+                "lease": lease,
+            },
         )
-        for row in rows
-        if row["claimed"]
-    ]
+        .fetchall()
+    )
+    claims = [Claim(Delivery(row, number), *rest) for row, number, *rest, _, is_claimed in rows if is_claimed]
     if len(claims) < len(wanted):
         _tell_of_dropped(rows, set(wanted) - {claimed.delivery for claimed in claims})
     return claims
 
 
-def _tell_of_dropped(rows: list[dict[str, Any]], dropped: set[Delivery]) -> None:
-    found = {row["id"]: row for row in rows}
+def _tell_of_dropped(rows: list[tuple[Any, ...]], dropped: set[Delivery]) -> None:
+    found = {row: (newest, status) for row, newest, *_, status, _ in rows}
     for delivery in sorted(dropped):
-        row = found.get(delivery.row)
-        if row is None:
+        newest, status = found.get(delivery.row, (None, None))
+        if newest is None:
             why = "there is no such row"
-        elif row["delivery"] != delivery.number:
-            why = f"the row's newest delivery is {row['delivery']}"
-        elif row["status"] != "enqueued":
-            why = f"the row is {row['status']}"
+        elif newest != delivery.number:
+            why = f"the row's newest delivery is {newest}"
+        elif status != "enqueued":
+            why = f"the row is {status}"
         else:
             why = "the row is not due yet"
         logs.get().warning("dropped job", job=delivery.job_id, why=why)

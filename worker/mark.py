@@ -6,6 +6,7 @@ from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 
 import psycopg
+from psycopg.rows import tuple_row
 
 from outbox import logs, postgres
 from outbox.backoff import reconnect_delay
@@ -125,7 +126,8 @@ class Marker:
         # The latest of each: a handler may have ended after all when its row was already given back.
         outcomes = list({outcome.delivery: outcome for outcome in unwritten}.values())
         deliveries = [outcome.delivery for outcome in outcomes]
-        rows = connection.execute(
+        cursor = connection.cursor(row_factory=tuple_row)
+        cursor.execute(
             query("mark"),
             {
                 **_columns(deliveries),
@@ -134,11 +136,11 @@ class Marker:
                 "attempts": [outcome.attempts for outcome in outcomes],
                 "errors": [outcome.error for outcome in outcomes],
             },
-        ).fetchall()
+        )
+        written = set(cursor.fetchall())
         with self._lock:
             for delivery in deliveries:
                 self._held.pop(delivery, None)
-        written = {Delivery(row["id"], row["delivery"]) for row in rows}
         for outcome in outcomes:
             if outcome.delivery not in written:
                 logs.get().warning(

@@ -59,7 +59,7 @@ def claim_of(**changes: Any) -> Claim:
     values: dict[str, Any] = {
         "delivery": Delivery(1, 1),
         "task": "noted",
-        "payload": {"text": "hello"},
+        "payload": '{"text": "hello"}',
         "queue": "default",
         "attempt": 1,
         "max_retries": 3,
@@ -116,6 +116,12 @@ def test_a_strange_return_value_is_no_failure(fields: Any, context: Context) -> 
     assert lines[0]["payload"] == {"text": "hello"}
 
 
+def test_a_payload_that_python_cannot_read_is_dead(context: Context) -> None:
+    """It is the row's fault, and nobody else's."""
+    digits = "1" + "0" * 5000
+    assert tried(lambda *_: None, context, payload=f'{{"text": {digits}}}').status == "dead"
+
+
 @pytest.mark.parametrize("attempt_number", [1, 4])
 def test_skip_retry_is_dead_at_once(attempt_number: int, context: Context) -> None:
     """With the handler's own sentence, however many retries are left."""
@@ -135,7 +141,7 @@ def test_skip_retry_is_dead_at_once(attempt_number: int, context: Context) -> No
 
 def test_a_payload_that_does_not_fit_is_dead(context: Context) -> None:
     """The handler is not called, and the error names the field."""
-    outcome = tried(raising(AssertionError("called")), context, payload={"text": [1]})
+    outcome = tried(raising(AssertionError("called")), context, payload='{"text": [1]}')
     assert outcome.status == "dead"
     assert "text: " in str(outcome.error)
 

@@ -46,11 +46,17 @@ def test_a_claim_holds_the_row(connection: Connection) -> None:
     """The row is running, leased, counted and named after its worker; the claim carries all that an attempt needs."""
     delivery = add_row(connection, payload='{"n": 1}', attempts=2, delivery=3, timeout=7)
     claims = claim(connection, [delivery], "me", 15)
-    assert claims == [Claim(delivery, "noted", {"n": 1}, "default", 3, 3, 7, None)]
+    assert claims == [Claim(delivery, "noted", '{"n": 1}', "default", 3, 3, 7, None)]
     row = read_row(connection, delivery)
     assert (row["status"], row["attempts"], row["worker"]) == ("running", 3, "me")
     assert 14 < row["lease"] <= 15
     assert row["started_at"]
+
+
+def test_a_payload_that_python_cannot_read_holds_nobody_up(connection: Connection) -> None:
+    """Postgres stores a number of any length, Python reads 4,300 digits: its row is claimed, and so are others."""
+    deliveries = [add_row(connection, payload=payload) for payload in ('{"n": 1e5000}', '{"n": 1}')]
+    assert [claimed.delivery for claimed in claim(connection, deliveries, "me", 15)] == deliveries
 
 
 def test_a_claim_waits_for_the_relay_to_commit(

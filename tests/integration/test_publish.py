@@ -113,6 +113,16 @@ def test_redis_holds_no_payload_and_no_code(
 
 
 @pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning")  # rq-scheduler's own
+def test_a_payload_that_python_cannot_read_is_handed_over(
+    connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
+) -> None:
+    """Postgres stores a number of any length, Python reads 4,300 digits: the log line has its text."""
+    connection.execute("""INSERT INTO outbox (task, payload) VALUES ('tell', '{"n": 1e5000}')""")
+    with capture_logs() as lines:
+        assert publish(connection, redis_client, "default", relay_settings) == 1
+    assert lines[0]["payload"] == '{"n": 1' + "0" * 5000 + "}"
+
+
 def test_a_row_whose_time_has_not_come_is_scheduled(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:

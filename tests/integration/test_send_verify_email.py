@@ -1,5 +1,6 @@
 """The verification mail's handler: the same link at every attempt, and nobody who should get none."""
 
+import json
 import ssl
 import threading
 from collections.abc import Iterator
@@ -139,7 +140,8 @@ def test_many_at_once_each_get_their_own(connection: Connection, context: Contex
     def attempt_at(row: dict[str, Any]) -> bool:
         try:
             handle.function(
-                handle.task.parse({"username": row["name"]}), replace(context, row=row["id"], send=sent.append)
+                handle.task.parse(json.dumps({"username": row["name"]})),
+                replace(context, row=row["id"], send=sent.append),
             )
         except SkipRetry:
             assert row["name"] == "user_7"

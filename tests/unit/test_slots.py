@@ -38,7 +38,7 @@ class Crew:
 
     def begin(self, *rows: int, attempt: int = 1) -> None:
         """Gives rows to the threads, which have 3 retries."""
-        self.slots.begin([Claim(Delivery(row, 1), "t", {}, "default", attempt, 3, 30, None) for row in rows])
+        self.slots.begin([Claim(Delivery(row, 1), "t", "{}", "default", attempt, 3, 30, None) for row in rows])
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_last_attempt_that_could_not_begin_is_not_taken(crew: Crew) -> None:
     """It is given back at once, whatever else has been claimed with it; where a thread is free, it comes first."""
     crew.begin(1, 2, 3)
     claims = [
-        Claim(Delivery(row, 1), "t", {}, "default", attempt, 3, 30, None) for row, attempt in ((4, 1), (5, 4), (6, 4))
+        Claim(Delivery(row, 1), "t", "{}", "default", attempt, 3, 30, None) for row, attempt in ((4, 1), (5, 4), (6, 4))
     ]
     assert [claimed.delivery.row for claimed in crew.slots.begin(claims)] == [6]
     eventually(lambda: sorted(crew.begun) == [1, 2, 3, 5], 5)

@@ -1,5 +1,6 @@
 """The task registry: what a task is, and how handlers are found."""
 
+import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,4 +161,4 @@ def test_what_is_stored_can_be_read() -> None:
     reminder = Reminder(at=datetime(2030, 1, 2, tzinfo=UTC), emailAddress="a@example.com")
     stored = task.dump(reminder)
     assert stored == {"at": "2030-01-02T00:00:00Z", "emailAddress": "a@example.com"}
-    assert task.parse(stored) == reminder
+    assert task.parse(json.dumps(stored)) == reminder
