@@ -99,7 +99,7 @@ def seconds_to_work_off(bench: Bench, queue: str, workers: int, **env: str) -> f
             time.sleep(_LOOK)
         client.rename(_ASIDE, key)
         await_length(client, key, 0, started)
-        return _seconds_to_do(connection, started)
+        return seconds_to_do(connection, started)
 
 
 def await_length(
@@ -131,8 +131,12 @@ def seconds_to_hand_over(connection: psycopg.Connection[Any], processes: Sequenc
     return _first(connection, _SECONDS_SINCE_ENQUEUED, ended)
 
 
-def _seconds_to_do(connection: psycopg.Connection[Any], processes: Sequence[Process]) -> float:
+def seconds_to_do(connection: psycopg.Connection[Any], processes: Sequence[Process]) -> float:
     """Waits until every row is done, and returns the seconds since the first was claimed by a worker.
+
+    Args:
+        connection: in autocommit mode.
+        processes: who must live meanwhile.
 
     Raises:
         RuntimeError: a row is dead or was tried twice: whatever this measures, it is not what was meant.

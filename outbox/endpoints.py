@@ -46,7 +46,7 @@ _SMTP_SCHEMES: Mapping[str, tuple[Literal["none", "tls", "starttls"], int]] = {
     "smtps": ("tls", 465),
     "smtp+starttls": ("starttls", 587),
 }
-_REDIS_SCHEMES = ("redis", "rediss", "unix")
+_REDIS_BEGINNINGS = ("redis://", "rediss://", "unix://")
 _REDIS_OPTIONS = {
     *("db", "username", "password", "socket_keepalive", "health_check_interval", "client_name"),
     *("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"),
@@ -75,7 +75,7 @@ def redis_url(value: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError("is not a valid URL; it looks like redis://:password@host:6379/0") from None
-    if parts.scheme not in _REDIS_SCHEMES:
+    if not value.lower().startswith(_REDIS_BEGINNINGS):
         raise ValueError("must start with redis://, rediss:// or unix://, as in redis://localhost:6379/0")
     if parts.scheme == "unix" and not parts.path:
         raise ValueError("must name a socket, as in unix:///run/redis.sock")

@@ -8,7 +8,6 @@ from typing import NamedTuple
 _BOUNDARY = "=_alternative"
 """Never in a part: quoted-printable has no "=_" (RFC 2045, section 6.7)."""
 
-_LINE_END = re.compile(r"\r\n|[\r\n]")
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -34,9 +33,8 @@ def alternatives(recipient: str, headers: Mapping[str, str], *, text: str, html:
         ValueError: a header has a linefeed or another control character in it.
     """
     lines = [f"{name}: {value}" for name, value in {"To": recipient, **headers}.items()]
-    for line in lines:
-        if _CONTROL.search(line):
-            raise ValueError("a header has a linefeed or another control character in it")
+    if _CONTROL.search("".join(lines)):
+        raise ValueError("a header has a linefeed or another control character in it")
     head = "\r\n".join([*lines, "MIME-Version: 1.0", f'Content-Type: multipart/alternative; boundary="{_BOUNDARY}"'])
     parts = b"".join(_part(kind, body) for kind, body in (("plain", text), ("html", html)))
     return Message(recipient, f"{head}\r\n\r\n".encode() + parts + f"--{_BOUNDARY}--\r\n".encode())
@@ -48,4 +46,8 @@ def _part(kind: str, body: str) -> bytes:
         f'Content-Type: text/{kind}; charset="utf-8"\r\n'
         "Content-Transfer-Encoding: quoted-printable\r\n\r\n"
     )
-    return head.encode() + binascii.b2a_qp(_LINE_END.sub("\r\n", f"{body}\n").encode(errors="replace"))
+    return head.encode() + binascii.b2a_qp(_with_crlf(f"{body}\n").encode(errors="replace"))
+
+
+def _with_crlf(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "\r\n")

@@ -21,9 +21,6 @@ from outbox.verification import masked
 Reply = tuple[int, bytes]
 """A mail server's answer: its code, and its text."""
 
-_LEADING_DOT = re.compile(rb"^\.", re.MULTILINE)
-"""What would end a mail early, were it not doubled (RFC 5321, section 4.5.2)."""
-
 
 class MailError(OutboxError):
     """The mail server did not take a mail, and may take it later."""
@@ -111,8 +108,7 @@ class Mailer:
             if code < 400:
                 self._drop()  # it is an answer to something else
             self._refused("the mail", code, text)
-        ended = content if content.endswith(b"\r\n") else content + b"\r\n"
-        smtp.send(_LEADING_DOT.sub(b"..", ended) + b".\r\n")
+        smtp.send(_with_end(content))
         code, text = smtp.getreply()
         if code != 250:
             self._refused("the mail", code, text)
@@ -204,6 +200,12 @@ def _envelope_address(address: str) -> str:
     except EmailNotValidError as error:
         raise SkipRetry(f"the address {address!r} is not valid: {error}") from None
     return valid.ascii_email or valid.normalized
+
+
+def _with_end(content: bytes) -> bytes:
+    """Returns a mail as DATA takes it: a dot that begins a line is doubled, and one more ends it (RFC 5321, 4.5.2)."""
+    ended = content if content.endswith(b"\r\n") else content + b"\r\n"
+    return (b"\n" + ended).replace(b"\n.", b"\n..")[1:] + b".\r\n"
 
 
 def _pipelines(smtp: smtplib.SMTP) -> bool:

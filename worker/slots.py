@@ -39,7 +39,7 @@ class Slots:
         """The rows whose outcome has not been put."""
         self._undecided: dict[Delivery, Claim] = {}
         """The same, but for those whose outcome is being put: whoever takes a row out says what becomes of it."""
-        self._pace = _Pace()
+        self._pace = _Pace(count)
         self._begun = 0
         self._changed = Condition()
         self._wake_at = -1
@@ -148,7 +148,8 @@ class Slots:
 class _Pace:
     """How many rows are worth claiming ahead: as many as will be handled in the next `LOOKAHEAD` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         self._looked_at = time.monotonic()
         self._ended = 0
         self._ahead = 0
@@ -160,7 +161,9 @@ class _Pace:
             ended: how many rows have been handled so far.
         """
         now = time.monotonic()
-        if (elapsed := now - self._looked_at) > LOOKAHEAD / 2:
+        elapsed = now - self._looked_at
+        has_seen_all = ended - self._ended >= self._threads and elapsed > LOOKAHEAD / 10
+        if has_seen_all or elapsed > LOOKAHEAD / 2:
             self._ahead = min(MOST_AHEAD, int((ended - self._ended) / elapsed * LOOKAHEAD))
             self._looked_at, self._ended = now, ended
         return self._ahead

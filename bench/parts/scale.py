@@ -10,8 +10,9 @@ four of them are let go on, the others stay stopped, at the moment at which both
 emptied. Timed from that moment until Redis holds 20,000 jobs again. Redis' memory is the highest `used_memory` seen
 with all four, every 20 ms.
 
-**Workers.** One relay and one, two or four worker processes at default settings with rows whose handler does nothing:
-rows done per second, over one second for each sample and the samples of one number of workers after the other.
+**Workers.** One relay and one, two or four worker processes at default settings, each of these fleets with databases of
+its own; 20,000 rows whose handler does nothing, for one fleet after the other, timed from the first claim until all
+are done.
 
 **Bytes per row.** One row's whole life with nothing beside it: added in a transaction of its own, handed over and
 claimed in the batches above, marked. WAL is what Postgres has written for that, tables and indexes what they have
@@ -23,8 +24,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, LiteralString
+from urllib.parse import urlsplit
 
 import psycopg
 import redis
@@ -35,7 +38,7 @@ from bench.fill import add_done, add_pending, clone
 from bench.handlers import NOOP
 from bench.measure import OURS, Figure
 from bench.process import Process
-from bench.rows import add_rows
+from bench.rows import add_rows, seconds_to_do
 from bench.stage import Bench
 from outbox import postgres
 from outbox import redis as outbox_redis
@@ -61,7 +64,6 @@ _ENQUEUED = "SELECT id, delivery FROM outbox WHERE status = 'enqueued' ORDER BY 
 _EMPTY_WINDOWS = "UPDATE outbox SET status = 'done', done_at = now() WHERE status = 'enqueued'"
 _WAL = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
 _SIZES = "SELECT pg_table_size('outbox'), pg_indexes_size('outbox')"
-_DONE = "SELECT count(*) FROM outbox WHERE status = 'done'"
 
 
 @dataclass(frozen=True)
@@ -267,46 +269,49 @@ def _await_jobs(client: redis.Redis, jobs: int, relays: Sequence[Process]) -> in
 
 
 def _of_workers(bench: Bench) -> Figure:
-    samples = {f"{number} worker{'s' if number > 1 else ''}": _work(bench, number) for number in _NUMBERS}
-    figure = Figure("scale", "rows that do nothing, by workers side by side", "rows/s", True, samples)  # noqa: FBT003
+    rows = bench.size(20_000, 500)
+    with ExitStack() as stack:
+        fleets = {number: _Fleet(bench, stack, number) for number in _NUMBERS}
+        figure = bench.in_turn(
+            "scale",
+            "rows that do nothing, by workers side by side",
+            "rows/s",
+            {
+                f"{number} worker{'s' if number > 1 else ''}": partial(fleet.done_per_second, rows)
+                for number, fleet in fleets.items()
+            },
+        )
     figure.extra["by_number"] = [
-        [number, median(rates)] for number, rates in zip(_NUMBERS, samples.values(), strict=True)
+        [number, median(rates)] for number, rates in zip(_NUMBERS, figure.samples.values(), strict=True)
     ]
     return figure
 
 
-def _work(bench: Bench, number: int) -> list[float]:
-    """Returns the rows that so many workers did in each of some seconds."""
-    bench.fresh()
-    seconds = 0.2 if bench.smoke else 1.0
-    rows = bench.size(20_000, 2_000)
-    rates: list[float] = []
-    with ExitStack() as stack:
-        connection = stack.enter_context(bench.connect())
-        add_rows(connection, rows, NOOP.name)
-        modules = ["relay", *["worker"] * number]
-        settings = {"OUTBOX_HANDLERS": "bench.handlers", "LOG_LEVEL": "info"}
-        processes = [stack.enter_context(bench.start(module, **settings)) for module in modules]
-        for process in processes:
+class _Fleet:
+    """A relay and some workers, with a database of Postgres and one of Redis to themselves."""
+
+    def __init__(self, bench: Bench, stack: ExitStack, workers: int) -> None:
+        database_url = bench.database()
+        migrate(database_url)
+        self._connection = stack.enter_context(psycopg.connect(database_url, autocommit=True))
+        settings = {
+            "DATABASE_URL": database_url,
+            "REDIS_URL": f"{bench.redis_url}{'&' if urlsplit(bench.redis_url).query else '?'}db={workers}",
+            "OUTBOX_HANDLERS": "bench.handlers",
+            "LOG_LEVEL": "info",
+        }
+        self._processes = [
+            stack.enter_context(bench.start(module, **settings)) for module in ("relay", *["worker"] * workers)
+        ]
+        for process in self._processes:
             process.await_event("started")
-        added = rows
-        while len(rates) < bench.runs:
-            done = _count(connection, _DONE)
-            if added - done < rows:  # more than is done within a sample
-                add_rows(connection, rows, NOOP.name)
-                added += rows
-                continue
-            if done == 0:
-                time.sleep(_LOOK)  # nothing is done yet
-                continue
-            begun = time.perf_counter()
-            time.sleep(seconds)
-            later = _count(connection, _DONE)
-            rates.append((later - done) / (time.perf_counter() - begun))
-            for process in processes:
-                process.check()
-        connection.execute("DELETE FROM outbox WHERE status = 'pending'")  # they need not be done before the end
-    return rates
+
+    def done_per_second(self, rows: int) -> float:
+        """Has so many rows done, and returns how many were per second, from the first claim to the last mark."""
+        self._connection.execute("DELETE FROM outbox")
+        add_rows(self._connection, rows, NOOP.name)
+        self._connection.execute(query("notify_relays"))
+        return rows / seconds_to_do(self._connection, self._processes)
 
 
 def _of_bytes(bench: Bench, at_rest: tuple[float, float]) -> list[Figure]:

@@ -6,13 +6,15 @@ until the mail server has the end of the mail's DATA, with one relay and one wor
 mails, for which the worker connects, are not counted. `p50`, `p99` and `worst` are of the rows of one run; at 10 a
 second, of which a run has 25, the p99 is the worst.
 
-`polling alone` is the same without the NOTIFY after the commit, as behind a PgBouncer that lets no LISTEN through: the
-relay finds the rows when it looks. `RQ after the commit` puts a job into RQ when the user's transaction is over, which
+`polling alone` is the same with a relay that cannot LISTEN, as behind a PgBouncer in transaction mode
+(`OUTBOX_TRANSACTION_POOLING`): it finds the rows when it looks. Of the two relays the one whose turn it is not is
+stopped (SIGSTOP). `RQ after the commit` puts a job into RQ when the user's transaction is over, which
 may lose it, and RQ's SimpleWorker sends the same mail over one connection; it reads and marks nothing in Postgres.
 At 500 a second it cannot keep up, and its waits grow for as long as the users come: it gets one second of them.
 The users' clock, the mail server and all of these share the machine.
 """
 
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -27,6 +29,7 @@ import outbox
 from bench.arrivals import Arrivals, note_arrivals
 from bench.measure import OURS, Figure
 from bench.plain_rq import QUEUE, send
+from bench.process import Process
 from bench.stage import Bench
 from outbox.queries import query
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
@@ -57,15 +60,36 @@ def measure(bench: Bench) -> list[Figure]:
     with ExitStack() as stack:
         arrivals = stack.enter_context(note_arrivals())
         settings = {"SMTP_URL": arrivals.url, "LOG_LEVEL": "info"}
-        for module in ("relay", "worker", "bench.plain_rq"):
+        for module in ("worker", "bench.plain_rq"):
             stack.enter_context(bench.start(module, **settings))
+        listening = stack.enter_context(bench.start("relay", **settings))
+        polling = stack.enter_context(bench.start("relay", OUTBOX_TRANSACTION_POOLING="true", **settings))
         users = stack.enter_context(Users(bench, arrivals))
-        contenders: Mapping[str, Offer] = {OURS: users.hinted, POLLING: users.unhinted, PLAIN: users.plain}
+        contenders: Mapping[str, Offer] = {
+            OURS: _without(polling, users.sign_up),
+            POLLING: _without(listening, users.sign_up),
+            PLAIN: users.plain,
+        }
         for offer in contenders.values():
             offer(_WARMUP * 2, 0.5, "warm")
         for rate, seconds in _SECONDS.items():
             figures += _of_rate(bench, contenders, rate, seconds if not bench.smoke else 0.3)
     return figures
+
+
+def _without(relay: Process, offer: Offer) -> Offer:
+    """Returns the offer, during which that relay is stopped."""
+
+    def stopped(rate: int, seconds: float, name: str) -> list[float]:
+        relay.await_event("started")
+        relay.send(signal.SIGSTOP)
+        try:
+            return offer(rate, seconds, f"{name}_{relay.popen.pid}")
+        finally:
+            relay.send(signal.SIGCONT)
+            relay.check()
+
+    return stopped
 
 
 def _of_rate(bench: Bench, contenders: Mapping[str, Offer], rate: int, seconds: float) -> list[Figure]:
@@ -131,13 +155,9 @@ class Users:
             self._hints.execute(query("notify_relays"))
             time.sleep(DEBOUNCE)
 
-    def hinted(self, rate: int, seconds: float, name: str) -> list[float]:
+    def sign_up(self, rate: int, seconds: float, name: str) -> list[float]:
         """Has users sign up, with a row each and a hint to the relays."""
         return self._offer(rate, seconds, f"{name}_h", self._write_row, lambda *_: self._committed.set())
-
-    def unhinted(self, rate: int, seconds: float, name: str) -> list[float]:
-        """Has users sign up, with a row each."""
-        return self._offer(rate, seconds, f"{name}_p", self._write_row, lambda *_: None)
 
     def plain(self, rate: int, seconds: float, name: str) -> list[float]:
         """Has users sign up, with a job in RQ each after the commit."""

@@ -109,6 +109,8 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
                 "redis://:hunter2@h:port/0",
                 "redis://:hunter2@h/db",
                 "unix://",
+                "unix:/run/redis.sock",
+                "redis:localhost",
                 "redis://[h",
             ),
             *(
