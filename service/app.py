@@ -15,6 +15,7 @@ from service import links, probes, problems, users
 from service.passwords import Passwords
 from service.pool import create_pool
 from service.store import Store
+from service.users import SignUp
 from service.wakeup import Wakeup
 
 MAX_BODY = 64 * 1024
@@ -27,6 +28,7 @@ def create_app(settings: ServiceSettings) -> Litestar:
     wakeup = Wakeup(pool)
     store = Store(pool, wakeup, settings, Outage("Postgres"))
     passwords = Passwords(settings.hash_queue)
+    sign_up = SignUp(passwords, store)
 
     @asynccontextmanager
     async def open_resources(_: Litestar) -> AsyncGenerator[None]:
@@ -51,7 +53,7 @@ def create_app(settings: ServiceSettings) -> Litestar:
         ],
         dependencies={
             "store": Provide(lambda: store, sync_to_thread=False),
-            "passwords": Provide(lambda: passwords, sync_to_thread=False),
+            "sign_up": Provide(lambda: sign_up, sync_to_thread=False),
         },
         exception_handlers=problems.EXCEPTION_HANDLERS,
         lifespan=[open_resources],

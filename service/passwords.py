@@ -4,7 +4,7 @@ import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import argon2
+from nacl.pwhash import argon2id
 
 from outbox.errors import OutboxError
 
@@ -18,8 +18,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def hash_password(password: str) -> str:
+    """Returns a password's argon2id hash with its parameters and a new salt, as every implementation reads it.
+
+    The parameters are OWASP's first choice (Password Storage Cheat Sheet): 19 MiB, 2 passes, 1 lane. libsodium uses
+    what vector instructions the CPU has, and needs about half the time of argon2's reference implementation.
+    """
+    return argon2id.str(password.encode(), opslimit=2, memlimit=19 * 2**20).decode()
+
+
 class Passwords:
-    """argon2id with OWASP's first choice of parameters (Password Storage Cheat Sheet): 19 MiB, 2 passes, 1 lane."""
+    """Threads that hash passwords."""
 
     def __init__(self, queue: int) -> None:
         """Makes the threads.
@@ -28,13 +37,12 @@ class Passwords:
             queue: how many requests may wait for a thread.
         """
         cores = usable_cores()
-        self._hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
         self._threads = ThreadPoolExecutor(cores, thread_name_prefix="argon2")
         self._limit = cores + queue
         self._unfinished = 0
 
     async def hash(self, password: str) -> str:
-        """Returns the password's hash with its parameters and salt.
+        """Returns what `hash_password` does.
 
         Raises:
             BusyError: too many wait already.
@@ -42,7 +50,7 @@ class Passwords:
         if self._unfinished >= self._limit:
             raise BusyError("too many requests are waiting: try again in a moment")
         self._unfinished += 1
-        future = self._threads.submit(self._hasher.hash, password)
+        future = self._threads.submit(hash_password, password)
         # Counted down by the thread's end and not by the request's: a client that hangs up frees no core.
         loop = asyncio.get_running_loop()
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._finished))

@@ -6,10 +6,12 @@ the first request on; a client's wait is timed from the request's first byte to 
 
 `without the outbox row` is the same service but for the row and the NOTIFY; it runs all the time too, idle while the
 other is measured. `argon2 alone` makes the same hashes on as many threads as can be busy (the cores, or the one of a
-single client) and nothing else: no service, no Postgres. The clients (a process of their own, on bare sockets) and
-Postgres share the machine's cores with the service here, so what they take is missing from its rate. How much CPU a
-user takes of the service and (where it runs on this machine) of Postgres, by the system's own accounts, does not depend
-on what else the machine has to do; `extra` parts it, and has the clients' share.
+single client) and nothing else: no service, no Postgres. The service hashes with libsodium, which needs about half the
+time of what argon2-cffi comes with; `argon2-cffi alone` makes hashes of the same parameters with that. The clients (a
+process of their own, on bare sockets) and Postgres share the machine's cores with the service here, so what they take
+is missing from its rate. How much CPU a user takes of the service and (where it runs on this machine) of Postgres, by
+the system's own accounts, does not depend on what else the machine has to do; `extra` parts it, and has the clients'
+share.
 """
 
 from collections.abc import Callable
@@ -30,7 +32,7 @@ from bench.stage import Bench
 from service.passwords import usable_cores
 from tests.support.mailbox import free_port
 
-BARE, ALONE = "without the outbox row", "argon2 alone"
+BARE, ALONE, REFERENCE = "without the outbox row", "argon2 alone", "argon2-cffi alone"
 
 _SECONDS = {1: 1.0, 8: 1.6, 64: 1.6}
 """Clients -> for how long they are measured in one run."""
@@ -72,10 +74,13 @@ def _of_clients(bench: Bench, measured: "_Measured", clients: int) -> list[Figur
 
         return run
 
-    def hash_only() -> float:
-        rate, cpu = hash_alone(threads, min(seconds, 1.0))
-        measured.cpu.setdefault(ALONE, []).append({"argon2": cpu})
-        return rate
+    def hash_only(name: str, kind: str) -> Callable[[], float]:
+        def run() -> float:
+            rate, cpu = hash_alone(kind, threads, min(seconds, 1.0))
+            measured.cpu.setdefault(name, []).append({"argon2": cpu})
+            return rate
+
+        return run
 
     title = f"POST /v1/users, {clients} client{'s' if clients > 1 else ''}"
     threads = min(clients, usable_cores())
@@ -83,7 +88,12 @@ def _of_clients(bench: Bench, measured: "_Measured", clients: int) -> list[Figur
         "api",
         title,
         "users/s",
-        {OURS: one_run(OURS), BARE: one_run(BARE), ALONE: hash_only},
+        {
+            OURS: one_run(OURS),
+            BARE: one_run(BARE),
+            ALONE: hash_only(ALONE, "service"),
+            REFERENCE: hash_only(REFERENCE, "argon2-cffi"),
+        },
         target=_TARGET,
     )
     extra = {
