@@ -31,6 +31,8 @@ class _Output(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO) -> None:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what cannot be shown would take other lines along
         self._stream = stream
         self._lines: deque[str] = deque(maxlen=10_000)
         self._writing = Lock()

@@ -22,6 +22,10 @@ SHARE = 16
 meanwhile is not seen, so that eight relays that count at the same moment just fill it."""
 
 
+RETRY = 60.0
+"""Seconds until a second connection that could not be had is asked for again; to find out may take five."""
+
+
 class Drain:
     """A second publisher beside the relay's own, with a thread and a connection from the first backlog on."""
 
@@ -31,6 +35,7 @@ class Drain:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="drain")
         self._closing = ExitStack()
         self._second: Connection | None = None
+        self._retry_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -51,11 +56,12 @@ class Drain:
             redis.RedisError: Redis did not take a batch.
             psycopg.OperationalError: Postgres is away.
         """
-        if self._second is None and not self._open_second():
-            return False
-        assert self._second is not None
+        if self._second is None and time.monotonic() >= self._retry_at:
+            self._open_second()
         room = connection.execute(query("room"), {"queue": queue, "window": self._settings.window}).fetchone()
         assert room is not None
+        if self._second is None:
+            return self._publish_all(connection, queue, room["rows"])
         other = self._thread.submit(self._publish_all, self._second, queue, room["rows"])
         try:
             more = self._publish_all(connection, queue, room["rows"])
@@ -63,15 +69,14 @@ class Drain:
             wait([other])
         return other.result() and more
 
-    def _open_second(self) -> bool:
+    def _open_second(self) -> None:
         settings = self._settings
         try:
             self._second = self._closing.enter_context(
                 postgres.connect(settings.database_url, "outbox relay drains", pooled=settings.transaction_pooling)
             )
         except psycopg.OperationalError:  # too many connections, say: the relay's own goes on alone
-            return False
-        return True
+            self._retry_at = time.monotonic() + RETRY
 
     def _publish_all(self, connection: Connection, queue: str, room: int) -> bool:
         if room < self._settings.batch:

@@ -61,7 +61,7 @@ class _Limit:
         self._thread = threading.get_ident()
         self._is_over = False
         self._has_struck = False
-        self.lock = threading.Lock()  # whoever holds it is not struck
+        self.lock = threading.RLock()  # whoever holds it is not struck, and may lift the limit all the same
 
     def start(self) -> None:
         """Starts the time."""

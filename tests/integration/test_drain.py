@@ -1,6 +1,8 @@
 """A backlog: handed over by two publishers in one relay, within the window, and with nothing lost on the way."""
 
+import socketserver
 from collections.abc import Iterator
+from threading import Thread
 
 import psycopg
 import pytest
@@ -116,8 +118,19 @@ def test_a_connection_that_breaks_is_an_outage(connection: Connection, drain: Dr
 def test_where_there_is_no_second_connection_the_relay_goes_on_alone(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """A Postgres that lets nobody else in is no outage."""
-    add(connection, BATCH)
-    with Drain(redis_client, settings.model_copy(update={"database_url": "postgresql://127.0.0.1:1/none"})) as drain:
-        assert not drain.drain(connection, "default")
-    assert enqueued(connection) == 0
+    """A Postgres that lets nobody else in is no outage, and is not asked again at once: it may take seconds."""
+    asked = []
+    with socketserver.TCPServer(("127.0.0.1", 0), lambda *_: asked.append(1)) as server:
+        listening = Thread(target=server.serve_forever)
+        listening.start()
+        try:
+            url = f"postgresql://127.0.0.1:{server.server_address[1]}/none"
+            with Drain(redis_client, settings.model_copy(update={"database_url": url})) as drain:
+                for backlog in (3 * BATCH, 6 * BATCH):
+                    add(connection, 3 * BATCH)
+                    assert not drain.drain(connection, "default"), "nothing is left"
+                    assert enqueued(connection) == backlog
+        finally:
+            server.shutdown()
+            listening.join()
+    assert len(asked) == 1

@@ -56,3 +56,16 @@ def test_work_goes_on_when_nobody_takes_the_lines() -> None:
     )
     done = _run(code)
     assert (done.stderr, done.returncode) == ("went on", 0)
+
+
+def test_what_no_terminal_can_show_takes_no_other_line_along() -> None:
+    """Half of a surrogate pair, from a client's mistake, in one of two lines that are written at once."""
+    code = (
+        "import threading; go = threading.Barrier(2);"
+        "write = lambda text: (go.wait(), [logs.get().info(text, row=row) for row in range(200)]);"
+        "threads = [threading.Thread(target=write, args=[text]) for text in ('fine', 'half \\ud800')];"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]"
+    )
+    lines = _run(code, "console").stdout.splitlines()
+    assert sum("fine" in line for line in lines) == 200
+    assert sum("half \\ud800" in line for line in lines) == 200

@@ -11,10 +11,11 @@ from functools import lru_cache, partial
 from html import escape
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg.rows import dict_row
-from psycopg_pool import PoolTimeout
+from psycopg_pool import ConnectionPool, PoolTimeout
 
 from outbox import Context, SkipRetry, handler
 from outbox.message import Message, alternatives
@@ -56,12 +57,14 @@ class Recipient(NamedTuple):
     username: str
 
 
-_together: Together[Recipient, dict[str, Any] | None] = Together()
+_together: WeakKeyDictionary[ConnectionPool[Any], Together[Recipient, dict[str, Any] | None]] = WeakKeyDictionary()
+"""By database: what is wanted of one is not opened in another."""
 
 
 def _open_verification(recipient: Recipient, context: Context) -> dict[str, Any] | None:
     try:
-        return _together(recipient, partial(_open_verifications, context))
+        together = _together.setdefault(context.database, Together())
+        return together(recipient, partial(_open_verifications, context))
     except PoolTimeout:
         raise
     except psycopg.Error:  # it may be another row's fault, or the connection broke, and nothing is sent yet
