@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import click
 
 from outbox import dead as letters
-from outbox import dead_table, postgres
+from outbox import dead_table, pooler, postgres
 from outbox.errors import NotDeadError, UsageError
 from outbox.postgres import Connection
 from outbox.printable import ascii_json, printable
@@ -137,6 +137,8 @@ def discard(ids: tuple[int, ...], *, as_json: bool) -> None:
 def _database() -> Iterator[Connection]:
     settings = DatabaseSettings.from_environment()
     with postgres.connect(settings.database_url, "outbox dead", pooled=settings.transaction_pooling) as connection:
+        if not settings.transaction_pooling:
+            pooler.check_unpooled(connection, settings.database_url)
         postgres.check_migrated(connection)
         yield connection
 

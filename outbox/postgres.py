@@ -8,8 +8,7 @@ from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
-from outbox import logs
-from outbox.errors import NotMigratedError, SettingsError
+from outbox.errors import NotMigratedError
 from outbox.queries import query, sql_folder
 
 T = TypeVar("T")
@@ -95,49 +94,6 @@ def connect(database_url: str, name: str, *, pooled: bool = False) -> Connection
     if not pooled:
         connection.execute(query("limit_session"))
     return connection
-
-
-def check_unpooled(connection: Connection, database_url: str) -> None:
-    """Checks that a session is ours alone, unless the settings say that it is not.
-
-    Behind a pooler in transaction mode, what one process has prepared in a session is what another executes there.
-    It is found out where it can be, which is nearly always: two connections that are open at once have one session.
-
-    Args:
-        connection: one that was opened without `pooled`.
-        database_url: where it leads.
-
-    Raises:
-        SettingsError: a pooler in transaction mode stands between.
-        psycopg.OperationalError: Postgres is away.
-    """
-    if _session(connection) == connection.info.backend_pid:
-        return  # no pooler at all: one gives its clients numbers of its own
-    with LimitedConnection.connect(
-        database_url, row_factory=dict_row, **options("outbox check", pooled=True)
-    ) as another:
-        # Once may be chance: on a busy pool the two are given different sessions.
-        if any(_session(another) == _session(connection) for _ in range(20)):
-            raise SettingsError(
-                "DATABASE_URL leads through a connection pooler in transaction mode:"
-                " set OUTBOX_TRANSACTION_POOLING=true, or name Postgres itself"
-            )
-
-
-def _session(connection: Connection) -> int:
-    row = connection.execute(query("session"), prepare=False).fetchone()
-    assert row is not None
-    return int(row["session"])
-
-
-def tell_of_missing_limits(connection: Connection) -> None:
-    """Logs a warning if the sessions behind a pooler lack the limits that we would set, and what gives them some.
-
-    Raises:
-        psycopg.OperationalError: Postgres is away.
-    """
-    if statements := [row["statement"] for row in connection.execute(query("missing_limits"))]:
-        logs.get().warning("sessions have no limits", run="; ".join(statements))
 
 
 def has_heard(connection: psycopg.BaseConnection[Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from outbox import logs, postgres
+from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
 from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
@@ -150,10 +150,10 @@ class Relay:
         if self._settings.transaction_pooling:
             if not self._told_of_polling:
                 logs.get().info("polling without LISTEN", why="OUTBOX_TRANSACTION_POOLING is set")
-                postgres.tell_of_missing_limits(connection)
+                pooler.tell_of_missing_limits(connection)
                 self._told_of_polling = True
             return False
-        postgres.check_unpooled(connection, self._settings.database_url)
+        pooler.check_unpooled(connection, self._settings.database_url)
         try:
             connection.execute(query("listen"))
         except psycopg.Error as error:

@@ -5,7 +5,7 @@ import socket
 
 import uvicorn
 
-from outbox import logs, postgres, start
+from outbox import logs, pooler, postgres, start
 from outbox.endpoints import Address
 from outbox.errors import StartError
 from outbox.outage import one_line
@@ -25,9 +25,9 @@ def main() -> None:
         ) as connection:
             postgres.check_migrated(connection)
             if settings.transaction_pooling:
-                postgres.tell_of_missing_limits(connection)
+                pooler.tell_of_missing_limits(connection)
             else:
-                postgres.check_unpooled(connection, settings.database_url)
+                pooler.check_unpooled(connection, settings.database_url)
     except postgres.AWAY as error:
         logs.get().warning("Postgres is away", error=one_line(error))
 

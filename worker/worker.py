@@ -2,7 +2,7 @@
 
 import time
 
-from outbox import logs, postgres
+from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
 from outbox.context import Context
 from outbox.jobs import Delivery
@@ -77,7 +77,7 @@ class OutboxWorker(RQWorker):
                 ) as connection:
                     postgres.check_migrated(connection)
                     if not self._settings.transaction_pooling:
-                        postgres.check_unpooled(connection, self._settings.database_url)
+                        pooler.check_unpooled(connection, self._settings.database_url)
                     self._postgres.back()
                     self._serve(connection, taken)
             except postgres.AWAY as error:

@@ -1,6 +1,9 @@
 """Postgres by way of PgBouncer in transaction mode, where each transaction may have another session."""
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +12,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from structlog.testing import capture_logs
 
-from outbox import postgres
+from outbox import pooler, postgres
 from outbox.migrate import migrate
 from outbox.queries import query
 from tests.conftest import Connection, short_folder
@@ -78,13 +81,25 @@ def test_without_the_setting_a_sentence_says_what_to_set(stack: Stack, pooled_ur
     assert "Traceback" not in process.text()
 
 
+def test_an_operator_is_told_what_to_set(pooled_url: str) -> None:
+    """As the processes are; with it, the same command works."""
+    command = [sys.executable, "-m", "outbox", "dead", "list"]
+    environment = {**os.environ, "DATABASE_URL": pooled_url}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "set OUTBOX_TRANSACTION_POOLING=true" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    listed = subprocess.run(command, env=environment | POOLED, capture_output=True, text=True, check=True)
+    assert "no dead rows" in listed.stdout
+
+
 def test_in_session_mode_nothing_need_be_set(server_url: str, database_url: str) -> None:
     """There a client has its session for itself, with its limits, hints and prepared statements."""
     with short_folder() as folder, pgbouncer(folder, server_url, "session") as url:
         by_way_of_it = with_database(url, _name(database_url))
         with postgres.connect(by_way_of_it, "test") as connection:
             assert connection.execute(query("session")).fetchone() != {"session": connection.info.backend_pid}
-            postgres.check_unpooled(connection, by_way_of_it)
+            pooler.check_unpooled(connection, by_way_of_it)
 
 
 def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str], str], database_url: str) -> None:
@@ -99,7 +114,7 @@ def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str]
 def test_the_limits_that_the_role_lacks_are_told(bouncer: Callable[[str], str], database_url: str) -> None:
     """Until the role has the limits that sessions otherwise get, a warning says which statements give it them."""
     with postgres.connect(bouncer(database_url), "test", pooled=True) as connection, capture_logs() as lines:
-        postgres.tell_of_missing_limits(connection)
+        pooler.tell_of_missing_limits(connection)
     (line,) = lines
     assert line["event"] == "sessions have no limits"
     idle, lock = line["run"].split("; ")
@@ -126,7 +141,7 @@ def test_a_role_that_has_limits_may_migrate(
         assert second.result(20) == postgres.migrations()
     assert migrate(url) == []
     with postgres.connect(url, "test", pooled=True) as pooled, capture_logs() as lines:
-        postgres.tell_of_missing_limits(pooled)
+        pooler.tell_of_missing_limits(pooled)
     assert lines == []
 
 

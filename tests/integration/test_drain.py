@@ -120,7 +120,12 @@ def test_where_there_is_no_second_connection_the_relay_goes_on_alone(
 ) -> None:
     """A Postgres that lets nobody else in is no outage, and is not asked again at once: it may take seconds."""
     asked = []
-    with socketserver.TCPServer(("127.0.0.1", 0), lambda *_: asked.append(1)) as server:
+
+    class Refusal(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.client_address)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Refusal) as server:
         listening = Thread(target=server.serve_forever)
         listening.start()
         try:
