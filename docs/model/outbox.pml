@@ -260,6 +260,7 @@ proctype Rescue() {
 
 #define IS_IDLE (job[me] == 0 && !runs[me])
 #define HAS_POPPED (job[me] != 0 && !claimed[me])
+#define WAITS (claimed[me] && !runs[me] && outcome == 0)
 #define HANDLES (claimed[me] && runs[me])
 #define HAS_OUTCOME (claimed[me] && outcome != 0)
 #define IS_LEAVING (runs[me] && !claimed[me])
@@ -290,10 +291,25 @@ proctype Worker(bit me) {
         job[me] = delivery;
         lease = (status == running);
         attempt = attempts;
-        claimed[me] = true;
-        runs[me] = true
+        claimed[me] = true
       :: else -> FORGET
       fi
+    }
+
+  /* A thread is free for the row; or none is for so long that it is given back unbegun, at once and for nothing. */
+  :: d_step { WAITS -> runs[me] = true }
+  :: d_step {
+      WAITS && lock == 0 && MAY_FAIL ->
+      FAIL;
+      if
+      :: IS_RUNNING_MINE ->
+        status = pending;
+        attempts = attempt - 1;
+        lease = false;
+        due = true
+      :: else
+      fi;
+      FORGET
     }
 
   /* The handler returns, raises, or raises SkipRetry. */
