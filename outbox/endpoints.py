@@ -75,7 +75,7 @@ def redis_url(value: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError("is not a valid URL; it looks like redis://:password@host:6379/0") from None
-    if not value.lower().startswith(_REDIS_BEGINNINGS):
+    if not value.startswith(_REDIS_BEGINNINGS):
         raise ValueError("must start with redis://, rediss:// or unix://, as in redis://localhost:6379/0")
     if parts.scheme == "unix" and not parts.path:
         raise ValueError("must name a socket, as in unix:///run/redis.sock")

@@ -110,6 +110,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
 
     shared: list[Processor] = [
         _add_bound,
+        structlog.contextvars.merge_contextvars,  # what handlers from elsewhere bind
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         add_process,
@@ -191,9 +192,10 @@ def reset() -> None:
 
 def _to_json(event: EventDict, **_: object) -> str:
     with suppress(ValueError):  # lone surrogates
-        text = to_json(event, fallback=str)
+        text = to_json(event, fallback=str, inf_nan_mode="strings")
         if text.isascii():
             return text.decode()
+        event = json.loads(text)
     return json.dumps(event, default=str, separators=(",", ":"))  # escapes whatever else a terminal might obey
 
 

@@ -1,5 +1,6 @@
 """Whether a connection pooler stands before Postgres, and what its sessions lack."""
 
+import psycopg
 from psycopg.rows import dict_row
 
 from outbox import logs, postgres
@@ -24,15 +25,19 @@ def check_unpooled(connection: Connection, database_url: str) -> None:
     """
     if _session(connection) == connection.info.backend_pid:
         return  # no pooler at all: one gives its clients numbers of its own
-    with postgres.LimitedConnection.connect(
-        database_url, row_factory=dict_row, **postgres.options("outbox check", pooled=True)
-    ) as another:
-        # Once may be chance: on a busy pool the two are given different sessions.
-        if any(_session(another) == _session(connection) for _ in range(20)):
-            raise SettingsError(
-                "DATABASE_URL leads through a connection pooler in transaction mode:"
-                " set OUTBOX_TRANSACTION_POOLING=true, or name Postgres itself"
-            )
+    try:
+        with postgres.LimitedConnection.connect(
+            database_url, row_factory=dict_row, **postgres.options("outbox check", pooled=True)
+        ) as another:
+            # Once may be chance: on a busy pool the two are given different sessions.
+            is_shared = any(_session(another) == _session(connection) for _ in range(20))
+    except psycopg.OperationalError:
+        return  # in session mode, a pool may have none to spare
+    if is_shared:
+        raise SettingsError(
+            "DATABASE_URL leads through a connection pooler in transaction mode:"
+            " set OUTBOX_TRANSACTION_POOLING=true, or name Postgres itself"
+        )
 
 
 def _session(connection: Connection) -> int:

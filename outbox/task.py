@@ -5,15 +5,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from outbox.errors import PayloadError, TaskError
-
-if TYPE_CHECKING:
-    pass
 
 P = TypeVar("P", bound=BaseModel)
 

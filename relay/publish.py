@@ -1,5 +1,6 @@
 """Handing pending rows over to Redis."""
 
+import logging
 from typing import Any
 
 import redis
@@ -98,7 +99,14 @@ def publish(
         if rows:
             rows.sort(key=lambda row: (row["run_at"], row["id"]))
             write_jobs(client, rows)
+    _tell(rows)
+    return len(rows)
+
+
+def _tell(rows: list[Row]) -> None:
     log = logs.get()
+    if not log.is_enabled_for(logging.INFO):
+        return
     for row in rows:
         log.info(
             "enqueued task",
@@ -110,7 +118,6 @@ def publish(
             delivery=row["delivery"],
             request_id=row["request_id"],
         )
-    return len(rows)
 
 
 def write_jobs(client: redis.Redis, rows: list[Row]) -> None:

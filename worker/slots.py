@@ -38,7 +38,7 @@ class Slots:
         self._held: dict[Delivery, Claim] = {}
         """The rows whose outcome has not been put."""
         self._undecided: dict[Delivery, Claim] = {}
-        """The same, but for those whose outcome is being put: whoever takes a row out says what becomes of it."""
+        """The same, but for those whose outcome is being put."""
         self._pace = _Pace(count)
         self._begun = 0
         self._changed = Condition()
@@ -98,12 +98,14 @@ class Slots:
             self._is_late = now - since > PATIENCE
             # The lease of one that has waited long may end before its handler would.
             outcome = self._handle(claimed) if now - since < OVERTIME else given_back(claimed)
-            if self._undecided.pop(claimed.delivery, None):
-                self._put(outcome)
+            self._undecided.pop(claimed.delivery, None)
+            self._put(outcome)
             self._held.pop(claimed.delivery, None)
             if len(self._held) <= self._wake_at:
                 with self._changed:
-                    self._changed.notify()
+                    if len(self._held) <= self._wake_at:
+                        self._wake_at = -1  # or every thread would notify, until who waits has the interpreter
+                        self._changed.notify()
 
     @property
     def are_stuck(self) -> bool:
@@ -134,7 +136,10 @@ class Slots:
         return list(self._held.values())
 
     def give_up(self, outcome_of: Callable[[Claim], Outcome]) -> list[Claim]:
-        """Puts an outcome for every row whose handler has not ended, and returns these rows."""
+        """Puts an outcome for every row whose handler has not ended, and returns these rows.
+
+        A handler that ends after all puts its own as well, later.
+        """
         given_up: dict[Delivery, Claim] = {}
         for delivery in list(self._undecided):
             if claimed := self._undecided.pop(delivery, None):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import psycopg
 import pytest
@@ -100,6 +101,17 @@ def test_in_session_mode_nothing_need_be_set(server_url: str, database_url: str)
         with postgres.connect(by_way_of_it, "test") as connection:
             assert connection.execute(query("session")).fetchone() != {"session": connection.info.backend_pid}
             pooler.check_unpooled(connection, by_way_of_it)
+
+
+def test_in_session_mode_one_session_is_enough(
+    server_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the pool has no second one to spare, nothing can be found out, and the work is done all the same."""
+    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
+    with short_folder() as folder, pgbouncer(folder, server_url, "session") as url, ExitStack() as stack:
+        by_way_of_it = with_database(url, _name(database_url))
+        connections = [stack.enter_context(postgres.connect(by_way_of_it, "test")) for _ in range(4)]
+        pooler.check_unpooled(connections[0], by_way_of_it)
 
 
 def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str], str], database_url: str) -> None:

@@ -112,7 +112,6 @@ def test_redis_holds_no_payload_and_no_code(
         assert b"\x80" not in everything
 
 
-@pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning")  # rq-scheduler's own
 def test_a_payload_that_python_cannot_read_is_handed_over(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
@@ -123,6 +122,7 @@ def test_a_payload_that_python_cannot_read_is_handed_over(
     assert lines[0]["payload"] == '{"n": 1' + "0" * 5000 + "}"
 
 
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning")  # rq-scheduler's own
 def test_a_row_whose_time_has_not_come_is_scheduled(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 SET_UP = "from outbox import logs; logs.configure('test', 'info', {!r}); "
 
 
@@ -69,3 +71,21 @@ def test_what_no_terminal_can_show_takes_no_other_line_along() -> None:
     lines = _run(code, "console").stdout.splitlines()
     assert sum("fine" in line for line in lines) == 200
     assert sum("half \\ud800" in line for line in lines) == 200
+
+
+def test_a_number_that_is_too_large_leaves_the_line_json() -> None:
+    """A payload may hold one that no program can read; whoever reads logs strictly can read its line."""
+    code = "[logs.get().info(text, payload=logs.stored('{\"n\": ' + '1' * 400 + '.5}')) for text in ('plain', 'h\xe9')]"
+    for line in _run(code).stdout.splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["payload"] == {"n": "Infinity"}
+
+
+def test_what_a_foreign_handler_binds_is_in_its_lines() -> None:
+    """With structlog's own means, as with ours; a line's own fields win."""
+    code = (
+        "import structlog; structlog.contextvars.bind_contextvars(tenant=7)\n"
+        "with logs.bound(row=1, tenant=8): logs.get().info('x', row=2)\n"
+        "logs.get().info('y')"
+    )
+    first, second = map(json.loads, _run(code).stdout.splitlines())
+    assert (first["row"], first["tenant"], second["tenant"], "row" in second) == (2, 8, 7, False)

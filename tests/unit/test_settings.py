@@ -111,6 +111,7 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
                 "unix://",
                 "unix:/run/redis.sock",
                 "redis:localhost",
+                "REDIS://localhost",
                 "redis://[h",
             ),
             *(

@@ -160,3 +160,13 @@ def test_what_does_not_end_is_given_up(crew: Crew, ends: bool) -> None:  # noqa:
     given_up = crew.slots.give_up(outcome_of)
     assert len(given_up) == (0 if ends else 2)
     assert [outcome.status for outcome in crew.put] == ["done" if ends else "pending"] * 2
+
+
+def test_a_handler_that_ends_after_it_was_given_up_has_its_say(crew: Crew) -> None:
+    """Its mail is out: where nothing has been written yet, the row is done after all."""
+    crew.begin(1, 2)
+    eventually(lambda: len(crew.begun) == 2, 5)
+    crew.slots.give_up(lambda claimed: Outcome(claimed.delivery, "pending", 0))
+    crew.may_end.set()
+    eventually(lambda: [outcome.status for outcome in crew.put] == ["pending"] * 2 + ["done"] * 2, 5)
+    assert not crew.slots.unfinished
