@@ -52,8 +52,9 @@ steady *arguments: setup-bench
 model:
     @docs/model/check.sh
 
-# Check formatting, lint, types and import rules
+# Check the pinned dependencies, formatting, lint, types and import rules
 check: setup-bench
+    {{ bin }}/python -m pip check
     {{ bin }}/ruff format --check .
     {{ bin }}/ruff check .
     {{ bin }}/mypy
@@ -92,12 +93,15 @@ wheel: setup
 image:
     docker build -t outbox-service .
 
+# The locks are complete, so pip need not look for dependencies: where it does, it takes the newest coverage for
+# pytest-cov's coverage[toml], whatever the lock has pinned, and fails for want of its hash.
+
 # Install what requirements.lock pins into .venv, unless that is done
 setup:
     @if [ ! -x {{ bin }}/python ]; then python3 -m venv .venv; fi
     @if [ -z "$(find .venv/.installed -newer requirements.lock -newer pyproject.toml 2>/dev/null)" ]; then \
         echo "Installing the pinned dependencies into .venv …"; \
-        {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock; \
+        {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements.lock; \
         {{ bin }}/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .; \
         touch .venv/.installed; \
     fi
@@ -105,6 +109,6 @@ setup:
 # Install the peers of the bench on top
 setup-bench: setup
     @if [ -z "$(find .venv/.bench-installed -newer .venv/.installed -newer requirements-bench.lock 2>/dev/null)" ]; then \
-        {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-bench.lock; \
+        {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements-bench.lock; \
         touch .venv/.bench-installed; \
     fi
