@@ -25,7 +25,7 @@ MAX_BODY = 64 * 1024
 def create_app(settings: ServiceSettings) -> Litestar:
     """Returns the ASGI application; it connects to Postgres when it is started."""
     pool = create_pool(settings)
-    wakeup = Wakeup(pool)
+    wakeup = Wakeup(pool, settings.verify_email_delay)
     store = Store(pool, wakeup, settings, Outage("Postgres"))
     passwords = Passwords(settings.hash_queue)
     sign_up = SignUp(passwords, store)

@@ -10,13 +10,25 @@ from outbox.queries import query
 
 DEBOUNCE = 0.005
 """Seconds between two hints of one process, at least."""
+LONGEST_DEBOUNCE = 1.0
+"""The same, at most: a relay at default settings would look of itself by then."""
+PART_OF_DELAY = 0.1
+"""How much of its delay a row may wait for a hint. Rows that have to wait anyway share one: sent for each of them, it
+costs as much of the service's rate as writing them."""
+
+
+def debounce(delay: float) -> float:
+    """Returns the seconds between two hints, at least, where rows are due `delay` seconds after their commit."""
+    return min(LONGEST_DEBOUNCE, max(DEBOUNCE, delay * PART_OF_DELAY))
 
 
 class Wakeup:
     """One task that sends a NOTIFY for any number of commits since the last."""
 
-    def __init__(self, pool: AsyncConnectionPool[Any]) -> None:
+    def __init__(self, pool: AsyncConnectionPool[Any], delay: float) -> None:
+        """Takes the connections, and the delay of the rows that are committed, in seconds."""
         self._pool = pool
+        self._debounce = debounce(delay)
         self._committed = asyncio.Event()
 
     def hint(self) -> None:
@@ -33,4 +45,4 @@ class Wakeup:
                     await connection.execute(query("notify_relays"))
             except psycopg.Error:
                 pass
-            await asyncio.sleep(DEBOUNCE)
+            await asyncio.sleep(self._debounce)

@@ -1,0 +1,57 @@
+"""The hint that the service gives to the relays."""
+
+import time
+
+import pytest
+
+from outbox.queries import query
+from outbox.settings import ServiceSettings
+from service.wakeup import debounce
+from tests.conftest import Connection
+from tests.integration.test_http_behaviour import serve
+
+
+def _hints(connection: Connection, seconds: float, stop_after: int | None = None) -> int:
+    return sum(1 for _ in connection.notifies(timeout=seconds, stop_after=stop_after))
+
+
+def _with_delay(settings: ServiceSettings, delay: float) -> ServiceSettings:
+    return settings.model_copy(update={"verify_email_delay": delay})
+
+
+def test_a_row_that_is_due_is_hinted_at_once(service_settings: ServiceSettings, connection: Connection) -> None:
+    """Without a delay, every user's commit is followed by a hint of its own."""
+    connection.execute(query("listen"))
+    with serve(_with_delay(service_settings, 0)) as api:
+        for number in range(3):
+            assert api.create(f"alice_{number}").status_code == 201
+            assert _hints(connection, 5, stop_after=1) == 1
+
+
+def test_rows_that_wait_anyway_share_a_hint(service_settings: ServiceSettings, connection: Connection) -> None:
+    """With a delay of 10 s, the first of many commits is hinted at once and the others within a second, by one more."""
+    connection.execute(query("listen"))
+    with serve(_with_delay(service_settings, 10)) as api:
+        assert api.create("alice").status_code == 201
+        assert _hints(connection, 5, stop_after=1) == 1
+        first = time.monotonic()
+        for number in range(5):
+            assert api.create(f"alice_{number}").status_code == 201
+        seconds = int(time.monotonic() - first)
+        assert 1 <= _hints(connection, 2) <= 1 + seconds
+
+
+def test_a_refused_user_gives_no_hint(service_settings: ServiceSettings, connection: Connection) -> None:
+    """What was rolled back wakes nobody."""
+    connection.execute(query("listen"))
+    with serve(_with_delay(service_settings, 0)) as api:
+        assert api.create("alice").status_code == 201
+        assert _hints(connection, 5, stop_after=1) == 1
+        assert api.create("alice").status_code == 409
+        assert _hints(connection, 0.3) == 0
+
+
+@pytest.mark.parametrize(("delay", "seconds"), [(0, 0.005), (0.01, 0.005), (1, 0.1), (10, 1.0), (86_400, 1.0)])
+def test_the_debounce_is_a_tenth_of_the_delay(delay: float, seconds: float) -> None:
+    """It is 5 ms at least and a second at most."""
+    assert debounce(delay) == seconds
