@@ -1,6 +1,6 @@
 """Big tables for the bench, made quickly: rows as the processes would have left them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, LiteralString
@@ -17,23 +17,23 @@ _CONNECTIONS = 2
 _PENDING = """
 INSERT INTO outbox (task, payload, queue, max_retries, request_id)
 SELECT 'send_verify_email', jsonb_build_object('username', 'user_' || number),
-       CASE number %% 2 WHEN 0 THEN 'critical' ELSE 'default' END, 10, md5(number::text)
-FROM generate_series(%s::bigint, %s) AS number
+       queues[1 + number %% cardinality(queues)], 10, md5(number::text)
+FROM generate_series(%(first)s::bigint, %(last)s) AS number, (VALUES (%(queues)s::text[])) AS given (queues)
 """
 _DONE = """
 INSERT INTO outbox (task, payload, queue, max_retries, request_id, status, delivery, attempts, worker,
                     run_at, created_at, enqueued_at, started_at, done_at)
 SELECT 'send_verify_email', jsonb_build_object('username', 'user_' || number), 'critical', 10, md5(number::text),
        'done', 1, 1, '00000000000000000000000000000000', at, at, at, at, at
-FROM generate_series(%s::bigint, %s) AS number,
+FROM generate_series(%(first)s::bigint, %(last)s) AS number,
      LATERAL (SELECT now() - make_interval(secs => number * 0.001) AS at) AS times
 """
 """A millisecond apart: ten million are within three hours, and younger than any retention."""
 
 
-def add_pending(database_url: str, rows: int) -> None:
-    """Adds due rows, half of them for either queue."""
-    _insert(database_url, _PENDING, rows)
+def add_pending(database_url: str, rows: int, queues: Sequence[str] = ("critical", "default")) -> None:
+    """Adds due rows, as many for each of the queues."""
+    _insert(database_url, _PENDING, rows, queues=list(queues))
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("VACUUM (ANALYZE) outbox")
 
@@ -87,13 +87,13 @@ def clone(bench: Bench, database_url: str) -> str:
     return copy
 
 
-def _insert(database_url: str, statement: LiteralString, rows: int) -> None:
+def _insert(database_url: str, statement: LiteralString, rows: int, **parameters: object) -> None:
     share = -(-rows // _CONNECTIONS)
-    parts = [(first, min(first + share - 1, rows)) for first in range(1, rows + 1, share)]
+    parts = [{"first": first, "last": min(first + share - 1, rows)} for first in range(1, rows + 1, share)]
 
-    def insert(part: tuple[int, int]) -> None:
+    def insert(part: dict[str, int]) -> None:
         with psycopg.connect(database_url, autocommit=True) as connection:
-            connection.execute(statement, part)
+            connection.execute(statement, {**parameters, **part})
 
     with ThreadPoolExecutor(_CONNECTIONS) as threads:
         list(threads.map(insert, parts))

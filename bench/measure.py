@@ -25,8 +25,8 @@ class Figure:
     target: str | None = None
     """What this project is to reach, in words; shown beside the figures."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Raw material, JSON only, for notes and for `bench.pictures`, which draws what has `quantiles` and `rate`, `rates`
-    (a list of [rows done before, rate]) or `by_number` (a list of [processes, rate])."""
+    """Raw material, JSON only, for notes and for `bench.pictures`, which draws what has `quantiles` and `rate`, or a
+    `curve`: what it goes `by`, and its `points` (a list of [size, rate])."""
 
     @property
     def ours(self) -> str:

@@ -136,14 +136,13 @@ def _duration(milliseconds: float, _: object) -> str:
 
 
 def _draw_scale(figures: Sequence[Figure], path: Path) -> bool:
-    drawn = [figure for figure in figures if "rates" in figure.extra or "by_number" in figure.extra]
+    drawn = [figure for figure in figures if "curve" in figure.extra]
     if not drawn:
         return False
-    picture, panels = plt.subplots(
-        1, len(drawn), figsize=(1.5 + 3.6 * len(drawn), 3.8), squeeze=False, layout="constrained"
-    )
-    for axes, colour, figure in zip(panels[0], _COLOURS, drawn, strict=False):
-        points = figure.extra.get("rates") or figure.extra["by_number"]
+    rows = -(-len(drawn) // 2)
+    picture, panels = plt.subplots(rows, 2, figsize=(9, 3.6 * rows), squeeze=False, layout="constrained")
+    for axes, colour, figure in zip(panels.flat, _COLOURS, drawn, strict=False):
+        points = figure.extra["curve"]["points"]
         rates = [rate for _, rate in points]
         axes.errorbar(
             range(len(points)),
@@ -158,10 +157,12 @@ def _draw_scale(figures: Sequence[Figure], path: Path) -> bool:
         axes.set_xticks(range(len(points)), [_count(number) for number, _ in points])
         axes.set_xlim(-0.4, len(points) - 0.6)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("rows done, still in the table" if "rates" in figure.extra else "processes on one machine")
+        axes.set_xlabel(figure.extra["curve"]["by"])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         _grid(axes)
-    panels[0][0].set_ylabel("rows per second: median, least, most")
+    for empty in panels.flat[len(drawn) :]:
+        empty.set_visible(False)
+    picture.supylabel("rows per second: median, least, most", fontsize=10)
     return _save(picture, path)
 
 
@@ -176,7 +177,7 @@ def _spread(figure: Figure, medians: list[float]) -> list[list[float]]:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1_000_000:g} million" if number >= 1_000_000 else str(number)
+    return f"{number / 1_000_000:g} million" if number >= 1_000_000 else f"{number:,}"
 
 
 def _grid(axes: Axes) -> None:
