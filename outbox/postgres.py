@@ -47,10 +47,12 @@ connections open, so that libpq's limits see nothing. Longer than the limit for 
 class LimitedConnection(psycopg.Connection[dict[str, Any]]):
     """A connection that is closed when Postgres does not answer in time: to its user, an outage like any other."""
 
+    answer_limit = ANSWER_LIMIT
+
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Waits for an answer, `timeout` or else ANSWER_LIMIT seconds."""
+        """Waits for an answer, `timeout` or else `answer_limit` seconds."""
         try:
-            return super().wait(gen, interval, ANSWER_LIMIT if timeout is None else timeout)
+            return super().wait(gen, interval, self.answer_limit if timeout is None else timeout)
         except psycopg.OperationalError as error:
             raise_hung(self, error)
             raise
@@ -64,7 +66,7 @@ def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.Operation
     """
     if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
         connection.pgconn.finish()
-        raise psycopg.OperationalError(f"no answer within {ANSWER_LIMIT:g} s") from error
+        raise psycopg.OperationalError("no answer in time") from error
 
 
 def options(name: str, *, pooled: bool) -> dict[str, Any]:
@@ -79,18 +81,22 @@ def options(name: str, *, pooled: bool) -> dict[str, Any]:
     return {"autocommit": True, "application_name": name, **unprepared, **LIMITS}
 
 
-def connect(database_url: str, name: str, *, pooled: bool = False) -> Connection:
+def connect(
+    database_url: str, name: str, *, pooled: bool = False, answer_limit: float = ANSWER_LIMIT
+) -> LimitedConnection:
     """Opens a connection in autocommit mode whose rows are dictionaries.
 
     Args:
         database_url: where to.
         name: shown by `pg_stat_activity` as the application's name.
         pooled: whether that leads through a pooler in transaction mode.
+        answer_limit: seconds that a statement may take.
 
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
     """
     connection = LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
+    connection.answer_limit = answer_limit
     if not pooled:
         connection.execute(query("limit_session"))
     return connection

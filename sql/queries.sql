@@ -88,7 +88,7 @@ WITH room AS (
                             * make_interval(secs => %(horizon)s)
     ORDER BY run_at, id
     LIMIT (SELECT least(%(batch)s, rows) FROM room)
-    FOR UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE outbox
 SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
@@ -134,7 +134,7 @@ WHERE status = 'enqueued' AND enqueued_at < now() - make_interval(secs => %(grac
 -- Takes back rows whose job Redis no longer holds. The delivery is the one that was looked for in Redis:
 -- a row that was claimed or handed over meanwhile is left alone.
 WITH locked AS MATERIALIZED (
-    SELECT id, delivery, status FROM outbox WHERE id = ANY (%(ids)s) FOR UPDATE SKIP LOCKED
+    SELECT id, delivery, status FROM outbox WHERE id = ANY (%(ids)s) FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE outbox SET status = 'pending'
 WHERE id = ANY (ARRAY(
@@ -153,7 +153,7 @@ FROM outbox
 WHERE status = 'running' AND lease_until < now()
 ORDER BY lease_until
 LIMIT %(batch)s
-FOR UPDATE SKIP LOCKED;
+FOR NO KEY UPDATE SKIP LOCKED;
 
 
 -- name: retention
@@ -181,12 +181,13 @@ GROUP BY queue;
 -- The worker's claim: locks first and judges after, in one statement. The lock waits for a relay that has published but
 -- not yet committed, and then sees the newest version of the row; an UPDATE … WHERE status = 'enqueued' would not see it
 -- and lose the job. The lease counts from the update: the statement may have waited for a lock since its now().
+-- No lock of these statements is one that a foreign key to the outbox would wait for, or they for it.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, task, payload, queue, status, attempts, max_retries, timeout, request_id, run_at <= now() AS due
     FROM outbox
     WHERE id = ANY (%(ids)s)
     ORDER BY id
-    FOR UPDATE
+    FOR NO KEY UPDATE
 ), claimed AS (
     UPDATE outbox
     SET status = 'running', attempts = attempts + 1, worker = %(worker)s,
@@ -206,9 +207,9 @@ FROM locked LEFT JOIN claimed USING (id);
 -- name: renew_leases
 -- Keeps the leases of all that a worker runs. As in every statement that is given ids, the rows are found by their ids
 -- alone and judged once they are locked: a planner that believes that hardly any row is running would else read all
--- running rows for every id.
+-- running rows for every id. A row that somebody else has locked waits for the next time, and holds up no other.
 WITH locked AS MATERIALIZED (
-    SELECT id, delivery, status FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR UPDATE
+    SELECT id, delivery, status FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE outbox SET lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
 WHERE id = ANY (ARRAY(
@@ -220,9 +221,13 @@ WHERE id = ANY (ARRAY(
 
 -- name: mark
 -- Writes what became of a batch of attempts, by their worker or by the rescue; returns the rows that were still
--- this delivery's to write.
+-- this delivery's to write, and that nobody else had locked.
 WITH locked AS MATERIALIZED (
-    SELECT id, delivery, status AS before FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR UPDATE
+    SELECT id, delivery, status AS before
+    FROM outbox
+    WHERE id = ANY (%(ids)s)
+    ORDER BY id
+    FOR NO KEY UPDATE SKIP LOCKED
 ), outcome AS MATERIALIZED (
     SELECT job.*
     FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[], %(statuses)s::text[],
@@ -241,6 +246,14 @@ SET status = outcome.status,
 FROM outcome
 WHERE outbox.id = outcome.id
 RETURNING outbox.id, outbox.delivery;
+
+
+-- name: still_running
+-- Which of these are still their delivery's to write: of those that a mark has passed over, somebody has locked them.
+SELECT id, delivery
+FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery)
+JOIN outbox USING (id, delivery)
+WHERE id = ANY (%(ids)s) AND status = 'running';
 
 
 -- name: count_dead
@@ -289,7 +302,7 @@ WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
 -- Gives dead rows all their attempts again, from now on. Their delivery goes on counting: it is the fence.
 -- Of two operators who retry a row at the same moment, the second waits and then finds it dead no more.
 WITH dead AS (
-    SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR UPDATE
+    SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR NO KEY UPDATE
 )
 UPDATE outbox
 SET status = 'pending', attempts = 0, run_at = now(), lease_until = NULL, worker = NULL

@@ -98,7 +98,7 @@ class OutboxWorker(RQWorker):
         if self._slots.are_stuck:
             self._give_back_waiting()
         # Without marks and renewed leases, what is done here would be done again elsewhere.
-        if not self._marker.healthy.wait(1) or not (room := self._slots.wait_for_room(1)):
+        if not self._marker.is_healthy(1) or not (room := self._slots.wait_for_room(1)):
             return []
         try:
             self.beat(busy=self.has_unfinished)

@@ -14,7 +14,7 @@ from outbox.jobs import Delivery
 from outbox.up.embedded import EmbeddedServer
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
-from tests.support.processes import take_down
+from tests.support.processes import frozen, take_down
 from tests.support.waiting import eventually
 from worker.attempt import Outcome
 from worker.claim import Claim, claim
@@ -82,6 +82,87 @@ def test_a_late_outcome_writes_nothing(connection: Connection, marker: Marker, c
     assert [(line["event"], line["row"]) for line in lines] == [("dropped outcome", one.delivery.row)]
 
 
+def test_a_row_that_somebody_has_locked_holds_up_no_other(
+    connection: Connection, database_url: str, marker: Marker
+) -> None:
+    """The others are marked and keep their leases meanwhile; its own outcome waits, is told of once, and is written."""
+    locked, done, running = claimed(connection, 3)
+    marker.hold([locked, done, running])
+    with capture_logs() as lines, postgres.connect(database_url, "test") as stranger:
+        with stranger.transaction():
+            stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row])
+            marker.put(Outcome(locked.delivery, "done", 1))
+            marker.put(Outcome(done.delivery, "done", 1))
+            eventually(lambda: read_row(connection, done.delivery)["status"] == "done", 2)
+            lease = read_row(connection, running.delivery)["lease_until"]
+            eventually(lambda: read_row(connection, running.delivery)["lease_until"] > lease, 2, "it is renewed")
+            eventually(lambda: [line for line in lines if line["event"] == "marks wait for a lock"], 5)
+            assert marker.is_healthy(0)
+            assert locked.delivery in marker.held()
+        eventually(lambda: read_row(connection, locked.delivery)["status"] == "done", 2)
+    assert [line["event"] for line in lines] == ["marks wait for a lock"]
+
+
+def test_a_reference_to_a_row_holds_up_nothing(connection: Connection, database_url: str, marker: Marker) -> None:
+    """The lock that a foreign key takes lets the row be claimed, renewed and marked."""
+    delivery = add_row(connection)
+    with postgres.connect(database_url, "test") as stranger, stranger.transaction():
+        stranger.execute("SELECT FROM outbox FOR KEY SHARE")
+        connection.execute("SET lock_timeout = '2s'")
+        marker.hold(claim(connection, [delivery], "me", 1))
+        lease = read_row(connection, delivery)["lease_until"]
+        eventually(lambda: read_row(connection, delivery)["lease_until"] > lease, 2, "it is renewed")
+        marker.put(Outcome(delivery, "done", 1))
+        eventually(lambda: read_row(connection, delivery)["status"] == "done", 2)
+
+
+def test_who_gets_no_answer_is_not_healthy(own_postgres: EmbeddedServer) -> None:
+    """A Postgres that hangs is noticed after a third of the lease, so that nothing more is begun, and so is its end."""
+    with postgres.connect(own_postgres.url, "test") as connection:
+        one = claimed(connection)
+    marker = Marker(own_postgres.url, lease=1.5)
+    marker.start()
+    marker.hold(one)
+    assert marker.is_healthy(10)
+    with frozen(own_postgres):
+        eventually(lambda: not marker.is_healthy(0), 3, "it waits for an answer")
+    eventually(lambda: marker.is_healthy(0), 10, "it has one")
+    marker.put(Outcome(one[0].delivery, "done", 1))
+    assert marker.close(10) == []
+
+
+def test_every_outage_is_told_of(own_postgres: EmbeddedServer) -> None:
+    """Of a worker that has nothing to mark too: the second outage is as new as the first."""
+    with postgres.connect(own_postgres.url, "test") as connection:
+        marker = Marker(own_postgres.url, lease=1)
+        marker.hold(claimed(connection))
+    marker.start()
+    with capture_logs() as lines:
+        for outages in (1, 2):
+            assert marker.is_healthy(20)
+            take_down(own_postgres)
+            eventually(lambda: not marker.is_healthy(0), 10, "it has lost Postgres")
+            own_postgres.restart()
+            eventually(lambda: marker.is_healthy(0), 20, "it has Postgres again")
+            assert [line["event"] for line in lines] == ["marks wait for Postgres"] * outages
+    marker.close(5)
+
+
+def test_nothing_to_write_needs_no_postgres(own_postgres: EmbeddedServer) -> None:
+    """While Postgres is away, a marker without outcomes ends at once."""
+    with postgres.connect(own_postgres.url, "test") as connection:
+        marker = Marker(own_postgres.url, lease=1)
+        marker.hold(claimed(connection))
+    marker.start()
+    assert marker.is_healthy(10)
+    take_down(own_postgres)
+    eventually(lambda: not marker.is_healthy(0), 10, "it has lost Postgres")
+    started = time.monotonic()
+    assert marker.close(10) == []
+    assert time.monotonic() - started < 2
+    own_postgres.restart()
+
+
 def test_the_newest_outcome_of_a_delivery_counts(connection: Connection, database_url: str) -> None:
     """A handler that ends just after its row was given back has done its work: it is not done again."""
     marker = Marker(database_url, lease=1)
@@ -93,11 +174,10 @@ def test_the_newest_outcome_of_a_delivery_counts(connection: Connection, databas
     assert read_row(connection, delivery)["status"] == "done"
 
 
-def test_leases_are_kept_until_the_time_limit_is_overrun(
-    connection: Connection, marker: Marker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leases_are_kept_until_the_time_limit_is_overrun(connection: Connection, database_url: str) -> None:
     """A lease of one second is renewed as long as the attempt may take, and then no more."""
-    monkeypatch.setattr("worker.mark.OVERTIME", 0.5)
+    marker = Marker(database_url, lease=1, overtime=0.5)
+    marker.start()
     patient = claim(connection, [add_row(connection)], "me", 1)
     overrun = claim(connection, [add_row(connection, timeout=1)], "me", 1)
     marker.hold([*patient, *overrun])
@@ -115,6 +195,7 @@ def test_leases_are_kept_until_the_time_limit_is_overrun(
     assert read_row(connection, patient[0].delivery)["lease"] > 0
     marker.put(Outcome(patient[0].delivery, "done", 1))
     eventually(lambda: patient[0].delivery not in marker.held())
+    marker.close(5)
 
 
 def test_outcomes_wait_for_postgres(own_postgres: EmbeddedServer) -> None:
@@ -140,11 +221,11 @@ def test_outcomes_that_waited_for_postgres_may_come_too_late(
     """A row that another worker got while this one could not reach Postgres stays the other's, whatever is kept."""
     claims = claimed(connection, 3)
     marker.hold(claims)
-    eventually(marker.healthy.is_set)
+    assert marker.is_healthy(10)
 
     with capture_logs() as lines:
         with unreachable(connection, server_url):
-            eventually(lambda: not marker.healthy.is_set(), 10, "it has lost Postgres")
+            eventually(lambda: not marker.is_healthy(0), 10, "it has lost Postgres")
             marker.put(Outcome(claims[0].delivery, "done", 1))
             marker.put(Outcome(claims[1].delivery, "pending", 1, delay=100, error="late"))
             marker.put(Outcome(claims[2].delivery, "dead", 1, error="late"))
