@@ -28,6 +28,12 @@ LISTEN outbox;
 SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false);
 
 
+-- name: limit_claims
+-- A worker's session that claims waits for a lock less long: what it waits for is a relay that is about to commit, and
+-- meanwhile the worker begins nothing.
+SELECT set_config('lock_timeout', '1s', false);
+
+
 -- name: session
 -- Which of the server's sessions this is.
 SELECT pg_backend_pid() AS session;

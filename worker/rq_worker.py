@@ -47,6 +47,10 @@ class RQWorker(BaseWorker):
         self._commands: PubSubWorkerThread | None = None
         self._beat_at = 0.0
 
+    def _set_connection(self, connection: redis.Redis) -> redis.Redis:
+        """Leaves the client its own time limits: RQ would make a Redis that hangs go unnoticed for seven minutes."""
+        return connection
+
     def _install_signal_handlers(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.request_stop)

@@ -1,26 +1,33 @@
 """The worker's loop: it takes jobs, claims their rows, runs them, and gives back what it cannot end."""
 
 import time
+from threading import Thread
+
+import psycopg
 
 from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
 from outbox.context import Context
 from outbox.jobs import Delivery
-from outbox.outage import Outage
+from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
+from outbox.queries import query
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
 from worker.attempt import Outcome, attempt, given_back
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
 from worker.mail import Mailer
-from worker.mark import Marker
+from worker.mark import OVERTIME, Marker
 from worker.rq_worker import RQWorker
 from worker.slots import Slots
 from worker.take import Queues, Suspended
 
 MARKING_TIME = 5.0
 """Seconds that the last marks may take when the worker stops, even if its grace is over."""
+
+SIGNING_OFF_TIME = 1.0
+"""Seconds that Redis may take to hear that the worker is gone; if it does not, the registration runs out by itself."""
 
 LEAVING_TIME = MARKING_TIME + 1
 """Seconds after which a row that was given back may be handed over again: by then this process has exited, and with
@@ -40,9 +47,15 @@ class OutboxWorker(RQWorker):
         self._registry = registry
         self._queues = Queues(client, settings.queues)
         self._redis = Outage("Redis")
+        self._is_suspended = False
         self._mailer = Mailer(settings)
         self._postgres = Outage("Postgres")
-        self._marker = Marker(settings.database_url, settings.lease, pooled=settings.transaction_pooling)
+        self._marker = Marker(
+            settings.database_url,
+            settings.lease,
+            pooled=settings.transaction_pooling,
+            overtime=OVERTIME + settings.smtp_timeout,  # its time limit strikes an attempt after a step, not within
+        )
         self._database = HandlerPool(settings.database_url, pooled=settings.transaction_pooling)
         self._slots = Slots(settings.concurrency, self._handle, self._marker.put)
 
@@ -78,6 +91,7 @@ class OutboxWorker(RQWorker):
                     postgres.check_migrated(connection)
                     if not self._settings.transaction_pooling:
                         pooler.check_unpooled(connection, self._settings.database_url)
+                        connection.execute(query("limit_claims"))
                     self._postgres.back()
                     self._serve(connection, taken)
             except postgres.AWAY as error:
@@ -88,11 +102,19 @@ class OutboxWorker(RQWorker):
             if not taken:
                 taken += self._take()
             if taken:
-                claims = claim(connection, taken, self.name, self._settings.lease)
+                claims = self._claim(connection, taken)
                 taken.clear()
                 self._marker.hold(claims)
                 for claimed in self._slots.begin(claims):
                     self._marker.put(given_back(claimed))
+
+    def _claim(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
+        try:
+            return claim(connection, taken, self.name, self._settings.lease)
+        except psycopg.errors.LockNotAvailable as error:
+            # The sweep hands them over again, but for those that are still locked: nobody need wait for these.
+            logs.get().warning("claims wait for a lock", error=one_line(error), jobs=len(taken))
+            return []
 
     def _take(self) -> list[Delivery]:
         if self._slots.are_stuck:
@@ -105,6 +127,7 @@ class OutboxWorker(RQWorker):
             deliveries = self._queues.take(room) or self._queues.wait()
         except Suspended:
             self._redis.back()
+            self._tell_of_suspension(is_suspended=True)
             self.stopping.wait(1)
             return []
         except outbox_redis.AWAY as error:
@@ -112,7 +135,15 @@ class OutboxWorker(RQWorker):
             self.stopping.wait(self._redis.away(error))
             return []
         self._redis.back()
+        self._tell_of_suspension(is_suspended=False)
         return deliveries
+
+    def _tell_of_suspension(self, *, is_suspended: bool) -> None:
+        if is_suspended and not self._is_suspended:
+            logs.get().warning("suspended", why="'rq suspend' was given, or somebody has set its key; see 'rq resume'")
+        elif self._is_suspended and not is_suspended:
+            logs.get().info("resumed")
+        self._is_suspended = is_suspended
 
     def _handle(self, claimed: Claim) -> Outcome:
         context = Context(
@@ -124,6 +155,11 @@ class OutboxWorker(RQWorker):
         )
         return attempt(claimed, self._registry, context)
 
+    def _sign_off_in_time(self) -> None:
+        signing_off = Thread(target=self.sign_off, daemon=True)
+        signing_off.start()
+        signing_off.join(SIGNING_OFF_TIME)
+
     def _give_back_waiting(self) -> None:
         for claimed in self._slots.take_back():
             self._marker.put(given_back(claimed))
@@ -134,7 +170,7 @@ class OutboxWorker(RQWorker):
         self._give_back_waiting()
         while self.has_unfinished and not self.hurry.is_set() and time.monotonic() < deadline:
             self._slots.wait_until_empty(0.2)
-        self.sign_off()
+        self._sign_off_in_time()
         # Last, so that a handler that is given up has no time left to end all the same while its row is another's.
         unfinished = self._slots.give_up(
             lambda claimed: Outcome(

@@ -14,13 +14,14 @@ from rq.job import Job
 from rq.queue import Queue
 from structlog.testing import capture_logs
 
+from outbox import postgres as outbox_postgres
 from outbox import redis as outbox_redis
 from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
 from outbox.up.embedded import EmbeddedServer
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
-from tests.support.processes import Process, Stack, take_down
+from tests.support.processes import Process, Stack, frozen, take_down
 from tests.support.waiting import eventually
 from worker.mark import Marker
 from worker.take import Queues, Suspended
@@ -263,6 +264,57 @@ def test_redis_away_at_the_start_and_later(stack: Stack, connection: Connection,
         offer(client, row.job_id)
     eventually(lambda: is_done(connection, row), 10, "the row")
     assert len(worker.events("Redis is away")) == 1
+    assert worker.stop() == 0
+
+
+def test_a_redis_that_hangs_is_away_and_holds_up_no_end(
+    stack: Stack, connection: Connection, own_redis: EmbeddedServer
+) -> None:
+    """A worker notices it within seconds, and SIGTERM ends it in time: what runs is given back, Redis or no Redis."""
+    row = add_row(connection, payload=f'{{"does": "waits", "path": "{stack.folder / "begun"}"}}')
+    with outbox_redis.connect(own_redis.url, "test") as client:
+        offer(client, row.job_id)
+        worker = stack.run("worker", REDIS_URL=own_redis.url, OUTBOX_GRACE="12")
+        eventually((stack.folder / "begun").exists, 10, "the handler has begun")
+    with frozen(own_redis):
+        worker.await_event("Redis is away", 15)
+        worker.send(signal.SIGTERM)
+        assert worker.wait(12 + 5) == 0, worker.text()
+    assert read_row(connection, row)["status"] == "pending"
+    assert read_row(connection, row)["attempts"] == 0
+
+
+def test_a_claim_that_waits_for_a_lock_holds_up_no_other(
+    stack: Stack, connection: Connection, database_url: str, redis_client: redis.Redis
+) -> None:
+    """The rows that would be claimed together with one that somebody has locked are left to the sweep, and others done.
+
+    Postgres is not away then: the connection is kept.
+    """
+    locked, behind, later = [add_row(connection) for _ in range(3)]
+    with outbox_postgres.connect(database_url, "test") as stranger, stranger.transaction():
+        stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row])
+        offer(redis_client, locked.job_id, behind.job_id)
+        worker = stack.run("worker")
+        worker.await_event("claims wait for a lock")
+        offer(redis_client, later.job_id)
+        eventually(lambda: is_done(connection, later), 5, "the row that came later")
+    assert [read_row(connection, row)["status"] for row in (locked, behind)] == ["enqueued"] * 2
+    assert not worker.events("Postgres is away")
+    assert worker.stop() == 0
+
+
+def test_a_suspension_is_told_of(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
+    """Whoever it was that suspended the workers, they say so, once, and when they go on."""
+    row = add_row(connection)
+    redis_client.set("rq:suspended", 1)
+    offer(redis_client, row.job_id)
+    worker = stack.run("worker")
+    worker.await_event("suspended")
+    redis_client.delete("rq:suspended")
+    eventually(lambda: is_done(connection, row), 10, "the row")
+    worker.await_event("resumed")
+    assert [len(worker.events(event)) for event in ("suspended", "resumed")] == [1, 1]
     assert worker.stop() == 0
 
 
