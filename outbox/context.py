@@ -20,7 +20,7 @@ class Context:
     attempt: int
     """1 at the first attempt."""
     database: ConnectionPool[Any]
-    """Connections for short transactions. Hold none while talking to the outside."""
+    """Connections for short transactions; a statement may take 20 s. Hold none while talking to the outside."""
     send: Callable[[EmailMessage | Message], None]
     """Sends a mail; raises SkipRetry where the server refuses the recipient for good."""
     settings: WorkerSettings

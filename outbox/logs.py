@@ -176,11 +176,20 @@ def _add_bound(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 _bound: ContextVar[Mapping[str, object]] = ContextVar("_bound", default={})  # noqa: B039 - nobody writes into it
 
 
+PAYLOAD_LIMIT = 2000
+"""Characters of a payload that a log line shows."""
+
+
 def stored(payload: str) -> object:
-    """Returns a row's payload as a log line shows it: what the JSON says, or its text where Python cannot read that."""
+    """Returns a row's payload as a log line shows it: what the JSON says, or its text where Python cannot read that.
+
+    Of one that is over `PAYLOAD_LIMIT`, or was cut there, it is the beginning of the text.
+    """
+    if len(payload) > PAYLOAD_LIMIT:
+        return payload[:PAYLOAD_LIMIT]
     try:
         return from_json(payload)
-    except ValueError:  # too deep, or a number of more than 4,300 digits: Postgres takes such JSON
+    except ValueError:  # cut, or nested too deep for Python
         return payload
 
 

@@ -82,7 +82,7 @@ def options(name: str, *, pooled: bool) -> dict[str, Any]:
 
 
 def connect(
-    database_url: str, name: str, *, pooled: bool = False, answer_limit: float = ANSWER_LIMIT
+    database_url: str, name: str, *, pooled: bool = False, answer_limit: float | None = None
 ) -> LimitedConnection:
     """Opens a connection in autocommit mode whose rows are dictionaries.
 
@@ -90,13 +90,14 @@ def connect(
         database_url: where to.
         name: shown by `pg_stat_activity` as the application's name.
         pooled: whether that leads through a pooler in transaction mode.
-        answer_limit: seconds that a statement may take.
+        answer_limit: seconds that a statement may take, where not `ANSWER_LIMIT`.
 
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
     """
     connection = LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
-    connection.answer_limit = answer_limit
+    if answer_limit is not None:
+        connection.answer_limit = answer_limit
     if not pooled:
         connection.execute(query("limit_session"))
     return connection

@@ -190,7 +190,8 @@ class Relay:
         It looks for the hint even where a duty is due already: while one queue's batches are full, that is always so,
         and another queue's rows must not wait for the next poll.
         """
-        return any(True for _ in connection.notifies(timeout=min(max(seconds, 0.0), 1.0), stop_after=1))
+        # All that have arrived: whatever is left there would wake it once more, one by one.
+        return bool(list(connection.notifies(timeout=min(max(seconds, 0.0), 1.0), stop_after=1)))
 
     def _publish(self, queue: str, moving: Duty, drain: Drain) -> Callable[[Connection], float]:
         backlog = False

@@ -94,6 +94,7 @@ def publish(
                 "horizon": settings.horizon,
                 "batch": settings.batch if limit is None else min(settings.batch, limit),
                 "room": room,
+                "payload_limit": logs.PAYLOAD_LIMIT,
             },
         ).fetchall()
         if rows:

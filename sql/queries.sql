@@ -78,6 +78,7 @@ FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s;
 -- Claims due (or soon due) rows of one queue for Redis, as far as its window has room, and marks them enqueued.
 -- Rows whose time has not come get no more than about half of the window: they must not keep due ones waiting.
 -- It is committed only after Redis has taken the jobs. Relays side by side skip each other's rows.
+-- Of a payload it returns what is logged: the rest stays in Postgres, however large.
 -- To count is slow where Redis holds many, so the room may be given by who has counted a moment ago.
 -- The ids go into an array because a join would scan the table where the backlog is long. What is due is decided by
 -- the clock: a row that was added after this transaction began has a time that its now() has not reached.
@@ -99,7 +100,7 @@ WITH room AS (
 UPDATE outbox
 SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
 WHERE id = ANY (ARRAY(SELECT id FROM claimed))
-RETURNING id, delivery, task, payload::text AS payload, queue, max_retries, timeout, request_id,
+RETURNING id, delivery, task, left(payload::text, %(payload_limit)s) AS payload, queue, max_retries, timeout, request_id,
           run_at > clock_timestamp() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
 
 

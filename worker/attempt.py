@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Literal, NamedTuple
 
 from outbox import logs
@@ -39,6 +40,11 @@ def given_back(claim: Claim) -> Outcome:
 
 def attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
     """Runs the row's handler and returns what became of it; whatever the handler raises ends here."""
+    # In a context of its own: what a handler binds there, for the log or otherwise, is no other row's.
+    return copy_context().run(_attempt_in_context, claim, registry, context)
+
+
+def _attempt_in_context(claim: Claim, registry: Registry, context: Context) -> Outcome:
     row, delivery = claim.delivery
     with logs.bound(type=claim.task, row=row, delivery=delivery, request_id=claim.request_id):
         return _attempt(claim, registry, context)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from psycopg import Connection
+from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
 
 from outbox import postgres
@@ -20,7 +21,8 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
     def __init__(self, database_url: str, *, pooled: bool = False) -> None:
         super().__init__(
             database_url,
-            kwargs=postgres.options("outbox worker handlers", pooled=pooled),
+            connection_class=postgres.LimitedConnection,
+            kwargs={"row_factory": tuple_row, **postgres.options("outbox worker handlers", pooled=pooled)},
             min_size=0,
             max_size=SIZE,
             timeout=WAIT,

@@ -1,5 +1,6 @@
 """One attempt: what a handler may do, and what becomes of its row."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 import pytest
+import structlog
 from psycopg_pool import ConnectionPool, PoolTimeout
 from pydantic import BaseModel
 from structlog.testing import capture_logs
 
-from outbox import Context, Handler, SkipRetry, Task
+from outbox import Context, Handler, SkipRetry, Task, logs
 from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
 from tests.conftest import Connection
@@ -306,3 +308,31 @@ def test_the_time_limit_tears_no_connection_out_of_the_pool(database_url: str) -
     finally:
         free.set()
         pool.close()
+
+
+def test_what_a_handler_binds_to_its_log_ends_with_it(context: Context, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fields that a handler binds by structlog's own means do not turn up in the lines of the thread's next row."""
+
+    def bind(_: Note, __: Context) -> None:
+        structlog.contextvars.bind_contextvars(customer="alice")
+        logs.get().info("inside")
+
+    logs.configure("worker", "info", "json")
+    try:
+        tried(bind, context)
+        tried(lambda *_: None, context)
+    finally:
+        logs.reset()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["event"], line.get("customer")) for line in lines] == [
+        ("inside", "alice"),
+        ("processed task", "alice"),
+        ("processed task", None),
+    ]
+
+
+def test_of_a_large_payload_the_log_shows_the_beginning(context: Context) -> None:
+    """A line is for people, whatever a row carries."""
+    with capture_logs() as lines:
+        assert tried(lambda *_: None, context, payload=f'{{"text": "{"x" * 1_000_000}"}}').status == "done"
+    assert lines[0]["payload"] == '{"text": "' + "x" * (logs.PAYLOAD_LIMIT - 10)

@@ -23,7 +23,7 @@ _OUTCOMES = {
 }
 STATEMENTS: dict[str, dict[str, Any]] = {
     "room": {"queue": "default", "window": 10_000},
-    "publish": {"room": None, "queue": "default", "window": 10_000, "horizon": 60.0, "batch": 500},
+    "publish": {"room": None, "queue": "default", "window": 10_000, "horizon": 60.0, "batch": 500, "payload_limit": 9},
     "look": {"queues": ["critical", "default"], "horizon": 60.0, "grace": 2.0},
     "sweep_candidates": {"grace": 2.0},
     "sweep": {"ids": _MANY, "deliveries": [1] * len(_MANY)},
@@ -33,6 +33,7 @@ STATEMENTS: dict[str, dict[str, Any]] = {
     "claim": {"ids": _IDS, "deliveries": [1] * 32, "worker": "w", "lease": 15.0},
     "renew_leases": {"ids": _IDS, "deliveries": [1] * 32, "lease": 15.0},
     "mark": {"ids": _IDS, "deliveries": [1] * 32, **_OUTCOMES},
+    "still_running": {"ids": _IDS, "deliveries": [1] * 32},
     "count_dead": {"task": "t"},
     "list_dead": {"task": "t", "limit": 50, "payload_limit": 101},
     "list_dead_json": {"task": None, "limit": 50},

@@ -17,7 +17,7 @@ from rq.serializers import JSONSerializer
 from rq_scheduler import Scheduler
 from structlog.testing import capture_logs
 
-from outbox import postgres
+from outbox import logs, postgres
 from outbox import redis as outbox_redis
 from outbox.jobs import OutboxJob, deliver
 from outbox.settings import RelaySettings
@@ -53,6 +53,20 @@ def _with(settings: RelaySettings, **changes: Any) -> RelaySettings:
 
 def _queue(client: redis.Redis, name: str = "default") -> Queue:
     return Queue(name, connection=client, serializer=JSONSerializer)
+
+
+def test_payloads_stay_in_postgres(
+    connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
+) -> None:
+    """However large they are, a relay reads of each what its log line shows."""
+    connection.execute(
+        "INSERT INTO outbox (task, payload) SELECT 'tell', jsonb_build_object('text', repeat('x', 1000000))"
+        " FROM generate_series(1, 3)"
+    )
+    with capture_logs() as lines:
+        assert publish(connection, redis_client, "default", relay_settings) == 3
+    assert [line["payload"][:12] for line in lines] == ['{"text": "xx'] * 3
+    assert {len(line["payload"]) for line in lines} == {logs.PAYLOAD_LIMIT}
 
 
 def test_a_due_row_is_a_job_like_rqs_own(
@@ -115,11 +129,11 @@ def test_redis_holds_no_payload_and_no_code(
 def test_a_payload_that_python_cannot_read_is_handed_over(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """Postgres stores a number of any length, Python reads 4,300 digits: the log line has its text."""
+    """Postgres stores a number of any length, Python reads 4,300 digits: the log line has the beginning of its text."""
     connection.execute("""INSERT INTO outbox (task, payload) VALUES ('tell', '{"n": 1e5000}')""")
     with capture_logs() as lines:
         assert publish(connection, redis_client, "default", relay_settings) == 1
-    assert lines[0]["payload"] == '{"n": 1' + "0" * 5000 + "}"
+    assert lines[0]["payload"] == '{"n": 1' + "0" * (logs.PAYLOAD_LIMIT - 7)
 
 
 @pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning")  # rq-scheduler's own

@@ -116,6 +116,18 @@ def test_a_hint_wakes_it(connection: Connection, redis_client: redis.Redis, rela
     assert (_queued(redis_client), _queued(redis_client, "critical")) == ([b"1-1"], [b"2-1"])
 
 
+def test_hints_that_came_together_wake_it_once(connection: Connection, relay_settings: RelaySettings) -> None:
+    """However many hints have arrived during other statements, none is left that would wake an idle relay later."""
+    relay = Relay(relay_settings, Event())
+    with postgres.connect(relay_settings.database_url, "test") as listening:
+        listening.execute(query("listen"))
+        for _ in range(50):
+            connection.execute(query("notify_relays"))
+            listening.execute("SELECT 1")
+        assert relay._wait(listening, 5)
+        assert not relay._wait(listening, 0)
+
+
 def test_polling_alone_serves(connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings) -> None:
     """Where no hint ever comes, as behind PgBouncer, rows are handed over all the same."""
     with _running(_with(relay_settings, poll_interval=0.1)):
@@ -411,7 +423,7 @@ def test_a_postgres_that_hangs_is_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A Postgres that keeps its connections and answers nothing is noticed, and holds up no stop."""
-    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
+    monkeypatch.setattr(postgres.LimitedConnection, "answer_limit", 0.5)
     monkeypatch.setitem(postgres.LIMITS, "connect_timeout", 2)
     settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1)
     with postgres.connect(own_postgres.url, "test") as connection, _running(settings):

@@ -4,7 +4,9 @@ import psycopg
 import pytest
 
 from outbox import postgres
+from outbox.up.embedded import EmbeddedServer
 from tests.conftest import Connection
+from tests.support.processes import frozen
 from worker.database import HandlerPool
 
 
@@ -40,3 +42,18 @@ def test_handlers_sessions_are_limited_too(database_url: str) -> None:
     with HandlerPool(database_url) as pool, pool.connection() as lent:
         assert lent.execute("SHOW idle_in_transaction_session_timeout").fetchone() == ("30s",)
         assert lent.execute("SHOW lock_timeout").fetchone() == ("10s",)
+
+
+def test_handlers_statements_are_limited_too(own_postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that gets no answer, here within 0.5 s instead of 20, ends as an outage, and its connection with it."""
+    monkeypatch.setattr(postgres.LimitedConnection, "answer_limit", 0.5)
+    with HandlerPool(own_postgres.url) as pool:
+        with (
+            pytest.raises(psycopg.OperationalError, match="no answer in time"),
+            pool.connection() as lent,
+            frozen(own_postgres),
+        ):
+            lent.execute("SELECT 1")
+        assert lent.closed
+        with pool.connection() as another:
+            assert another.execute("SELECT 1").fetchone() == (1,)
