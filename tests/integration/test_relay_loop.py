@@ -23,6 +23,7 @@ from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
 from relay import loop
 from relay.loop import RESCUE_INTERVAL, Relay
+from tests.conftest import short_folder
 from tests.support.processes import frozen
 from tests.support.servers import cluster_settings
 from tests.support.waiting import eventually
@@ -53,9 +54,9 @@ def _running(settings: RelaySettings) -> Iterator[Thread]:
 
 
 @pytest.fixture(scope="module")
-def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+def own_postgres() -> Iterator[EmbeddedServer]:
     """A migrated Postgres that a test may stop."""
-    with embedded_postgres(tmp_path_factory.mktemp("own_postgres"), settings=["fsync=off"]) as server:
+    with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
         migrate(server.url)
         yield server
 
