@@ -21,8 +21,7 @@ from relay.clock import Clock
 from relay.drain import Drain
 from relay.publish import publish
 from relay.repair import repair
-from relay.rescue import BATCH as RESCUE_BATCH
-from relay.rescue import rescue
+from relay.rescue import Rescue
 from relay.retention import BATCH as RETENTION_BATCH
 from relay.retention import retention
 from relay.schedule import Schedule
@@ -86,6 +85,7 @@ class Relay:
         self._clock = Clock()
         self._looked_at = -math.inf
         self._rescues_from = 0.0
+        self._rescue = Rescue()
         self._told_of_polling = False
 
     def run(self) -> None:
@@ -219,17 +219,15 @@ class Relay:
         ).fetchone()
         assert found is not None
         self._clock.set(found["now"])
-        rescued = 0
+        rescue_in = RESCUE_INTERVAL
         if self._may_rescue() and found["expired"]:
-            rescued = rescue(connection, patience=settings.lease / 3)
+            rescue_in = min(rescue_in, self._rescue.step(connection, patience=settings.lease / 3))
         for poll in polls:
             if poll.due <= begun + TOGETHER:
                 poll.due = begun + poll.interval
                 if poll.duty.due == math.inf and poll.finds(found):
                     poll.duty.due = 0.0
-        if rescued == RESCUE_BATCH:
-            return 0  # a busy worker has left more
-        return min(begun + RESCUE_INTERVAL, *(poll.due for poll in polls)) - time.monotonic()
+        return min(begun + rescue_in, *(poll.due for poll in polls)) - time.monotonic()
 
     def _may_rescue(self) -> bool:
         """Returns whether dead workers' rows may be taken from them, to be called after every look.

@@ -6,45 +6,76 @@ from typing import Any
 
 from outbox import logs
 from outbox.backoff import retry_delay
+from outbox.jobs import Delivery
 from outbox.postgres import Connection
 from outbox.queries import query
 
-BATCH = 500
+BATCH = 1000
+SETTLING_TIME = 0.5
+"""Seconds between two looks at a row whose lease has passed. Its worker may live: somebody who had the row locked may
+have kept it from renewing and marking, and in that time it tries again."""
 
 
-def rescue(connection: Connection, patience: float = math.inf) -> int:
-    """Returns `running` rows whose lease has passed to `pending`, or to `dead`, and returns how many there were.
+class Rescue:
+    """One relay's rescue, in two steps: a look at whose lease has passed, and a moment later the taking."""
 
-    Args:
-        connection: in autocommit mode.
-        patience: seconds that finding them may take. Where it takes longer, Postgres has stalled, and the workers' own
-            writes may be stalled beside this one: nobody is rescued.
+    def __init__(self, settling: float = SETTLING_TIME) -> None:
+        """Takes the seconds between the two."""
+        self._settling = settling
+        self._seen_at: dict[Delivery, float] = {}
 
-    Raises:
-        psycopg.OperationalError: Postgres is away.
-    """
-    begun = time.monotonic()
-    with connection.transaction():
-        rows = connection.execute(query("expired"), {"batch": BATCH}).fetchall()
-        if not rows or time.monotonic() - begun > patience:
-            return 0
-        statuses = ["dead" if row["attempts"] > row["max_retries"] else "pending" for row in rows]
-        delays = [_delay(row["attempts"]) for row in rows]
-        connection.execute(
-            query("mark"),
-            {
-                "ids": [row["id"] for row in rows],
-                "deliveries": [row["delivery"] for row in rows],
-                "statuses": statuses,
-                "delays": delays,
-                "attempts": [row["attempts"] for row in rows],
-                "errors": [f"the worker {row['worker']} vanished: it did not renew its lease in time" for row in rows],
-            },
-        )
-    connection.execute(query("notify_relays"))
-    for row, status, delay in zip(rows, statuses, delays, strict=True):
-        _tell(row, status, delay)
-    return len(rows)
+    def step(self, connection: Connection, patience: float = math.inf) -> float:
+        """Returns rows that were seen before to `pending`, or to `dead`, and returns the seconds until the next step.
+
+        That is infinite where no lease has passed.
+
+        Args:
+            connection: in autocommit mode.
+            patience: seconds that finding them may take. Where it takes longer, Postgres has stalled, and the workers'
+                own writes may be stalled beside this one: nobody is rescued.
+
+        Raises:
+            psycopg.OperationalError: Postgres is away.
+        """
+        begun = time.monotonic()
+        with connection.transaction():
+            expired = connection.execute(query("expired"), {"batch": BATCH}).fetchall()
+            now = time.monotonic()
+            if now - begun > patience:
+                return self._settling
+            rows = [row for row in expired if now - self._seen_at.get(_delivery(row), now) >= self._settling]
+            self._seen_at = {_delivery(row): self._seen_at.get(_delivery(row), now) for row in expired}
+            if rows:
+                _give_back(connection, rows)
+        if rows:
+            connection.execute(query("notify_relays"))
+        for row in rows:
+            del self._seen_at[_delivery(row)]
+            _tell(row)
+        if len(expired) == BATCH and len(rows) == BATCH:
+            return 0  # a busy worker has left more
+        return self._settling if expired else math.inf
+
+
+def _delivery(row: dict[str, Any]) -> Delivery:
+    return Delivery(row["id"], row["delivery"])
+
+
+def _give_back(connection: Connection, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        row["status"] = "dead" if row["attempts"] > row["max_retries"] else "pending"
+        row["delay"] = _delay(row["attempts"])
+    connection.execute(
+        query("mark"),
+        {
+            "ids": [row["id"] for row in rows],
+            "deliveries": [row["delivery"] for row in rows],
+            "statuses": [row["status"] for row in rows],
+            "delays": [row["delay"] for row in rows],
+            "attempts": [row["attempts"] for row in rows],
+            "errors": [f"the worker {row['worker']} vanished: it did not renew its lease in time" for row in rows],
+        },
+    )
 
 
 def _delay(attempts: int) -> float:
@@ -56,7 +87,7 @@ def _delay(attempts: int) -> float:
     return retry_delay(attempts - 1) if attempts > 1 else 0.0
 
 
-def _tell(row: dict[str, Any], status: str, delay: float) -> None:
+def _tell(row: dict[str, Any]) -> None:
     logs.get().warning(
         "rescued row",
         type=row["task"],
@@ -64,7 +95,7 @@ def _tell(row: dict[str, Any], status: str, delay: float) -> None:
         row=row["id"],
         delivery=row["delivery"],
         attempt=row["attempts"],
-        status=status,
-        next_try=round(delay, 1) if status == "pending" else None,
+        status=row["status"],
+        next_try=round(row["delay"], 1) if row["status"] == "pending" else None,
         request_id=row["request_id"],
     )

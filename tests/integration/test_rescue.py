@@ -1,5 +1,6 @@
 """Taking rows from workers that died, and from no others."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,8 @@ from structlog.testing import capture_logs
 
 from outbox import postgres
 from outbox.queries import query
-from relay.rescue import rescue
+from relay.rescue import Rescue
+from tests.support.waiting import eventually
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -27,6 +29,13 @@ def _run(connection: Connection, lease: float, attempts: int = 1, max_retries: i
         " VALUES ('t', '{}', 'running', 1, %s, %s, 'w1', now() + make_interval(secs => %s))",
         [attempts, max_retries, lease],
     )
+
+
+def rescue(connection: Connection) -> int:
+    """Rescues at the first look, and returns how many rows."""
+    before = _states(connection)
+    Rescue(settling=0).step(connection)
+    return sum(was == "running" != now for was, now in zip(before, _states(connection), strict=True))
 
 
 def _states(connection: Connection) -> list[str]:
@@ -89,6 +98,26 @@ def test_two_relays_rescue_a_row_once(connection: Connection, other: Connection)
         assert rescue(connection) == 1
         assert rescue(other) == 0
     assert rescue(other) == 0
+    assert _states(other) == ["pending"]
+
+
+def test_a_row_that_somebody_had_locked_is_its_workers_for_a_moment(connection: Connection, other: Connection) -> None:
+    """A living worker could neither renew nor mark it meanwhile: once it is free, the worker gets to it first."""
+    _run(connection, lease=-1)
+    patient = Rescue(settling=0.3)
+    with other.transaction():
+        other.execute("SELECT FROM outbox FOR UPDATE")
+        for _ in range(3):
+            assert patient.step(connection) == math.inf
+    assert patient.step(connection) == 0.3
+    assert _states(connection) == ["running"]
+    connection.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 15.0})
+    assert patient.step(connection) == math.inf
+    connection.execute("UPDATE outbox SET lease_until = now() - interval '1 s'")
+
+    assert patient.step(connection) == 0.3, "it is seen anew"
+    eventually(lambda: patient.step(connection) == math.inf, 5, "it is rescued")
+    assert _states(connection) == ["pending"]
 
 
 def test_a_late_worker_is_shut_out(connection: Connection) -> None:
