@@ -81,6 +81,12 @@ class Marker:
         with self._lock:
             return list(self._held)
 
+    def overrun(self) -> int:
+        """Returns how many attempts have overrun their time so far that their leases were let go."""
+        now = time.monotonic()
+        with self._lock:
+            return sum(overtime <= now for overtime in self._held.values())
+
     def put(self, outcome: Outcome) -> None:
         """Takes an outcome; it is written at once on a quiet system, and in batches on a busy one."""
         self._outcomes.put(outcome)

@@ -8,6 +8,7 @@ import psycopg
 from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
 from outbox.context import Context
+from outbox.errors import OutboxError
 from outbox.jobs import Delivery
 from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
@@ -32,6 +33,10 @@ SIGNING_OFF_TIME = 1.0
 LEAVING_TIME = MARKING_TIME + 1
 """Seconds after which a row that was given back may be handed over again: by then this process has exited, and with
 it the handler that did not end."""
+
+
+class StuckError(OutboxError):
+    """Every handler blocks in the system, long past its time limit; their rows are other workers' by now."""
 
 
 class OutboxWorker(RQWorker):
@@ -66,6 +71,7 @@ class OutboxWorker(RQWorker):
             NotMigratedError: the database lacks migrations.
             SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
             UnsupportedRedisError: Redis is one that cannot serve.
+            StuckError: no handler ends any more.
         """
         self._install_signal_handlers()
         self._database.open()
@@ -120,7 +126,10 @@ class OutboxWorker(RQWorker):
         if self._slots.are_stuck:
             self._give_back_waiting()
         # Without marks and renewed leases, what is done here would be done again elsewhere.
-        if not self._marker.is_healthy(1) or not (room := self._slots.wait_for_room(1)):
+        if not self._marker.is_healthy(1):
+            return []
+        if not (room := self._slots.wait_for_room(1)):
+            self._check_that_a_handler_may_end()
             return []
         try:
             self.beat(busy=self.has_unfinished)
@@ -137,6 +146,12 @@ class OutboxWorker(RQWorker):
         self._redis.back()
         self._tell_of_suspension(is_suspended=False)
         return deliveries
+
+    def _check_that_a_handler_may_end(self) -> None:
+        if self._marker.overrun() >= self._settings.concurrency:
+            raise StuckError(
+                f"all {self._settings.concurrency} handlers hang where no time limit reaches them: start another worker"
+            )
 
     def _tell_of_suspension(self, *, is_suspended: bool) -> None:
         if is_suspended and not self._is_suspended:

@@ -1,4 +1,4 @@
-"""A TCP proxy that can cut connections, tear them in the middle of a message, and refuse."""
+"""A TCP proxy that can cut connections, silence them, tear them in the middle of a message, and refuse."""
 
 import asyncio
 import contextlib
@@ -59,6 +59,17 @@ class Proxy:
             connection.is_torn = True
         return len(self._connections)
 
+    def silence(self) -> int:
+        """Passes on nothing more of the connections that there are, until they are cut; further ones are served."""
+        for connection in self._connections:
+            connection.passes.clear()
+        return len(self._connections)
+
+    def cut_silenced(self) -> None:
+        """Resets the connections that were silenced: their host never comes back."""
+        for connection in [one for one in self._connections if not one.passes.is_set()]:
+            self._cut(connection)
+
     def mend(self) -> None:
         """Lets connections be that were to be torn and have been silent since."""
         for connection in self._connections:
@@ -96,6 +107,9 @@ class _Connection:
         server: tuple[asyncio.StreamReader, asyncio.StreamWriter],
     ) -> None:
         self.is_torn = False
+        self.passes = asyncio.Event()
+        """Whether it passes anything on."""
+        self.passes.set()
         self._client, self._server = client, server
         name = server[1].get_extra_info("sockname")
         self.port: int = name[1] if isinstance(name, tuple) else 0
@@ -117,6 +131,7 @@ class _Connection:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
+                await self.passes.wait()
                 if self.is_torn:
                     writer.write(data[: len(data) // 2])
                     return True
@@ -125,6 +140,7 @@ class _Connection:
         return False
 
     def reset(self) -> None:
+        self.passes.set()
         _reset(self._client[1])
         _reset(self._server[1])
 

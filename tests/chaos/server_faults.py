@@ -7,7 +7,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 from tests.chaos.faults import Act, Kind
 from tests.chaos.mailserver import Misbehaviour
@@ -16,6 +16,11 @@ _AWAY = (0.0, 6.0)
 """Seconds that a server is away."""
 _QUEUES = ("rq:queue:critical", "rq:queue:default")
 _SCHEDULED = "rq:scheduler:scheduled_jobs"
+_SOME = "SELECT FROM outbox WHERE status IN ('enqueued', 'running') ORDER BY random() LIMIT 5"
+_LOCKS: dict[str, LiteralString] = {
+    "update": f"{_SOME} FOR UPDATE SKIP LOCKED",
+    "foreign key": f"{_SOME} FOR KEY SHARE SKIP LOCKED",
+}
 
 
 async def _stop_postgres(act: Act) -> None:
@@ -45,6 +50,21 @@ async def _pause_postgres_beyond_lease(act: Act) -> None:
         mail.misbehaviour = None
 
 
+async def _lock_rows(act: Act) -> None:
+    """Locks some rows in the middle of their attempts, for longer than a lease, as a stranger's transaction may."""
+    mail, postgres = act.stage.mail, act.stage.postgres
+    mail.misbehaviour = Misbehaviour("dot", "slow")
+    try:
+        await act.hold(0.5, 1.5)
+        async with postgres.connection() as connection, connection.transaction():
+            cursor = await connection.execute(_LOCKS[act.draw.choice(sorted(_LOCKS))])
+            act.fault.note = f"{cursor.rowcount} rows"
+            mail.misbehaviour = None
+            await act.hold(5, 25)
+    finally:
+        mail.misbehaviour = None
+
+
 async def _terminate_connections(act: Act) -> None:
     act.fault.note = f"{await act.stage.postgres.terminate_connections()} connections"
 
@@ -65,7 +85,7 @@ async def _flush_redis(act: Act) -> None:
 async def _pause_redis(act: Act) -> None:
     act.stage.redis.send(signal.SIGSTOP)
     try:
-        await act.hold(0.5, 9)
+        await act.hold(0.5, 20)
     finally:
         act.stage.redis.send(signal.SIGCONT)
 
@@ -139,6 +159,7 @@ KINDS = (
     Kind("postgres.stop", _stop_postgres, weight=2),
     Kind("postgres.pause", _pause_postgres),
     Kind("postgres.pause-beyond-lease", _pause_postgres_beyond_lease, further=("mail",)),
+    Kind("postgres.lock-rows", _lock_rows, weight=2, further=("mail",)),
     Kind("postgres.terminate", _terminate_connections, weight=2),
     Kind("redis.kill", _stop_redis(signal.SIGKILL, _AWAY[1]), weight=2),
     Kind("redis.restart", _stop_redis(signal.SIGTERM, 0.2)),

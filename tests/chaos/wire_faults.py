@@ -50,11 +50,28 @@ def _refuse(target: str) -> Callable[[Act], Awaitable[None]]:
     return inject
 
 
+def _silence(target: str) -> Callable[[Act], Awaitable[None]]:
+    """Makes connections go dead without a word, as those to a host that has vanished; new ones reach the next host."""
+
+    async def inject(act: Act) -> None:
+        chosen = _chosen(act, target)
+        for proxy in chosen:
+            proxy.silence()
+        try:
+            await act.hold(5, 30)
+        finally:
+            for proxy in chosen:
+                proxy.cut_silenced()
+
+    return inject
+
+
 _TARGETS = ("service", "postgres", "redis", "mail")
 
 KINDS = tuple(
     Kind(f"{target}.{name}", make(target), weight)
-    for target, (name, make, weight) in product(
-        _TARGETS, (("cut", _cut, 1), ("tear", _tear, 2), ("refuse", _refuse, 1))
+    for target, (name, make, weight) in (
+        *product(_TARGETS, (("cut", _cut, 1), ("tear", _tear, 2), ("refuse", _refuse, 1))),
+        *product(("postgres", "redis"), (("silence", _silence, 1),)),
     )
 )

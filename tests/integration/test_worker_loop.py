@@ -45,6 +45,8 @@ def noted(payload: Note, context: Context) -> None:
         sys.exit(1)
     if payload.does == "interrupts":
         raise KeyboardInterrupt
+    if payload.does == "hangs":
+        threading.Semaphore(0).acquire()
     if payload.does == "waits":
         Path(payload.path).touch()
         while not Path(payload.path + ".go").exists():
@@ -206,6 +208,16 @@ def waiting(stack: Stack, connection: Connection, client: redis.Redis, **environ
     worker = stack.run("worker", **environment)
     eventually(flag.exists, 10, "the handler has begun")
     return worker, row, flag.with_name("begun.go")
+
+
+def test_a_worker_whose_handlers_all_hang_ends(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
+    """No time limit reaches a handler that blocks in the system. If no thread is left, a supervisor must start anew."""
+    rows = [add_row(connection, payload='{"does": "hangs"}', timeout=1) for _ in range(2)]
+    offer(redis_client, *[row.job_id for row in rows])
+    worker = stack.run("worker", OUTBOX_CONCURRENCY="2", OUTBOX_SMTP_TIMEOUT="0.1", OUTBOX_GRACE="0.1")
+    assert worker.wait(30) == 1
+    assert "all 2 handlers hang" in worker.text()
+    assert "Traceback" not in worker.text()
 
 
 def test_a_long_handler_keeps_its_row(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
