@@ -198,13 +198,14 @@ class Marker:
         )
         written = set(cursor.fetchall())
         passed_over = [outcome for outcome in outcomes.values() if outcome.delivery not in written]
-        locked = self._put_off(cursor, passed_over) if passed_over else set()
+        running = _still_running(cursor, passed_over) if passed_over else set()
+        self._put_off([outcome for outcome in passed_over if outcome.delivery in running])
         with self._lock:
-            for delivery in outcomes.keys() - locked:
+            for delivery in outcomes.keys() - running:
                 self._held.pop(delivery, None)
         self._unwritten.clear()
         for outcome in passed_over:
-            if outcome.delivery not in locked:
+            if outcome.delivery not in running:
                 logs.get().warning(
                     "dropped outcome",
                     row=outcome.delivery.row,
@@ -213,15 +214,16 @@ class Marker:
                     why="the row was taken from this worker meanwhile",
                 )
 
-    def _put_off(self, cursor: Cursor[tuple[int, int]], outcomes: list[Outcome]) -> set[Delivery]:
-        """Keeps those of the outcomes whose rows somebody else has locked for later, and returns their deliveries."""
-        running = set(cursor.execute(query("still_running"), _columns([one.delivery for one in outcomes])))
-        locked = [outcome for outcome in outcomes if outcome.delivery in running]
-        if locked and self._try_locked_at == 0.0:
-            logs.get().warning("marks wait for a lock", rows=sorted(outcome.delivery.row for outcome in locked))
-        self._locked += locked
+    def _put_off(self, outcomes: list[Outcome]) -> None:
+        """Keeps outcomes whose rows somebody else has locked for later."""
+        if outcomes and self._try_locked_at == 0.0:
+            logs.get().warning("marks wait for a lock", rows=sorted(outcome.delivery.row for outcome in outcomes))
+        self._locked += outcomes
         self._try_locked_at = time.monotonic() + _LOOK if self._locked else 0.0
-        return {outcome.delivery for outcome in locked}
+
+
+def _still_running(cursor: Cursor[tuple[int, int]], outcomes: list[Outcome]) -> set[tuple[int, int]]:
+    return set(cursor.execute(query("still_running"), _columns([outcome.delivery for outcome in outcomes])))
 
 
 def _columns(deliveries: list[Delivery]) -> Mapping[str, list[int]]:

@@ -100,7 +100,12 @@ def test_a_row_that_somebody_has_locked_holds_up_no_other(
             assert marker.is_healthy(0)
             assert locked.delivery in marker.held()
         eventually(lambda: read_row(connection, locked.delivery)["status"] == "done", 2)
-    assert [line["event"] for line in lines] == ["marks wait for a lock"]
+        with stranger.transaction():
+            stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [running.delivery.row])
+            marker.put(Outcome(running.delivery, "done", 1))
+            eventually(lambda: len(lines) == 2, 5, "another lock is told of anew")
+    assert [line["event"] for line in lines] == ["marks wait for a lock"] * 2
+    assert [line["rows"] for line in lines] == [[locked.delivery.row], [running.delivery.row]]
 
 
 def test_a_reference_to_a_row_holds_up_nothing(connection: Connection, database_url: str, marker: Marker) -> None:
