@@ -44,7 +44,7 @@ REPAIR_INTERVAL = 10.0
 RETENTION_INTERVAL = 60.0
 """Seconds between two deletions of old rows, unless there was a full batch of them."""
 TELL_INTERVAL = 60.0
-"""Seconds between two looks for rows that nobody will hand over."""
+"""Seconds between two looks for rows that nobody will hand over, or take from Redis."""
 
 
 @dataclass

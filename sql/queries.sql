@@ -170,10 +170,20 @@ DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM old));
 
 
 -- name: unserved_queues
--- Queues that hold work and that no relay with these settings hands over.
-SELECT queue, count(*) AS rows
-FROM outbox
-WHERE status = 'pending' AND queue <> ALL (%(queues)s)
+-- Queues that hold work and that these settings do not name: no relay hands over their pending rows, and no worker takes
+-- the jobs of their enqueued ones. Counted apart, because each of the two has an index of its own.
+SELECT queue, sum(rows)::bigint AS rows
+FROM (
+    SELECT queue, count(*) AS rows
+    FROM outbox
+    WHERE status = 'pending' AND queue <> ALL (%(queues)s)
+    GROUP BY queue
+    UNION ALL
+    SELECT queue, count(*) AS rows
+    FROM outbox
+    WHERE status = 'enqueued' AND queue <> ALL (%(queues)s)
+    GROUP BY queue
+) AS waiting
 GROUP BY queue;
 
 
