@@ -45,6 +45,11 @@ WHERE current_setting(name) = '0';
 SELECT set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '0', true);
 
 
+-- name: limit_migration
+-- How long a migration, in its transaction, waits for a lock: who comes after it waits behind it, even to add a row.
+SELECT set_config('lock_timeout', %(lock_timeout)s::float8 || 's', true);
+
+
 -- name: applied_migrations
 -- What `outbox migrate` has applied to this database.
 SELECT migration_id FROM _yoyo_migration;

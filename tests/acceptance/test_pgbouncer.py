@@ -149,7 +149,7 @@ def test_the_limits_that_the_role_lacks_are_told(bouncer: Callable[[str], str], 
 def test_a_role_that_has_limits_may_migrate(
     bouncer: Callable[[str], str], create_database: Callable[[str | None], str]
 ) -> None:
-    """Limits short enough for requests do not end a migration that waits for another; and nothing is told."""
+    """Limits short enough for requests do not end a migration that waits for another; it leaves none, none is told."""
     direct = create_database(None)
     with psycopg.connect(direct, autocommit=True) as connection:
         for limit in ("idle_in_transaction_session_timeout", "lock_timeout"):
@@ -164,6 +164,7 @@ def test_a_role_that_has_limits_may_migrate(
         first.rollback()
         assert second.result(20) == postgres.migrations()
     assert migrate(url) == []
+    assert _limits(url) == {("300ms", "300ms")}
     with postgres.connect(url, "test", pooled=True) as pooled, capture_logs() as lines:
         pooler.tell_of_missing_limits(pooled)
     assert lines == []
