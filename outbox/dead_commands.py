@@ -136,9 +136,9 @@ def discard(ids: tuple[int, ...], *, as_json: bool) -> None:
 @contextmanager
 def _database() -> Iterator[Connection]:
     settings = DatabaseSettings.from_environment()
-    with postgres.connect(settings.database_url, "outbox dead", pooled=settings.transaction_pooling) as connection:
-        if not settings.transaction_pooling:
-            pooler.check_unpooled(connection, settings.database_url)
+    with pooler.connect_checked(
+        settings.database_url, "outbox dead", pooled=settings.transaction_pooling
+    ) as connection:
         postgres.check_migrated(connection)
         yield connection
 

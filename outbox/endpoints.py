@@ -46,6 +46,17 @@ _SMTP_SCHEMES: Mapping[str, tuple[Literal["none", "tls", "starttls"], int]] = {
     "smtps": ("tls", 465),
     "smtp+starttls": ("starttls", 587),
 }
+POSTGRES_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "sslnegotiation": ("postgres", "direct"),
+    "sslcertmode": ("disable", "allow", "require"),
+    "gssencmode": ("disable", "prefer", "require"),
+    "channel_binding": ("disable", "prefer", "require"),
+    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+    "load_balance_hosts": ("disable", "random"),
+}
+"""Options of a Postgres URL that have few values. libpq looks at them only when it connects, and every time anew."""
+_POSTGRES_NUMBERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout")
 _REDIS_BEGINNINGS = ("redis://", "rediss://", "unix://")
 _REDIS_OPTIONS = {
     *("db", "username", "password", "socket_keepalive", "health_check_interval", "client_name"),
@@ -61,11 +72,32 @@ def postgres_url(value: str) -> str:
     if not value.startswith(("postgresql://", "postgres://")):
         raise ValueError("must start with postgresql://, as in postgresql://user:password@host:5432/database")
     try:
-        psycopg.conninfo.conninfo_to_dict(value)
+        options = {name: str(given) for name, given in psycopg.conninfo.conninfo_to_dict(value).items()}
     except psycopg.ProgrammingError:
         # libpq's message may quote the URL, password and all.
         raise ValueError("is not a valid Postgres URL; percent-encode special characters in the password") from None
+    for name, choices in POSTGRES_CHOICES.items():
+        if options.get(name, choices[0]) not in choices:
+            raise ValueError(f"has an option {name} that is none of {', '.join(choices)}")
+    for name in _POSTGRES_NUMBERS:
+        if not re.fullmatch("-?[0-9]{1,9}", options.get(name, "0")):
+            raise ValueError(f"has an option {name} that is not a whole number")
+    _check_servers(options)
     return value
+
+
+def _check_servers(options: Mapping[str, str]) -> None:
+    """Checks the lists of Postgres' hosts and ports, of which mostly there is one."""
+    hosts, addresses, ports = (options.get(name, "").split(",") for name in ("host", "hostaddr", "port"))
+    for port in ports:
+        # Without a number in it, it is 5432.
+        if port and not (re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
+            raise ValueError(
+                "has a port that is not a number from 1 to 65535; percent-encode special characters in the password"
+            )
+    servers = len(addresses if options.get("hostaddr") else hosts)
+    if len(ports) not in (1, servers) or (options.get("host") and len(hosts) != servers):
+        raise ValueError("must have as many ports, or addresses, as it has hosts")
 
 
 def redis_url(value: str) -> str:
@@ -85,8 +117,12 @@ def redis_url(value: str) -> str:
     if unknown := sorted({name for name, _ in parse_qsl(parts.query)} - _REDIS_OPTIONS):
         raise ValueError(f"has options that are not known here: {', '.join(unknown)}")
     for name, given in parse_qsl(parts.query):
-        if name in _REDIS_NUMBERS and not re.fullmatch(r"[0-9]+(\.[0-9]+)?", given):
-            raise ValueError(f"has an option {name} that is not a number")
+        if name in _REDIS_NUMBERS and not re.fullmatch("[0-9]+", given):
+            raise ValueError(f"has an option {name} that is not a whole number")
+    # Imported by those alone that talk to Redis: the service reads its settings here too.
+    from outbox import redis as outbox_redis  # noqa: PLC0415 - see above
+
+    outbox_redis.check_options(value)
     return value
 
 

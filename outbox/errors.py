@@ -21,6 +21,10 @@ class NotMigratedError(OutboxError):
     """The database lacks migrations that this version needs."""
 
 
+class LockedError(OutboxError):
+    """Others did not let go of a table that a migration needs for itself; nothing of that migration was done."""
+
+
 class UnsupportedRedisError(OutboxError):
     """Redis is too old, or a cluster."""
 

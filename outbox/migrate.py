@@ -1,5 +1,6 @@
 """Applies `sql/migrations`, one process at a time."""
 
+import time
 from typing import Any
 
 import psycopg
@@ -8,7 +9,18 @@ from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import parse_uri
 
 from outbox import logs
+from outbox.errors import LockedError
 from outbox.queries import query, sql_folder
+
+LOCK_TIMEOUT = 3.0
+"""Seconds that a migration waits for a lock, and with it all who want its table afterwards. Longer than Postgres'
+`deadlock_timeout` (1 s), after which an autovacuum gives way."""
+
+TRIES = 5
+"""How often a migration that cannot have its lock is tried."""
+
+PAUSE = 5.0
+"""Seconds between two tries, in which those go on who have waited behind it."""
 
 
 class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo is untyped
@@ -19,10 +31,18 @@ class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo is untyp
         super().__init__(parse_uri("postgresql+psycopg:///"), "_yoyo_migration")
 
     def copy(self) -> "_Backend":
-        return _Backend(self._database_url)
+        return _StepsBackend(self._database_url)
 
     def connect(self, dburi: Any) -> psycopg.Connection[Any]:  # noqa: ARG002 - yoyo's signature
         return _connect(self._database_url, autocommit=True)
+
+
+class _StepsBackend(_Backend):
+    """The backend on which yoyo executes a migration. It notes on the other one, without a limit, that it has."""
+
+    def begin(self) -> None:
+        super().begin()
+        self.connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
 
 
 def _connect(database_url: str, *, autocommit: bool = False) -> psycopg.Connection[Any]:
@@ -33,7 +53,7 @@ def _connect(database_url: str, *, autocommit: bool = False) -> psycopg.Connecti
 
 
 def migrate(database_url: str) -> list[str]:
-    """Applies the migrations that the database lacks, each in its own transaction.
+    """Applies the migrations that the database lacks, each in its own transaction, while others use the database.
 
     Postgres' advisory lock lets one process in at a time; the others find nothing left to do. yoyo's own lock is a
     row that a killed process leaves behind; inside ours it can only be such a leftover, so it is removed.
@@ -45,6 +65,7 @@ def migrate(database_url: str) -> list[str]:
         The ids of the migrations applied now, in order; empty where there were none to apply.
 
     Raises:
+        LockedError: others held a table for too long; the migrations before this one are applied, and nothing of it.
         psycopg.OperationalError: Postgres is away.
     """
     # Not postgres.connect: this transaction idles for as long as the migrations take.
@@ -55,8 +76,26 @@ def migrate(database_url: str) -> list[str]:
             backend.init_database()
             backend.break_lock()
             with backend.lock():
-                todo = backend.to_apply(read_migrations(str(sql_folder() / "migrations")))
-                backend.apply_migrations(todo)
-        applied = [migration.id for migration in todo]
+                applied = _apply(backend)
     logs.get().info("db migrated", applied=applied)
+    return applied
+
+
+def _apply(backend: _Backend) -> list[str]:
+    known = read_migrations(str(sql_folder() / "migrations"))
+    applied = [migration.id for migration in backend.to_apply(known)]
+    for tries in range(1, TRIES + 1):
+        try:
+            backend.apply_migrations(backend.to_apply(known))
+            break
+        except psycopg.errors.LockNotAvailable as error:
+            waiting = backend.to_apply(known)[0].id
+            if tries == TRIES:
+                raise LockedError(
+                    f"migration {waiting} is not applied: others, such as a dump or a long transaction, held a table"
+                    f" that it changes, at each of {TRIES} tries. Nothing of it was done:"
+                    " run 'outbox migrate' again when they have ended (pg_stat_activity shows them)"
+                ) from error
+            logs.get().warning("migration waits for a lock", migration=waiting, next_try=PAUSE)
+            time.sleep(PAUSE)
     return applied

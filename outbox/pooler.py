@@ -1,7 +1,6 @@
 """Whether a connection pooler stands before Postgres, and what its sessions lack."""
 
 import psycopg
-from psycopg.rows import dict_row
 
 from outbox import logs, postgres
 from outbox.errors import SettingsError
@@ -9,26 +8,37 @@ from outbox.postgres import Connection
 from outbox.queries import query
 
 
-def check_unpooled(connection: Connection, database_url: str) -> None:
-    """Checks that a session is ours alone, unless the settings say that it is not.
+def connect_checked(database_url: str, name: str, *, pooled: bool) -> Connection:
+    """Opens the first of a process' connections, as `postgres.connect` does, if the settings are right about poolers.
 
-    Behind a pooler in transaction mode, what one process has prepared in a session is what another executes there.
-    It is found out where it can be, which is nearly always: two connections that are open at once have one session.
-
-    Args:
-        connection: one that was opened without `pooled`.
-        database_url: where it leads.
+    Behind a pooler in transaction mode, what one process has prepared in a session is what another executes there, and
+    its limits are the other's. So nothing is left in the session until it is known to be ours alone.
 
     Raises:
-        SettingsError: a pooler in transaction mode stands between.
-        psycopg.OperationalError: Postgres is away.
+        SettingsError: a pooler in transaction mode stands between, and `pooled` is false.
+        psycopg.OperationalError: Postgres is away or refuses.
+    """
+    connection = postgres.connect_unlimited(database_url, name, pooled=pooled)
+    if pooled:
+        return connection
+    try:
+        _check_unpooled(connection, database_url)
+        postgres.limit(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check_unpooled(connection: Connection, database_url: str) -> None:
+    """Checks that a session is ours alone, where that can be found out.
+
+    It nearly always can: of two connections that are open at once, both have the same session.
     """
     if _session(connection) == connection.info.backend_pid:
         return  # no pooler at all: one gives its clients numbers of its own
     try:
-        with postgres.LimitedConnection.connect(
-            database_url, row_factory=dict_row, **postgres.options("outbox check", pooled=True)
-        ) as another:
+        with postgres.connect(database_url, "outbox check", pooled=True) as another:
             # Once may be chance: on a busy pool the two are given different sessions.
             is_shared = any(_session(another) == _session(connection) for _ in range(20))
     except psycopg.OperationalError:

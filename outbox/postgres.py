@@ -86,6 +86,8 @@ def connect(
 ) -> LimitedConnection:
     """Opens a connection in autocommit mode whose rows are dictionaries.
 
+    A process' first one is for `pooler.connect_checked` to open.
+
     Args:
         database_url: where to.
         name: shown by `pg_stat_activity` as the application's name.
@@ -95,12 +97,30 @@ def connect(
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
     """
-    connection = LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
+    connection = connect_unlimited(database_url, name, pooled=pooled)
     if answer_limit is not None:
         connection.answer_limit = answer_limit
     if not pooled:
-        connection.execute(query("limit_session"))
+        limit(connection)
     return connection
+
+
+def connect_unlimited(database_url: str, name: str, *, pooled: bool) -> LimitedConnection:
+    """Opens a connection as `connect` does, and leaves nothing in its session.
+
+    Raises:
+        psycopg.OperationalError: Postgres is away or refuses.
+    """
+    return LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
+
+
+def limit(connection: Connection) -> None:
+    """Limits what the server does for a session, which must be ours alone.
+
+    Raises:
+        psycopg.OperationalError: Postgres is away.
+    """
+    connection.execute(query("limit_session"))
 
 
 def has_heard(connection: psycopg.BaseConnection[Any]) -> bool:

@@ -43,7 +43,7 @@ REPAIR_INTERVAL = 10.0
 RETENTION_INTERVAL = 60.0
 """Seconds between two deletions of old rows, unless there was a full batch of them."""
 TELL_INTERVAL = 60.0
-"""Seconds between two looks for rows that nobody will hand over."""
+"""Seconds between two looks for rows that nobody will hand over, or take from Redis."""
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Relay:
         while not self._stop.is_set():
             try:
                 with (
-                    postgres.connect(
+                    pooler.connect_checked(
                         self._settings.database_url, "outbox relay", pooled=self._settings.transaction_pooling
                     ) as connection,
                     Drain(self._client, self._settings) as drain,
@@ -153,7 +153,6 @@ class Relay:
                 pooler.tell_of_missing_limits(connection)
                 self._told_of_polling = True
             return False
-        pooler.check_unpooled(connection, self._settings.database_url)
         try:
             connection.execute(query("listen"))
         except psycopg.Error as error:

@@ -1,4 +1,4 @@
-"""Telling of rows that nobody will hand over."""
+"""Telling of rows that nobody will hand over, or take from Redis."""
 
 from outbox import logs
 from outbox.postgres import Connection
@@ -7,7 +7,7 @@ from outbox.settings import RelaySettings
 
 
 def tell_of_unserved_queues(connection: Connection, settings: RelaySettings) -> None:
-    """Logs an error for each queue that holds rows and is not in `OUTBOX_QUEUES`.
+    """Logs an error for each queue that holds pending or enqueued rows and is not in `OUTBOX_QUEUES`.
 
     Raises:
         psycopg.OperationalError: Postgres is away.

@@ -20,14 +20,12 @@ def main() -> None:
     logs.configure("service", settings.log_level, settings.log_format)
     listener = listen(settings.http_server_address)
     try:
-        with postgres.connect(
+        with pooler.connect_checked(
             settings.database_url, "outbox service", pooled=settings.transaction_pooling
         ) as connection:
             postgres.check_migrated(connection)
             if settings.transaction_pooling:
                 pooler.tell_of_missing_limits(connection)
-            else:
-                pooler.check_unpooled(connection, settings.database_url)
     except postgres.AWAY as error:
         logs.get().warning("Postgres is away", error=one_line(error))
 

@@ -6,13 +6,16 @@ import time
 from typing import Any
 from uuid import uuid4
 
-from litestar.types import ASGIApp, Message, Receive, Send
+from litestar.types import ASGIApp, Message, Receive, ReceiveMessage, Send
 
 from outbox import logs
 
 HEADER = b"x-request-id"
 
 _ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+HUNG_UP = 499
+"""What is logged, and never sent, where a client has hung up in the middle of its request: nginx's convention."""
 
 _MAX_PATH = 200
 """Characters of a path that are logged."""
@@ -39,17 +42,25 @@ class RequestLog:
         scope["state"]["request_id"] = request_id
         started = time.perf_counter()
         status_code = 0
+        has_hung_up = False
+
+        async def receive_and_note() -> ReceiveMessage:
+            nonlocal has_hung_up
+            message = await receive()
+            has_hung_up = has_hung_up or message["type"] == "http.disconnect"
+            return message
 
         async def send_with_id(message: Message) -> None:
             nonlocal status_code
             if message["type"] == "http.response.start":
-                status_code = message["status"]
+                # What the app answers to a request that was cut off, nobody hears, and it speaks of a failure of ours.
+                status_code = HUNG_UP if has_hung_up else message["status"]
                 message["headers"] = [*message["headers"], (HEADER, request_id.encode())]
             await send(message)
 
         with logs.bound(request_id=request_id):
             try:
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, receive_and_note, send_with_id)
             except asyncio.CancelledError:
                 # The service is stopping, and its grace is over. What the request was about to do is rolled back.
                 if status_code == 0:

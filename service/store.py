@@ -21,6 +21,7 @@ from service.schemas import CreateUser, User
 from service.wakeup import Wakeup
 
 _FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
+"""What is taken, by the constraint that says so; a violation of any other is not the user's doing."""
 
 
 class TakenError(OutboxError):
@@ -32,7 +33,11 @@ class TakenError(OutboxError):
 
 
 class RefusedError(OutboxError):
-    """Postgres refuses a row that this version thinks is good: it has a rule that this version does not know."""
+    """Postgres refuses a row that this version thinks is good.
+
+    It has a rule that this version does not know, or has given an outbox row an id that is taken, as after a restore
+    that left the sequence behind.
+    """
 
 
 class Verification(Enum):
@@ -69,7 +74,7 @@ class Store:
 
         Raises:
             TakenError: the username or email is another user's; nothing was written.
-            RefusedError: Postgres has a rule that the user breaks; nothing was written.
+            RefusedError: Postgres refuses one of the two rows; nothing was written.
             psycopg.OperationalError: Postgres is away. Nothing was written, unless the connection broke in the
                 very moment of the commit; then either both rows are there or none is.
         """
@@ -92,9 +97,9 @@ class Store:
                     delay=self.settings.verify_email_delay,
                     request_id=request_id,
                 )
-        except psycopg.errors.UniqueViolation as error:
-            raise TakenError(_FIELD_OF_CONSTRAINT[error.diag.constraint_name or ""]) from None
         except psycopg.IntegrityError as error:
+            if field := _FIELD_OF_CONSTRAINT.get(error.diag.constraint_name or ""):
+                raise TakenError(field) from None
             # The error's own text has the refused row in it, hash and all, and would end up in the log.
             raise RefusedError(f"Postgres refuses the user: {error.diag.message_primary}") from None
         self.wakeup.hint()

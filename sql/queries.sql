@@ -51,6 +51,11 @@ WHERE current_setting(name) = '0';
 SELECT set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '0', true);
 
 
+-- name: limit_migration
+-- How long a migration, in its transaction, waits for a lock: who comes after it waits behind it, even to add a row.
+SELECT set_config('lock_timeout', %(lock_timeout)s::float8 || 's', true);
+
+
 -- name: applied_migrations
 -- What `outbox migrate` has applied to this database.
 SELECT migration_id FROM _yoyo_migration;
@@ -177,10 +182,20 @@ DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM old));
 
 
 -- name: unserved_queues
--- Queues that hold work and that no relay with these settings hands over.
-SELECT queue, count(*) AS rows
-FROM outbox
-WHERE status = 'pending' AND queue <> ALL (%(queues)s)
+-- Queues that hold work and that these settings do not name: no relay hands over their pending rows, and no worker takes
+-- the jobs of their enqueued ones. Counted apart, because each of the two has an index of its own.
+SELECT queue, sum(rows)::bigint AS rows
+FROM (
+    SELECT queue, count(*) AS rows
+    FROM outbox
+    WHERE status = 'pending' AND queue <> ALL (%(queues)s)
+    GROUP BY queue
+    UNION ALL
+    SELECT queue, count(*) AS rows
+    FROM outbox
+    WHERE status = 'enqueued' AND queue <> ALL (%(queues)s)
+    GROUP BY queue
+) AS waiting
 GROUP BY queue;
 
 

@@ -65,10 +65,13 @@ class Marker:
         self._asked_at: float | None = None
         """When the statement began that has not been answered."""
         self._thread = Thread(target=self._run, name="marker", daemon=True)
+        self._is_started = False
 
     def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+        """Starts the thread, unless it was started before."""
+        if not self._is_started:
+            self._is_started = True
+            self._thread.start()
 
     def hold(self, claims: list[Claim]) -> None:
         """Begins to renew the leases of these rows, until their outcome is written or they overrun their time."""
@@ -110,7 +113,8 @@ class Marker:
     def close(self, timeout: float) -> list[Delivery]:
         """Writes what is there and ends the thread, in `timeout` seconds; returns what could not be written by then."""
         self._closing.set()
-        self._thread.join(timeout)
+        if self._is_started:
+            self._thread.join(timeout)
         return self.held() if self._thread.is_alive() else []
 
     def _run(self) -> None:

@@ -75,7 +75,6 @@ class OutboxWorker(RQWorker):
         """
         self._install_signal_handlers()
         self._database.open()
-        self._marker.start()
         logs.get().info("started", worker=self.name, queues=self._settings.queues, tasks=sorted(self._registry))
         try:
             self._work()
@@ -91,13 +90,13 @@ class OutboxWorker(RQWorker):
         taken: list[Delivery] = []
         while not self.stopping.is_set():
             try:
-                with postgres.connect(
+                with pooler.connect_checked(
                     self._settings.database_url, "outbox worker claims", pooled=self._settings.transaction_pooling
                 ) as connection:
                     postgres.check_migrated(connection)
                     if not self._settings.transaction_pooling:
-                        pooler.check_unpooled(connection, self._settings.database_url)
                         connection.execute(query("limit_claims"))
+                    self._marker.start()  # not before: it leaves limits in its session
                     self._postgres.back()
                     self._serve(connection, taken)
             except postgres.AWAY as error:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import LiteralString
 
 import psycopg
 import pytest
@@ -82,14 +83,23 @@ def test_without_the_setting_a_sentence_says_what_to_set(stack: Stack, pooled_ur
     assert "Traceback" not in process.text()
 
 
+@pytest.mark.parametrize("module", ["service", "relay", "worker"])
+def test_who_is_refused_leaves_no_limits_behind(stack: Stack, pooled_url: str, module: str) -> None:
+    """No transaction of others ends by the limits of a process that was never let in."""
+    assert _limits(pooled_url) == {("0", "0")}
+    assert stack.start(module, DATABASE_URL=pooled_url).wait() == 2
+    assert _limits(pooled_url) == {("0", "0")}
+
+
 def test_an_operator_is_told_what_to_set(pooled_url: str) -> None:
-    """As the processes are; with it, the same command works."""
+    """As the processes are, and with as little left behind; with it, the same command works."""
     command = [sys.executable, "-m", "outbox", "dead", "list"]
     environment = {**os.environ, "DATABASE_URL": pooled_url}
     refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "set OUTBOX_TRANSACTION_POOLING=true" in refused.stderr
     assert "Traceback" not in refused.stderr
+    assert _limits(pooled_url) == {("0", "0")}
     listed = subprocess.run(command, env=environment | POOLED, capture_output=True, text=True, check=True)
     assert "no dead rows" in listed.stdout
 
@@ -98,9 +108,9 @@ def test_in_session_mode_nothing_need_be_set(server_url: str, database_url: str)
     """There a client has its session for itself, with its limits, hints and prepared statements."""
     with short_folder() as folder, pgbouncer(folder, server_url, "session") as url:
         by_way_of_it = with_database(url, _name(database_url))
-        with postgres.connect(by_way_of_it, "test") as connection:
+        with pooler.connect_checked(by_way_of_it, "test", pooled=False) as connection:
             assert connection.execute(query("session")).fetchone() != {"session": connection.info.backend_pid}
-            pooler.check_unpooled(connection, by_way_of_it)
+            assert _show(connection, "lock_timeout") == "10s"
 
 
 def test_in_session_mode_one_session_is_enough(
@@ -110,8 +120,10 @@ def test_in_session_mode_one_session_is_enough(
     monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
     with short_folder() as folder, pgbouncer(folder, server_url, "session") as url, ExitStack() as stack:
         by_way_of_it = with_database(url, _name(database_url))
-        connections = [stack.enter_context(postgres.connect(by_way_of_it, "test")) for _ in range(4)]
-        pooler.check_unpooled(connections[0], by_way_of_it)
+        for _ in range(3):
+            stack.enter_context(postgres.connect(by_way_of_it, "test"))
+        last = stack.enter_context(pooler.connect_checked(by_way_of_it, "test", pooled=False))
+        assert _show(last, "lock_timeout") == "10s"
 
 
 def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str], str], database_url: str) -> None:
@@ -137,7 +149,7 @@ def test_the_limits_that_the_role_lacks_are_told(bouncer: Callable[[str], str], 
 def test_a_role_that_has_limits_may_migrate(
     bouncer: Callable[[str], str], create_database: Callable[[str | None], str]
 ) -> None:
-    """Limits short enough for requests do not end a migration that waits for another; and nothing is told."""
+    """Limits short enough for requests do not end a migration that waits for another; it leaves none, none is told."""
     direct = create_database(None)
     with psycopg.connect(direct, autocommit=True) as connection:
         for limit in ("idle_in_transaction_session_timeout", "lock_timeout"):
@@ -152,9 +164,27 @@ def test_a_role_that_has_limits_may_migrate(
         first.rollback()
         assert second.result(20) == postgres.migrations()
     assert migrate(url) == []
+    assert _limits(url) == {("300ms", "300ms")}
     with postgres.connect(url, "test", pooled=True) as pooled, capture_logs() as lines:
         pooler.tell_of_missing_limits(pooled)
     assert lines == []
+
+
+def _limits(pooled_url: str) -> set[tuple[str, str]]:
+    """Returns the limits that PgBouncer's sessions have, all four of them: as many transactions are open at once."""
+    with ExitStack() as stack:
+        connections = [stack.enter_context(postgres.connect(pooled_url, "test", pooled=True)) for _ in range(4)]
+        for connection in connections:
+            stack.enter_context(connection.transaction())
+        return {
+            (_show(each, "lock_timeout"), _show(each, "idle_in_transaction_session_timeout")) for each in connections
+        }
+
+
+def _show(connection: Connection, name: LiteralString) -> str:
+    row = connection.execute(f"SHOW {name}").fetchone()
+    assert row is not None
+    return str(row[name])
 
 
 def _name(database_url: str) -> str:

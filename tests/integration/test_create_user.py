@@ -111,6 +111,20 @@ def test_a_row_that_postgres_refuses_is_not_logged(api: Api, connection: Connect
     assert 'null value in column "tenant"' in api.events("request failed")[0]["error"]
 
 
+def test_a_rule_of_uniqueness_that_is_not_the_users_is_no_conflict(api: Api, connection: Connection) -> None:
+    """An outbox id that is taken, as after a restore that left the sequence behind, is a 500: no user is to blame."""
+    assert api.create("alice").status_code == 201
+    connection.execute("SELECT setval(pg_get_serial_sequence('outbox', 'id'), 1, false)")
+    assert is_problem(api.create("bob"), 500)
+
+    assert written(connection) == (1, 1)
+    (failed,) = api.events("request failed")
+    assert failed["error"].startswith("RefusedError: Postgres refuses the user: ")
+    assert '"outbox_pkey"' in failed["error"]
+    assert "argon2" not in api.log.getvalue()
+    assert api.create("bob").status_code == 201, "the sequence has gone on"
+
+
 def test_both_paths_create_users(api: Api, connection: Connection) -> None:
     """The lecture's path answers as ours does."""
     ours, lectures = api.create("alice", "/v1/users"), api.create("bob", "/v1/create_user")

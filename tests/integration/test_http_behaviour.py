@@ -138,6 +138,13 @@ def exchange(port: int, request: bytes) -> bytes:
         return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
+def hang_up(port: int, body: dict[str, object]) -> None:
+    """Sends a body, but less of it than was announced, and closes the connection."""
+    head = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as hung_up:
+        hung_up.sendall(head + json.dumps(body).encode())
+
+
 # Probes.
 
 
@@ -310,12 +317,11 @@ def test_a_body_that_is_only_announced_is_refused(api: Api) -> None:
 
 def test_a_client_that_hangs_up_does_no_harm(api: Api, connection: Connection) -> None:
     """Half a body and then nothing: nothing is written, no error is logged, and the next request is served."""
-    head = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", api.port)) as hung_up:
-        hung_up.sendall(head + json.dumps(user()).encode())
+    hang_up(api.port, user())
 
     eventually(lambda: api.events("received an HTTP request"), 5, "the request ends")
     assert connection.execute("SELECT count(*) AS users FROM users").fetchone() == {"users": 0}
+    assert not api.events("request failed")
     assert PASSWORD not in api.log.getvalue()
     assert api.create().status_code == 201
 
@@ -385,6 +391,14 @@ def test_a_request_is_one_log_line(api: Api) -> None:
     ]
     assert all(0 < line["duration"] < 10 for line in lines)
     assert "hunter2" not in api.log.getvalue()
+
+
+def test_a_client_that_hangs_up_is_no_failure_of_the_service(api: Api) -> None:
+    """A request that never came in full is logged as 499, which is no status that the service answers with."""
+    hang_up(api.port, user())
+
+    (line,) = eventually(lambda: api.events("received an HTTP request"), 5, "the request ends")
+    assert (line["method"], line["path"], line["status_code"]) == ("POST", "/v1/users", 499)
 
 
 def test_no_path_makes_the_log_unreadable(api: Api) -> None:

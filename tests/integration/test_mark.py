@@ -293,9 +293,15 @@ def test_a_cut_connection_costs_nothing(connection: Connection, marker: Marker) 
 
 
 def test_nothing_held_and_nothing_to_write_ends_at_once(database_url: str) -> None:
-    """Closing waits for nobody."""
+    """Closing waits for nobody, and a worker that comes back to Postgres starts its marker again."""
     marker = Marker(database_url, lease=15)
+    marker.start()
     marker.start()
     assert marker.close(5) == []
     assert marker.held() == []
     assert Delivery(1, 1) not in marker.held()
+
+
+def test_it_may_be_closed_before_it_starts(database_url: str) -> None:
+    """A worker that Postgres never let in has nothing to mark, and stops at once."""
+    assert Marker(database_url, lease=15).close(5) == []

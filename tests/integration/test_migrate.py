@@ -5,15 +5,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 from typing import Any
 
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
+from outbox import migrate as migrating
 from outbox import postgres
-from outbox.errors import NotMigratedError
+from outbox.errors import LockedError, NotMigratedError
 from outbox.migrate import migrate
+from tests.support.waiting import eventually
 
 Connection = psycopg.Connection[dict[str, Any]]
 CreateDatabase = Callable[[str | None], str]
@@ -73,6 +77,82 @@ def test_a_killed_migration_does_not_block_the_next(empty_url: str) -> None:
         connection.execute("DELETE FROM _yoyo_migration")
         assert migrate(empty_url) == postgres.migrations()
         assert connection.execute("SELECT * FROM yoyo_lock").fetchall() == []
+
+
+@pytest.fixture
+def old_url(create_database: CreateDatabase, template: str) -> str:
+    """A database that lacks all migrations but the first; the others change what is in use, and bear a second time."""
+    url = create_database(template)
+    with psycopg.connect(url) as connection:
+        connection.execute("DELETE FROM _yoyo_migration WHERE migration_id <> %s", [postgres.migrations()[0]])
+    return url
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Migrations that wait for a lock, and between two tries, for moments only."""
+    monkeypatch.setattr(migrating, "LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(migrating, "PAUSE", 0.1)
+    return monkeypatch
+
+
+@contextmanager
+def dump(database_url: str) -> Iterator[None]:
+    """Holds what pg_dump does for as long as it runs: the lock of who reads the table."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute("LOCK TABLE outbox IN ACCESS SHARE MODE")
+        yield
+
+
+def waits_for_table(connection: Connection) -> bool:
+    """Whether somebody wants the outbox alone, and others have it."""
+    return bool(
+        connection.execute(
+            "SELECT FROM pg_locks WHERE relation = 'outbox'::regclass AND mode = 'AccessExclusiveLock' AND NOT granted"
+        ).fetchall()
+    )
+
+
+def test_rows_are_written_while_a_migration_waits(old_url: str, impatient: pytest.MonkeyPatch) -> None:
+    """Behind a dump it lets those go first who came after it, again and again, and is applied when the dump is done."""
+    impatient.setattr(migrating, "TRIES", 1000)
+    with (
+        postgres.connect(old_url, "test") as connection,
+        capture_logs() as lines,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        with dump(old_url):
+            migrated = threads.submit(migrate, old_url)
+            for _ in range(3):
+                eventually(lambda: waits_for_table(connection), 10, "the migration waits for the dump")
+                connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
+            assert not migrated.done()
+        assert migrated.result(20) == postgres.migrations()[1:]
+    first = next(line for line in lines if line["event"] == "migration waits for a lock")
+    assert (first["log_level"], first["migration"], first["next_try"]) == ("warning", postgres.migrations()[1], 0.1)
+
+
+def test_a_migration_that_waits_in_vain_is_not_applied(old_url: str, impatient: pytest.MonkeyPatch) -> None:
+    """After some tries a sentence says what to do; nothing of the migration is left, and another run applies it."""
+    impatient.setattr(migrating, "TRIES", 2)
+
+    def state() -> list[Any]:
+        return [
+            connection.execute("SELECT oid FROM pg_constraint WHERE conrelid = 'outbox'::regclass").fetchall(),
+            connection.execute("SELECT * FROM _yoyo_migration").fetchall(),
+            connection.execute("SELECT * FROM yoyo_lock").fetchall(),
+        ]
+
+    with postgres.connect(old_url, "test") as connection:
+        before = state()
+        with dump(old_url), capture_logs() as lines, pytest.raises(LockedError) as caught:
+            migrate(old_url)
+        assert state() == before
+    assert postgres.migrations()[1] in str(caught.value)
+    assert "run 'outbox migrate' again" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [line["event"] for line in lines] == ["migration waits for a lock"]
+    assert migrate(old_url) == postgres.migrations()[1:]
 
 
 def test_an_unmigrated_database_is_told_from_a_migrated_one(empty_url: str) -> None:

@@ -55,8 +55,12 @@ def test_history_goes_in_batches(connection: Connection, relay_settings: RelaySe
 
 
 def test_rows_in_a_queue_that_nobody_serves_are_told_of(connection: Connection, relay_settings: RelaySettings) -> None:
-    """One line per queue with the number of rows; silence where all is served."""
+    """One line per queue with the number of rows; silence where all is served, or over with."""
     connection.execute("INSERT INTO outbox (task, payload, queue) VALUES ('t', '{}', 'default')")
+    connection.execute(
+        "INSERT INTO outbox (task, payload, queue, status, done_at)"
+        " VALUES ('t', '{}', 'bulk', 'dead', NULL), ('t', '{}', 'bulk', 'done', now())"
+    )
     with capture_logs() as lines:
         tell_of_unserved_queues(connection, relay_settings)
     assert lines == []
@@ -64,3 +68,17 @@ def test_rows_in_a_queue_that_nobody_serves_are_told_of(connection: Connection, 
     with capture_logs() as lines:
         tell_of_unserved_queues(connection, relay_settings)
     assert [(line["log_level"], line["queue"], line["rows"]) for line in lines] == [("error", "bulk", 3)]
+
+
+def test_rows_that_redis_holds_for_nobody_are_told_of_too(
+    connection: Connection, relay_settings: RelaySettings
+) -> None:
+    """Those of a queue that was taken from OUTBOX_QUEUES while Redis had its jobs: no sweep misses them there."""
+    connection.execute(
+        "INSERT INTO outbox (task, payload, queue, status, delivery, enqueued_at)"
+        " VALUES ('t', '{}', 'critical', 'enqueued', 1, now()), ('t', '{}', 'retired', 'enqueued', 1, now()),"
+        " ('t', '{}', 'retired', 'enqueued', 1, now()), ('t', '{}', 'retired', 'pending', 0, NULL)"
+    )
+    with capture_logs() as lines:
+        tell_of_unserved_queues(connection, relay_settings)
+    assert [(line["log_level"], line["queue"], line["rows"]) for line in lines] == [("error", "retired", 3)]

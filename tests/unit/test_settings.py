@@ -1,12 +1,20 @@
 """What each process reads from its environment."""
 
-from typing import Any
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 
-from outbox.endpoints import Address, SmtpServer
+from outbox.endpoints import POSTGRES_CHOICES, Address, SmtpServer
 from outbox.errors import SettingsError
 from outbox.settings import DatabaseSettings, RelaySettings, ServiceSettings, WorkerSettings
+
+if TYPE_CHECKING:
+    import trustme
 
 SECRET = "hunter2"
 GOOD = {
@@ -97,7 +105,14 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
     (
         DatabaseSettings,
         "DATABASE_URL",
-        ["hunter2", "mysql://u:hunter2@h/d", "postgresql://u:hunter2%zz@h/d", "postgresql://u@h/d?hunter2=1"],
+        [
+            *("hunter2", "mysql://u:hunter2@h/d", "postgresql://u:hunter2%zz@h/d", "postgresql://u@h/d?hunter2=1"),
+            *("postgresql://h:hunter2/d", "postgresql://u:pass@wo:rd@hunter2/d", "postgresql://h/d?port=5432,hunter2"),
+            *("postgresql://u:hunter2@h:0/d", "postgresql://u:hunter2@h:65536/d", "postgresql://u:hunter2@h:-1/d"),
+            *("postgresql://a,b/d?port=1,2,3", "postgresql:///d?port=1,2", "postgresql://a,b/d?hostaddr=::1"),
+            *(f"postgresql://h/d?{name}=hunter2" for name in POSTGRES_CHOICES),
+            *("postgresql://h/d?sslmode=", "postgresql://h/d?sslmode=REQUIRE", "postgresql://h/d?keepalives=hunter2"),
+        ],
     ),
     (
         RelaySettings,
@@ -120,6 +135,22 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
                 "redis://h/0?socket_timeout=1",
                 "redis://h/0?max_connections=1",
                 "redis://h/0?protocol=3",
+            ),
+            *(
+                "redis://:hunter2@h?db=1.5",
+                "redis://:hunter2@h?db=-1",
+                "redis://h?health_check_interval=1.5",
+                "rediss://h?ssl_min_version=hunter2",
+                "rediss://h?ssl_min_version=5",
+                "rediss://h?ssl_min_version=99999999999999999999",
+                "rediss://h?ssl_cert_reqs=hunter2",
+                "rediss://h?ssl_ca_certs=/hunter2",
+                "rediss://h?ssl_certfile=/hunter2",
+                "rediss://h?ssl_keyfile=/hunter2",
+                "rediss://h?ssl_ca_certs=%00",
+                "redis://:hunter2@h?ssl_cert_reqs=none",
+                "redis://h?ssl_password=hunter2",
+                "unix:///a.sock?ssl_ca_certs=/hunter2",
             ),
         ],
     ),
@@ -183,6 +214,82 @@ def test_what_is_wrong_is_named_and_not_shown(
     assert text.startswith(f"{name} is wrong: ")
     assert "\n" not in text
     assert SECRET not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("DATABASE_URL", "postgresql://h/d?sslmode=always", "sslmode that is none of disable, allow, prefer, require,"),
+        ("DATABASE_URL", "postgresql://h/d?keepalives=yes", "keepalives that is not a whole number"),
+        ("DATABASE_URL", "postgresql://h:p/d", "a port that is not a number from 1 to 65535"),
+        ("REDIS_URL", "redis://h?db=1.5", "db that is not a whole number"),
+        ("REDIS_URL", "redis://h?db=1&ssl_password=p&client_name=n", "ssl_password"),
+        ("REDIS_URL", "unix:///a.sock?ssl_cert_reqs=none&ssl_ca_path=/", "ssl_ca_path, ssl_cert_reqs"),
+        ("REDIS_URL", "rediss://h?ssl_ca_path=/&ssl_cert_reqs=never", "ssl_cert_reqs"),
+        ("REDIS_URL", "rediss://h?ssl_min_version=1.2", "ssl_min_version"),
+        ("REDIS_URL", "rediss://h?ssl_min_version=12", "ssl_min_version"),
+        ("REDIS_URL", "rediss://h?ssl_ca_certs=/none", "ssl_ca_certs or ssl_ca_path that cannot be used: No such file"),
+        ("REDIS_URL", "rediss://h?ssl_certfile=/none", "ssl_certfile or ssl_keyfile that cannot be used: No such file"),
+    ],
+)
+def test_the_option_that_is_wrong_is_named(name: str, value: str, named: str, environment: pytest.MonkeyPatch) -> None:
+    """Of a URL's options the sentence names the one that is wrong, and no other."""
+    environment.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        RelaySettings.from_environment()
+    text = str(caught.value)
+    assert named in text
+    assert "client_name" not in text
+    assert not re.search(r"\bdb\b", text) or named.startswith("db ")
+
+
+@pytest.mark.parametrize(("name", "choice"), [(name, each) for name, all_ in POSTGRES_CHOICES.items() for each in all_])
+def test_libpq_knows_every_choice(name: str, choice: str) -> None:
+    """The values that a Postgres URL may give an option are those that libpq itself has nothing against."""
+    url = f"postgresql:///d?host=/none&{name}={choice}"
+    assert not psycopg.pq.PGconn.connect_start(url.encode()).error_message.startswith(b"invalid")
+    assert psycopg.pq.PGconn.connect_start(f"{url}x".encode()).error_message.startswith(b"invalid")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path, authority: "trustme.CA") -> str:
+    """Options of a Redis URL: a certificate of ours, whose key has the password `hunter2`, and who has issued it."""
+    from cryptography.hazmat.primitives import serialization
+
+    issued = authority.issue_cert("h")
+    key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(SECRET.encode()),
+    )
+    (tmp_path / "key.pem").write_bytes(key)
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "ours.pem")
+    return f"ssl_ca_certs={tmp_path}/ca.pem&ssl_certfile={tmp_path}/ours.pem&ssl_keyfile={tmp_path}/key.pem"
+
+
+def test_a_redis_may_be_reached_by_tls(tmp_path: Path, certificate: str, environment: pytest.MonkeyPatch) -> None:
+    """With certificates of one's own, on either side, and with a password for the key."""
+    good = (f"{certificate}&ssl_password={SECRET}", f"ssl_ca_path={tmp_path}", "ssl_cert_reqs=none")
+    for options in (*good, "ssl_min_version=772", "ssl_check_hostname=no"):
+        environment.setenv("REDIS_URL", f"rediss://h?{options}")
+        assert RelaySettings.from_environment().redis_url == f"rediss://h?{options}"
+
+
+@pytest.mark.parametrize("password", ["", "&ssl_password=wrong"])
+def test_a_key_needs_its_password(password: str, certificate: str, environment: pytest.MonkeyPatch) -> None:
+    """Without it, OpenSSL would ask for it on the terminal at every connection."""
+    environment.setenv("REDIS_URL", f"rediss://h?{certificate}{password}")
+    with pytest.raises(SettingsError, match="ssl_certfile or ssl_keyfile that cannot be used"):
+        RelaySettings.from_environment()
+
+
+def test_the_service_does_not_import_redis() -> None:
+    """It never talks to Redis, and reads its settings without the client's memory and time."""
+    code = (
+        "import sys, service.__main__, outbox.settings as s; s.ServiceSettings.from_environment();"
+        "sys.exit('redis' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
 
 
 def test_all_mistakes_are_told_at_once(environment: pytest.MonkeyPatch) -> None:
