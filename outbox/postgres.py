@@ -47,12 +47,14 @@ connections open, so that libpq's limits see nothing. Longer than the limit for 
 class LimitedConnection(psycopg.Connection[dict[str, Any]]):
     """A connection that is closed when Postgres does not answer in time: to its user, an outage like any other."""
 
-    answer_limit = ANSWER_LIMIT
+    answer_limit: float | None = None
+    """Seconds, where not ANSWER_LIMIT."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Waits for an answer, `timeout` or else `answer_limit` seconds."""
+        """Waits for an answer, `timeout` seconds or else the limit."""
+        limit = self.answer_limit or ANSWER_LIMIT
         try:
-            return super().wait(gen, interval, self.answer_limit if timeout is None else timeout)
+            return super().wait(gen, interval, limit if timeout is None else timeout)
         except psycopg.OperationalError as error:
             raise_hung(self, error)
             raise
@@ -98,8 +100,7 @@ def connect(
         psycopg.OperationalError: Postgres is away or refuses.
     """
     connection = connect_unlimited(database_url, name, pooled=pooled)
-    if answer_limit is not None:
-        connection.answer_limit = answer_limit
+    connection.answer_limit = answer_limit
     if not pooled:
         limit(connection)
     return connection

@@ -35,7 +35,8 @@ REFILL_INTERVAL = 0.1
 SCHEDULE_INTERVAL = 1.0
 """Seconds between two looks for due jobs, unless one is known to come due earlier."""
 RESCUE_INTERVAL = 1.0
-"""Seconds between two looks, at most: how much later than its lease a dead worker's row is offered again."""
+"""Seconds between two looks, at most: so much later than its lease, and the rescue's settling time, a dead worker's row
+is offered again."""
 TOGETHER = 0.1
 """Seconds that a look may come early for a poll, so that one look serves all that are due about now."""
 REPAIR_INTERVAL = 10.0
@@ -221,6 +222,8 @@ class Relay:
         rescue_in = RESCUE_INTERVAL
         if self._may_rescue() and found["expired"]:
             rescue_in = min(rescue_in, self._rescue.step(connection, patience=settings.lease / 3))
+        else:
+            self._rescue.forget()
         for poll in polls:
             if poll.due <= begun + TOGETHER:
                 poll.due = begun + poll.interval
@@ -250,7 +253,12 @@ class Relay:
         return REPAIR_INTERVAL
 
     def _retention(self, connection: Connection) -> float:
-        deleted = retention(connection, self._settings)
+        try:
+            deleted = retention(connection, self._settings)
+        except psycopg.IntegrityError as error:
+            # A foreign key of somebody's to the outbox: only they can say what is to become of their rows.
+            logs.get().error("done rows cannot be deleted", error=error.diag.message_primary)
+            return RETENTION_INTERVAL
         return 0 if deleted == RETENTION_BATCH else RETENTION_INTERVAL
 
     def _tell_of_unserved_queues(self, connection: Connection) -> float:

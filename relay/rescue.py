@@ -15,6 +15,9 @@ SETTLING_TIME = 0.5
 """Seconds between two looks at a row whose lease has passed. Its worker may live: somebody who had the row locked may
 have kept it from renewing and marking, and in that time it tries again."""
 
+_MARGIN = 0.05
+"""Seconds by which the second look may come early."""
+
 
 class Rescue:
     """One relay's rescue, in two steps: a look at whose lease has passed, and a moment later the taking."""
@@ -37,14 +40,14 @@ class Rescue:
         Raises:
             psycopg.OperationalError: Postgres is away.
         """
-        begun = time.monotonic()
+        now = time.monotonic()
         with connection.transaction():
             expired = connection.execute(query("expired"), {"batch": BATCH}).fetchall()
-            now = time.monotonic()
-            if now - begun > patience:
+            if time.monotonic() - now > patience:
+                self.forget()
                 return self._settling
-            rows = [row for row in expired if now - self._seen_at.get(_delivery(row), now) >= self._settling]
             self._seen_at = {_delivery(row): self._seen_at.get(_delivery(row), now) for row in expired}
+            rows = [row for row in expired if now - self._seen_at[_delivery(row)] >= self._settling]
             if rows:
                 _give_back(connection, rows)
         if rows:
@@ -52,9 +55,13 @@ class Rescue:
         for row in rows:
             del self._seen_at[_delivery(row)]
             _tell(row)
-        if len(expired) == BATCH and len(rows) == BATCH:
+        if len(rows) == BATCH:
             return 0  # a busy worker has left more
-        return self._settling if expired else math.inf
+        return self._settling + _MARGIN if expired else math.inf
+
+    def forget(self) -> None:
+        """Forgets what was seen: no lease has passed any more, or nobody may be rescued now."""
+        self._seen_at.clear()
 
 
 def _delivery(row: dict[str, Any]) -> Delivery:

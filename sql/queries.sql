@@ -28,9 +28,9 @@ LISTEN outbox;
 SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false);
 
 
--- name: limit_claims
--- A worker's session that claims waits for a lock less long: what it waits for is a relay that is about to commit, and
--- meanwhile the worker begins nothing.
+-- name: limit_lock_wait
+-- A session in which a worker claims or marks waits for a lock less long, because all that the worker does waits with it.
+-- A claim waits for a relay that is about to commit.
 SELECT set_config('lock_timeout', '1s', false);
 
 
@@ -158,8 +158,8 @@ RETURNING id, delivery, task, queue, request_id;
 
 
 -- name: expired
--- Rows whose lease has passed, held until it is written what becomes of them. One that is being renewed or marked
--- at this moment is left to its worker.
+-- Rows whose lease has passed, held until what becomes of those that were seen before is written. One that is being
+-- renewed or marked at this moment, or that anybody else has locked, is passed over.
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
 FROM outbox
 WHERE status = 'running' AND lease_until < now()
@@ -238,7 +238,8 @@ WHERE id = ANY (ARRAY(
     SELECT id
     FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
     WHERE status = 'running'
-));
+))
+RETURNING id, delivery;
 
 
 -- name: mark

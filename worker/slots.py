@@ -9,7 +9,7 @@ from threading import Condition, Thread
 from outbox.jobs import Delivery
 from worker.attempt import Outcome, given_back
 from worker.claim import Claim
-from worker.mark import OVERTIME
+from worker.leases import OVERTIME
 
 LOOKAHEAD = 0.2
 """Seconds of work that are claimed ahead, at the pace of late: no thread should be idle while the next claim is under
@@ -129,6 +129,11 @@ class Slots:
     def wait_until_empty(self, timeout: float) -> None:
         """Waits up to `timeout` seconds until no handler runs."""
         self._await(0, timeout)
+
+    @property
+    def undecided(self) -> list[Delivery]:
+        """The rows whose handlers have not ended, or not begun."""
+        return list(self._undecided)
 
     @property
     def unfinished(self) -> list[Claim]:

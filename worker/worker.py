@@ -18,8 +18,9 @@ from outbox.settings import WorkerSettings
 from worker.attempt import Outcome, attempt, given_back
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
+from worker.leases import OVERTIME, Leases
 from worker.mail import Mailer
-from worker.mark import OVERTIME, Marker
+from worker.mark import Marker
 from worker.rq_worker import RQWorker
 from worker.slots import Slots
 from worker.take import Queues, Suspended
@@ -55,12 +56,10 @@ class OutboxWorker(RQWorker):
         self._is_suspended = False
         self._mailer = Mailer(settings)
         self._postgres = Outage("Postgres")
-        self._marker = Marker(
-            settings.database_url,
-            settings.lease,
-            pooled=settings.transaction_pooling,
-            overtime=OVERTIME + settings.smtp_timeout,  # its time limit strikes an attempt after a step, not within
-        )
+        # The time limit strikes an attempt after a step with the mail server or with Postgres, not within.
+        overtime = OVERTIME + max(settings.smtp_timeout, postgres.ANSWER_LIMIT)
+        self._leases = Leases(settings.lease, overtime)
+        self._marker = Marker(settings.database_url, self._leases, pooled=settings.transaction_pooling)
         self._database = HandlerPool(settings.database_url, pooled=settings.transaction_pooling)
         self._slots = Slots(settings.concurrency, self._handle, self._marker.put)
 
@@ -95,7 +94,7 @@ class OutboxWorker(RQWorker):
                 ) as connection:
                     postgres.check_migrated(connection)
                     if not self._settings.transaction_pooling:
-                        connection.execute(query("limit_claims"))
+                        connection.execute(query("limit_lock_wait"))
                     self._marker.start()  # not before: it leaves limits in its session
                     self._postgres.back()
                     self._serve(connection, taken)
@@ -109,7 +108,7 @@ class OutboxWorker(RQWorker):
             if taken:
                 claims = self._claim(connection, taken)
                 taken.clear()
-                self._marker.hold(claims)
+                self._leases.hold(claims)
                 for claimed in self._slots.begin(claims):
                     self._marker.put(given_back(claimed))
 
@@ -118,7 +117,7 @@ class OutboxWorker(RQWorker):
             return claim(connection, taken, self.name, self._settings.lease)
         except psycopg.errors.LockNotAvailable as error:
             # The sweep hands them over again, but for those that are still locked: nobody need wait for these.
-            logs.get().warning("claims wait for a lock", error=one_line(error), jobs=len(taken))
+            logs.get().warning("claims given up for a lock", error=one_line(error), jobs=len(taken))
             return []
 
     def _take(self) -> list[Delivery]:
@@ -147,7 +146,8 @@ class OutboxWorker(RQWorker):
         return deliveries
 
     def _check_that_a_handler_may_end(self) -> None:
-        if self._marker.overrun() >= self._settings.concurrency:
+        if self._leases.overrun(self._slots.undecided) >= self._settings.concurrency:
+            self.hurry.set()  # there is nothing to wait for
             raise StuckError(
                 f"all {self._settings.concurrency} handlers hang where no time limit reaches them: start another worker"
             )

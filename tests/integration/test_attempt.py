@@ -24,6 +24,7 @@ from tests.integration.test_claim import add_row, read_row
 from worker.attempt import UNKNOWN_TASK_DELAY, Outcome, attempt
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
+from worker.leases import Leases
 from worker.limit import TimeLimitReached, call_within
 from worker.mark import Marker
 
@@ -193,7 +194,7 @@ def test_errors_can_be_stored_and_read(connection: Connection, database_url: str
     texts = ["a\0b", "lone \ud800", "x" * 100_000, "two\nlines"]
     functions = [raising(kind(text)) for kind in (ValueError, SkipRetry) for text in texts]
     claims = claim(connection, [add_row(connection) for _ in functions], "me", 15)
-    marker = Marker(database_url, lease=15)
+    marker = Marker(database_url, Leases(15))
     for claimed, function in zip(claims, functions, strict=True):
         marker.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context))
     marker.start()

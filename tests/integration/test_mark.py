@@ -12,19 +12,21 @@ from structlog.testing import capture_logs
 from outbox import postgres
 from outbox.jobs import Delivery
 from outbox.up.embedded import EmbeddedServer
+from relay.rescue import SETTLING_TIME
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import frozen, take_down
 from tests.support.waiting import eventually
 from worker.attempt import Outcome
 from worker.claim import Claim, claim
+from worker.leases import Leases
 from worker.mark import Marker
 
 
 @pytest.fixture
 def marker(database_url: str) -> Iterator[Marker]:
     """A running marker with leases of one second."""
-    opened = Marker(database_url, lease=1)
+    opened = Marker(database_url, Leases(1))
     opened.start()
     yield opened
     opened.close(5)
@@ -87,7 +89,7 @@ def test_a_row_that_somebody_has_locked_holds_up_no_other(
 ) -> None:
     """The others are marked and keep their leases meanwhile; its own outcome waits, is told of once, and is written."""
     locked, done, running = claimed(connection, 3)
-    marker.hold([locked, done, running])
+    marker.leases.hold([locked, done, running])
     with capture_logs() as lines, postgres.connect(database_url, "test") as stranger:
         with stranger.transaction():
             stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row])
@@ -98,7 +100,7 @@ def test_a_row_that_somebody_has_locked_holds_up_no_other(
             eventually(lambda: read_row(connection, running.delivery)["lease_until"] > lease, 2, "it is renewed")
             eventually(lambda: [line for line in lines if line["event"] == "marks wait for a lock"], 5)
             assert marker.is_healthy(0)
-            assert locked.delivery in marker.held()
+            assert locked.delivery in marker.leases.held()
         eventually(lambda: read_row(connection, locked.delivery)["status"] == "done", 2)
         with stranger.transaction():
             stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [running.delivery.row])
@@ -108,13 +110,65 @@ def test_a_row_that_somebody_has_locked_holds_up_no_other(
     assert [line["rows"] for line in lines] == [[locked.delivery.row], [running.delivery.row]]
 
 
+def test_a_locked_row_is_tried_again_however_busy_the_worker_is(
+    connection: Connection, database_url: str, marker: Marker
+) -> None:
+    """Outcomes of others that come all the time do not put it off."""
+    locked, *others = claimed(connection, 100)
+    marker.leases.hold([locked, *others])
+    with postgres.connect(database_url, "test") as stranger, stranger.transaction():
+        stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row])
+        marker.put(Outcome(locked.delivery, "done", 1))
+        eventually(lambda: marker._locked, 5, "it has met the lock")
+
+    def one_more() -> bool:
+        marker.put(Outcome(others.pop().delivery, "done", 1))
+        return bool(read_row(connection, locked.delivery)["status"] == "done")
+
+    eventually(one_more, 3, "it is written in between")
+    assert others
+
+
+def test_a_lease_that_was_locked_is_renewed_at_once(connection: Connection, database_url: str) -> None:
+    """Not after a third of the lease: the rescue waits for half a second once the row is free."""
+    marker = Marker(database_url, Leases(15))
+    (one,) = claimed(connection)
+    with postgres.connect(database_url, "test") as stranger, stranger.transaction():
+        stranger.execute("SELECT FROM outbox FOR UPDATE")
+        marker.leases.hold([one])
+        marker.start()
+        eventually(lambda: marker.leases._missed, 5, "it has met the lock")
+    eventually(lambda: read_row(connection, one.delivery)["lease"] > 10, SETTLING_TIME, "it is renewed")
+    marker.put(Outcome(one.delivery, "done", 1))
+    assert marker.close(5) == []
+
+
+def test_refused_marks_are_one_outage(connection: Connection, database_url: str, marker: Marker) -> None:
+    """Of a Postgres that takes no writes, a marker that has nothing to renew speaks once, and backs off."""
+    (one,) = claimed(connection)
+    name = psycopg.sql.Identifier(connection.info.dbname)
+    read_only = psycopg.sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
+    connection.execute(read_only.format(name, psycopg.sql.SQL("on")))
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND application_name = 'outbox worker marks'"
+    )
+    with capture_logs() as lines:
+        marker.put(Outcome(one.delivery, "done", 1))
+        eventually(lambda: marker._failures > 3, 10, "it has tried")
+        connection.execute("SET default_transaction_read_only = off")
+        connection.execute(read_only.format(name, psycopg.sql.SQL("off")))
+        eventually(lambda: read_row(connection, one.delivery)["status"] == "done", 5)
+    assert [line["event"] for line in lines] == ["marks wait for Postgres"]
+
+
 def test_a_reference_to_a_row_holds_up_nothing(connection: Connection, database_url: str, marker: Marker) -> None:
     """The lock that a foreign key takes lets the row be claimed, renewed and marked."""
     delivery = add_row(connection)
     with postgres.connect(database_url, "test") as stranger, stranger.transaction():
         stranger.execute("SELECT FROM outbox FOR KEY SHARE")
         connection.execute("SET lock_timeout = '2s'")
-        marker.hold(claim(connection, [delivery], "me", 1))
+        marker.leases.hold(claim(connection, [delivery], "me", 1))
         lease = read_row(connection, delivery)["lease_until"]
         eventually(lambda: read_row(connection, delivery)["lease_until"] > lease, 2, "it is renewed")
         marker.put(Outcome(delivery, "done", 1))
@@ -125,9 +179,9 @@ def test_who_gets_no_answer_is_not_healthy(own_postgres: EmbeddedServer) -> None
     """A Postgres that hangs is noticed after a third of the lease, so that nothing more is begun, and so is its end."""
     with postgres.connect(own_postgres.url, "test") as connection:
         one = claimed(connection)
-    marker = Marker(own_postgres.url, lease=1.5)
+    marker = Marker(own_postgres.url, Leases(1.5))
     marker.start()
-    marker.hold(one)
+    marker.leases.hold(one)
     assert marker.is_healthy(10)
     with frozen(own_postgres):
         eventually(lambda: not marker.is_healthy(0), 3, "it waits for an answer")
@@ -139,8 +193,8 @@ def test_who_gets_no_answer_is_not_healthy(own_postgres: EmbeddedServer) -> None
 def test_every_outage_is_told_of(own_postgres: EmbeddedServer) -> None:
     """Of a worker that has nothing to mark too: the second outage is as new as the first."""
     with postgres.connect(own_postgres.url, "test") as connection:
-        marker = Marker(own_postgres.url, lease=1)
-        marker.hold(claimed(connection))
+        marker = Marker(own_postgres.url, Leases(1))
+        marker.leases.hold(claim(connection, [add_row(connection, timeout=600)], "me", 1))
     marker.start()
     with capture_logs() as lines:
         for outages in (1, 2):
@@ -156,8 +210,8 @@ def test_every_outage_is_told_of(own_postgres: EmbeddedServer) -> None:
 def test_nothing_to_write_needs_no_postgres(own_postgres: EmbeddedServer) -> None:
     """While Postgres is away, a marker without outcomes ends at once."""
     with postgres.connect(own_postgres.url, "test") as connection:
-        marker = Marker(own_postgres.url, lease=1)
-        marker.hold(claimed(connection))
+        marker = Marker(own_postgres.url, Leases(1))
+        marker.leases.hold(claimed(connection))
     marker.start()
     assert marker.is_healthy(10)
     take_down(own_postgres)
@@ -170,7 +224,7 @@ def test_nothing_to_write_needs_no_postgres(own_postgres: EmbeddedServer) -> Non
 
 def test_the_newest_outcome_of_a_delivery_counts(connection: Connection, database_url: str) -> None:
     """A handler that ends just after its row was given back has done its work: it is not done again."""
-    marker = Marker(database_url, lease=1)
+    marker = Marker(database_url, Leases(1))
     delivery = claimed(connection)[0].delivery
     marker.put(Outcome(delivery, "pending", 0, error="given back"))
     marker.put(Outcome(delivery, "done", 1))
@@ -181,12 +235,12 @@ def test_the_newest_outcome_of_a_delivery_counts(connection: Connection, databas
 
 def test_leases_are_kept_until_the_time_limit_is_overrun(connection: Connection, database_url: str) -> None:
     """A lease of one second is renewed as long as the attempt may take, and then no more."""
-    marker = Marker(database_url, lease=1, overtime=0.5)
+    marker = Marker(database_url, Leases(1, 0.5))
     marker.start()
     patient = claim(connection, [add_row(connection)], "me", 1)
     overrun = claim(connection, [add_row(connection, timeout=1)], "me", 1)
-    marker.hold([*patient, *overrun])
-    assert sorted(marker.held()) == sorted(one.delivery for one in [*patient, *overrun])
+    marker.leases.hold([*patient, *overrun])
+    assert sorted(marker.leases.held()) == sorted(one.delivery for one in [*patient, *overrun])
 
     started = time.monotonic()
 
@@ -199,7 +253,7 @@ def test_leases_are_kept_until_the_time_limit_is_overrun(connection: Connection,
     eventually(lambda: read_row(connection, overrun[0].delivery)["lease"] < 0, 3, "the lease is let go")
     assert read_row(connection, patient[0].delivery)["lease"] > 0
     marker.put(Outcome(patient[0].delivery, "done", 1))
-    eventually(lambda: patient[0].delivery not in marker.held())
+    eventually(lambda: patient[0].delivery not in marker.leases.held())
     marker.close(5)
 
 
@@ -207,9 +261,9 @@ def test_outcomes_wait_for_postgres(own_postgres: EmbeddedServer) -> None:
     """A Postgres that is killed in between loses no outcome: they are written when it is back."""
     with postgres.connect(own_postgres.url, "test") as connection:
         claims = claimed(connection, 3)
-    marker = Marker(own_postgres.url, lease=15)
+    marker = Marker(own_postgres.url, Leases(15))
     marker.start()
-    marker.hold(claims)
+    marker.leases.hold(claims)
     take_down(own_postgres)
     for one in claims:
         marker.put(Outcome(one.delivery, "done", 1))
@@ -225,7 +279,7 @@ def test_outcomes_that_waited_for_postgres_may_come_too_late(
 ) -> None:
     """A row that another worker got while this one could not reach Postgres stays the other's, whatever is kept."""
     claims = claimed(connection, 3)
-    marker.hold(claims)
+    marker.leases.hold(claims)
     assert marker.is_healthy(10)
 
     with capture_logs() as lines:
@@ -239,7 +293,7 @@ def test_outcomes_that_waited_for_postgres_may_come_too_late(
                 " lease_until = now() + interval '1 hour'"
             )
             before = connection.execute("SELECT * FROM outbox ORDER BY id").fetchall()
-        eventually(lambda: not marker.held(), 10, "it has Postgres again")
+        eventually(lambda: not marker.leases.held(), 10, "it has Postgres again")
         eventually(lambda: len(dropped(lines)) >= 3, 5, "it says what it has dropped")
 
     assert dropped(lines) == [(one.delivery.row, 1) for one in claims]
@@ -294,14 +348,14 @@ def test_a_cut_connection_costs_nothing(connection: Connection, marker: Marker) 
 
 def test_nothing_held_and_nothing_to_write_ends_at_once(database_url: str) -> None:
     """Closing waits for nobody, and a worker that comes back to Postgres starts its marker again."""
-    marker = Marker(database_url, lease=15)
+    marker = Marker(database_url, Leases(15))
     marker.start()
     marker.start()
     assert marker.close(5) == []
-    assert marker.held() == []
-    assert Delivery(1, 1) not in marker.held()
+    assert marker.leases.held() == []
+    assert Delivery(1, 1) not in marker.leases.held()
 
 
 def test_it_may_be_closed_before_it_starts(database_url: str) -> None:
     """A worker that Postgres never let in has nothing to mark, and stops at once."""
-    assert Marker(database_url, lease=15).close(5) == []
+    assert Marker(database_url, Leases(15)).close(5) == []

@@ -1,5 +1,6 @@
 """The relay as a whole: woken by hints, polling without them, and alive through outages of either server."""
 
+import math
 import signal
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
 from relay import loop
 from relay.loop import RESCUE_INTERVAL, Relay
+from relay.rescue import SETTLING_TIME
 from tests.conftest import short_folder
 from tests.support.processes import frozen
 from tests.support.servers import cluster_settings
@@ -424,7 +426,7 @@ def test_a_postgres_that_hangs_is_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A Postgres that keeps its connections and answers nothing is noticed, and holds up no stop."""
-    monkeypatch.setattr(postgres.LimitedConnection, "answer_limit", 0.5)
+    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
     monkeypatch.setitem(postgres.LIMITS, "connect_timeout", 2)
     settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1)
     with postgres.connect(own_postgres.url, "test") as connection, _running(settings):
@@ -436,6 +438,43 @@ def test_a_postgres_that_hangs_is_away(
         row = _add(connection)
         eventually(lambda: _status(connection, row) == "enqueued", 10)
         eventually(lambda: _events(lines, "Postgres is back"), 5)
+
+
+def test_an_expiry_that_was_mended_is_forgotten(
+    connection: Connection, relay_settings: RelaySettings, lines: list[Any]
+) -> None:
+    """A lease that passes for a second time, long after it was renewed, is looked at twice again."""
+    relay = Relay(relay_settings, Event())
+    relay._looked_at = time.monotonic()  # else it would let workers renew what may have run out before its start
+    nothing = [loop.Poll(loop.Duty(lambda _: math.inf), lambda _: False, 60.0)]
+    connection.execute(
+        "INSERT INTO outbox (task, payload, status, attempts, delivery, lease_until)"
+        " VALUES ('t', '{}', 'running', 1, 1, now() - interval '1 s')"
+    )
+    relay._look(nothing, connection)
+    connection.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 60.0})
+    relay._look(nothing, connection)
+    seen = time.monotonic()
+    eventually(lambda: time.monotonic() - seen > SETTLING_TIME, 5, "the first time would have been old enough")
+    connection.execute("UPDATE outbox SET lease_until = now() - interval '1 s'")
+    relay._look(nothing, connection)
+    assert _status(connection, 1) == "running"
+    eventually(lambda: relay._look(nothing, connection) and _status(connection, 1) != "running", 5, "it is rescued")
+
+
+def test_done_rows_that_others_refer_to_hold_up_nobody(
+    connection: Connection, relay_settings: RelaySettings, lines: list[Any]
+) -> None:
+    """A foreign key that keeps old rows from being deleted costs the log an error, and rows are handed over."""
+    connection.execute("CREATE TABLE audit (outbox_id bigint REFERENCES outbox)")
+    connection.execute(
+        "INSERT INTO outbox (task, payload, status, done_at) VALUES ('t', '{}', 'done', now() - interval '1 year')"
+    )
+    connection.execute("INSERT INTO audit SELECT id FROM outbox")
+    with _running(relay_settings):
+        row = _add(connection)
+        eventually(lambda: _status(connection, row) == "enqueued", 5)
+        eventually(lambda: _events(lines, "done rows cannot be deleted"), 5)
 
 
 def test_a_postgres_that_takes_no_writes_is_away(

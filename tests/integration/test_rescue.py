@@ -109,13 +109,13 @@ def test_a_row_that_somebody_had_locked_is_its_workers_for_a_moment(connection: 
         other.execute("SELECT FROM outbox FOR UPDATE")
         for _ in range(3):
             assert patient.step(connection) == math.inf
-    assert patient.step(connection) == 0.3
+    assert 0.3 <= patient.step(connection) < 0.4
     assert _states(connection) == ["running"]
     connection.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 15.0})
-    assert patient.step(connection) == math.inf
+    patient.forget()  # as whoever finds no lease that has passed does
     connection.execute("UPDATE outbox SET lease_until = now() - interval '1 s'")
 
-    assert patient.step(connection) == 0.3, "it is seen anew"
+    assert 0.3 <= patient.step(connection) < 0.4, "it is seen anew"
     eventually(lambda: patient.step(connection) == math.inf, 5, "it is rescued")
     assert _states(connection) == ["pending"]
 

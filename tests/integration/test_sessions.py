@@ -46,7 +46,7 @@ def test_handlers_sessions_are_limited_too(database_url: str) -> None:
 
 def test_handlers_statements_are_limited_too(own_postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that gets no answer, here within 0.5 s instead of 20, ends as an outage, and its connection with it."""
-    monkeypatch.setattr(postgres.LimitedConnection, "answer_limit", 0.5)
+    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
     with HandlerPool(own_postgres.url) as pool:
         with (
             pytest.raises(psycopg.OperationalError, match="no answer in time"),

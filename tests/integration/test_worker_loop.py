@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from rq.job import Job
 from rq.queue import Queue
 from structlog.testing import capture_logs
 
-from outbox import postgres as outbox_postgres
+from outbox import Context, Handler, Task, postgres
 from outbox import redis as outbox_redis
 from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
@@ -22,10 +23,12 @@ from outbox.up.embedded import EmbeddedServer
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import Process, Stack, frozen, take_down
+from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
+from worker.leases import Leases
 from worker.mark import Marker
 from worker.take import Queues, Suspended
-from worker.worker import LEAVING_TIME, OutboxWorker
+from worker.worker import LEAVING_TIME, OutboxWorker, StuckError
 
 HANDLERS = '''
 """Handlers of a test."""
@@ -45,8 +48,6 @@ def noted(payload: Note, context: Context) -> None:
         sys.exit(1)
     if payload.does == "interrupts":
         raise KeyboardInterrupt
-    if payload.does == "hangs":
-        threading.Semaphore(0).acquire()
     if payload.does == "waits":
         Path(payload.path).touch()
         while not Path(payload.path + ".go").exists():
@@ -210,14 +211,24 @@ def waiting(stack: Stack, connection: Connection, client: redis.Redis, **environ
     return worker, row, flag.with_name("begun.go")
 
 
-def test_a_worker_whose_handlers_all_hang_ends(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
+def test_a_worker_whose_handlers_all_hang_ends(
+    worker_settings: WorkerSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No time limit reaches a handler that blocks in the system. If no thread is left, a supervisor must start anew."""
-    rows = [add_row(connection, payload='{"does": "hangs"}', timeout=1) for _ in range(2)]
-    offer(redis_client, *[row.job_id for row in rows])
-    worker = stack.run("worker", OUTBOX_CONCURRENCY="2", OUTBOX_SMTP_TIMEOUT="0.1", OUTBOX_GRACE="0.1")
-    assert worker.wait(30) == 1
-    assert "all 2 handlers hang" in worker.text()
-    assert "Traceback" not in worker.text()
+    monkeypatch.setattr("worker.worker.OVERTIME", 0.1 - postgres.ANSWER_LIMIT)
+    may_end = threading.Event()
+
+    def hang(_: Nothing, __: Context) -> None:
+        may_end.wait()
+
+    settings = worker_settings.model_copy(update={"concurrency": 2, "smtp_timeout": 0.1})
+    worker = OutboxWorker(settings, {"hang": Handler(Task("hang", Nothing), hang)})
+    offer(worker._client, *[add_row(connection, task="hang", timeout=1).job_id for _ in range(2)])
+    with pytest.raises(StuckError, match="all 2 handlers hang"):
+        worker._work()
+    assert worker.hurry.is_set(), "it does not wait for them"
+    may_end.set()
+    worker._finish()
 
 
 def test_a_long_handler_keeps_its_row(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
@@ -304,11 +315,11 @@ def test_a_claim_that_waits_for_a_lock_holds_up_no_other(
     Postgres is not away then: the connection is kept.
     """
     locked, behind, later = [add_row(connection) for _ in range(3)]
-    with outbox_postgres.connect(database_url, "test") as stranger, stranger.transaction():
+    with postgres.connect(database_url, "test") as stranger, stranger.transaction():
         stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row])
         offer(redis_client, locked.job_id, behind.job_id)
         worker = stack.run("worker")
-        worker.await_event("claims wait for a lock")
+        worker.await_event("claims given up for a lock")
         offer(redis_client, later.job_id)
         eventually(lambda: is_done(connection, later), 5, "the row that came later")
     assert [read_row(connection, row)["status"] for row in (locked, behind)] == ["enqueued"] * 2
@@ -332,8 +343,6 @@ def test_a_suspension_is_told_of(stack: Stack, connection: Connection, redis_cli
 
 def test_postgres_away_at_the_start(stack: Stack, own_postgres: EmbeddedServer, redis_client: redis.Redis) -> None:
     """The worker waits for Postgres, says so once, and works when it is there."""
-    from outbox import postgres
-
     with postgres.connect(own_postgres.url, "test") as connection:
         row = add_row(connection)
     take_down(own_postgres)
@@ -352,7 +361,7 @@ def test_nothing_is_claimed_that_could_not_be_marked(worker_settings: WorkerSett
     """A worker that can claim and not mark would send mail after mail; it takes nothing until it can."""
     row = add_row(connection)
     worker = OutboxWorker(worker_settings, {})
-    healthy, worker._marker = worker._marker, Marker("postgresql://nobody@/none?host=/nowhere", lease=15)
+    healthy, worker._marker = worker._marker, Marker("postgresql://nobody@/none?host=/nowhere", Leases(15))
     offer(worker._client, row.job_id)
     worker._marker.start()
     eventually(lambda: worker._marker._failures > 1, 5, "the marker has tried")
