@@ -1,15 +1,16 @@
 """What each process reads from its environment."""
 
 import re
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psycopg
 import pytest
 
-from outbox.endpoints import POSTGRES_CHOICES, Address, SmtpServer
+from outbox.endpoints import Address, SmtpServer
 from outbox.errors import SettingsError
 from outbox.settings import DatabaseSettings, RelaySettings, ServiceSettings, WorkerSettings
 
@@ -101,6 +102,13 @@ def test_what_is_missing_is_named(
     assert "\n" not in str(caught.value)
 
 
+_CHECKED_OPTIONS = [
+    *("sslmode", "sslnegotiation", "sslcertmode", "gssencmode", "channel_binding", "require_auth", "service"),
+    *("target_session_attrs", "load_balance_hosts", "ssl_min_protocol_version", "min_protocol_version"),
+    *("keepalives", "keepalives_idle", "tcp_user_timeout", "connect_timeout", "port"),
+]
+"""Options of a Postgres URL of which a wrong value lets no try to connect get as far as to a server."""
+
 _WRONG: list[tuple[Settings, str, list[str]]] = [
     (
         DatabaseSettings,
@@ -110,8 +118,13 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
             *("postgresql://h:hunter2/d", "postgresql://u:pass@wo:rd@hunter2/d", "postgresql://h/d?port=5432,hunter2"),
             *("postgresql://u:hunter2@h:0/d", "postgresql://u:hunter2@h:65536/d", "postgresql://u:hunter2@h:-1/d"),
             *("postgresql://a,b/d?port=1,2,3", "postgresql:///d?port=1,2", "postgresql://a,b/d?hostaddr=::1"),
-            *(f"postgresql://h/d?{name}=hunter2" for name in POSTGRES_CHOICES),
-            *("postgresql://h/d?sslmode=", "postgresql://h/d?sslmode=REQUIRE", "postgresql://h/d?keepalives=hunter2"),
+            *(f"postgresql://h/d?{name}=hunter2" for name in _CHECKED_OPTIONS),
+            *(
+                "postgresql://h/d?sslmode=",
+                "postgresql://h/d?sslmode=REQUIRE",
+                "postgresql://h/d?sslmode=a&require_auth=b",
+            ),
+            *("postgresql://h/d?sslrootcert=system&sslmode=require", "postgresql://h/d?hostaddr=hunter2"),
         ],
     ),
     (
@@ -219,7 +232,12 @@ def test_what_is_wrong_is_named_and_not_shown(
 @pytest.mark.parametrize(
     ("name", "value", "named"),
     [
-        ("DATABASE_URL", "postgresql://h/d?sslmode=always", "sslmode that is none of disable, allow, prefer, require,"),
+        ("DATABASE_URL", "postgresql://h/d?sslmode=always&sslsni=1", "or not with such a value: sslmode"),
+        ("DATABASE_URL", "postgresql://h/d?ssl_min_protocol_version=x", "such a value: ssl_min_protocol_version"),
+        ("DATABASE_URL", "postgresql://h/d?require_auth=x", "such a value: require_auth"),
+        ("DATABASE_URL", "postgresql://h/d?min_protocol_version=x", "such a value: min_protocol_version"),
+        ("DATABASE_URL", "postgresql://h/d?sslrootcert=system&sslmode=require", "a value: sslmode, sslrootcert"),
+        ("DATABASE_URL", "postgresql://h/d?connect_timeout=x", "connect_timeout that is not a whole number"),
         ("DATABASE_URL", "postgresql://h/d?keepalives=yes", "keepalives that is not a whole number"),
         ("DATABASE_URL", "postgresql://h:p/d", "a port that is not a number from 1 to 65535"),
         ("REDIS_URL", "redis://h?db=1.5", "db that is not a whole number"),
@@ -243,12 +261,53 @@ def test_the_option_that_is_wrong_is_named(name: str, value: str, named: str, en
     assert not re.search(r"\bdb\b", text) or named.startswith("db ")
 
 
-@pytest.mark.parametrize(("name", "choice"), [(name, each) for name, all_ in POSTGRES_CHOICES.items() for each in all_])
-def test_libpq_knows_every_choice(name: str, choice: str) -> None:
-    """The values that a Postgres URL may give an option are those that libpq itself has nothing against."""
-    url = f"postgresql:///d?host=/none&{name}={choice}"
-    assert not psycopg.pq.PGconn.connect_start(url.encode()).error_message.startswith(b"invalid")
-    assert psycopg.pq.PGconn.connect_start(f"{url}x".encode()).error_message.startswith(b"invalid")
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "postgresql://",
+            "postgresql:///d",
+            "postgresql://u@h:5433/d",
+            "postgresql://[::1]/d",
+            "postgresql:///d?host=/tmp",
+        ),
+        *("postgresql://a,b/d", "postgresql://a:1,b:2/d", "postgresql://a,b/d?port=1", "postgresql://a,/d"),
+        *("postgresql:///d?hostaddr=::1,::2&port=1,2", "postgresql://a,b/d?hostaddr=::1,::2"),
+        *(f"postgresql://h/d?sslmode={mode}" for mode in ("disable", "allow", "prefer", "require", "verify-full")),
+        *("postgresql://h/d?sslrootcert=system", "postgresql://h/d?sslmode=require&sslnegotiation=direct"),
+        *("postgresql://h/d?gssencmode=disable&require_auth=scram-sha-256", "postgresql://h/d?keepalives=0"),
+        *("postgresql://a,b/d?target_session_attrs=read-write", "postgresql://a,b/d?load_balance_hosts=random"),
+    ],
+)
+def test_a_postgres_may_be_reached_in_many_ways(url: str, environment: pytest.MonkeyPatch) -> None:
+    """By one host or several, addresses, sockets, TLS: what libpq takes is no mistake."""
+    environment.setenv("DATABASE_URL", url)
+    assert DatabaseSettings.from_environment().database_url == url
+
+
+def test_libpqs_own_variables_may_name_the_servers(environment: pytest.MonkeyPatch) -> None:
+    """What a URL leaves open, they fill."""
+    environment.setenv("DATABASE_URL", "postgresql:///d")
+    environment.setenv("PGHOST", "a,b")
+    environment.setenv("PGPORT", "1,2")
+    DatabaseSettings.from_environment()
+    environment.setenv("PGPORT", "1,2,3")
+    with pytest.raises(SettingsError, match="variables such as PG"):
+        DatabaseSettings.from_environment()
+
+
+@pytest.mark.parametrize("servers", ["//127.0.0.1:{0}", "///d?hostaddr=127.0.0.1&port={0}", "//127.0.0.1:{0},h:x"])
+@pytest.mark.parametrize("variable", ["PGUSER", "PGHOSTADDR"])
+def test_a_url_is_checked_without_a_connection(servers: str, variable: str, environment: pytest.MonkeyPatch) -> None:
+    """Whether the server is there is not the settings' business."""
+    environment.setenv(variable, "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0)
+        environment.setenv("DATABASE_URL", f"postgresql:{servers.format(listener.getsockname()[1])}")
+        with suppress(SettingsError):
+            DatabaseSettings.from_environment()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 @pytest.fixture
