@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from outbox import redis_url
 from outbox.endpoints import Address, SmtpServer
 from outbox.errors import SettingsError
 from outbox.settings import DatabaseSettings, RelaySettings, ServiceSettings, WorkerSettings
+from outbox.up.environment import read_settings
 
 if TYPE_CHECKING:
     import trustme
@@ -40,6 +42,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name, value in GOOD.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
+
+
+def read(settings: Settings) -> DatabaseSettings:
+    """Reads settings as the processes do."""
+    found = settings.from_environment()
+    if isinstance(found, RelaySettings | WorkerSettings):
+        redis_url.check(found.redis_url)
+    return found
 
 
 def test_defaults_suit_production() -> None:
@@ -222,7 +232,7 @@ def test_what_is_wrong_is_named_and_not_shown(
     """One sentence says which variable and what is wrong with it; the value, which may be a secret, stays out."""
     environment.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
-        settings.from_environment()
+        read(settings)
     text = str(caught.value)
     assert text.startswith(f"{name} is wrong: ")
     assert "\n" not in text
@@ -248,13 +258,14 @@ def test_what_is_wrong_is_named_and_not_shown(
         ("REDIS_URL", "rediss://h?ssl_min_version=12", "ssl_min_version"),
         ("REDIS_URL", "rediss://h?ssl_ca_certs=/none", "ssl_ca_certs or ssl_ca_path that cannot be used: No such file"),
         ("REDIS_URL", "rediss://h?ssl_certfile=/none", "ssl_certfile or ssl_keyfile that cannot be used: No such file"),
+        ("REDIS_URL", "rediss://h?ssl_ca_certs=%00", "ssl_ca_certs or ssl_ca_path that cannot be used: embedded null"),
     ],
 )
 def test_the_option_that_is_wrong_is_named(name: str, value: str, named: str, environment: pytest.MonkeyPatch) -> None:
     """Of a URL's options the sentence names the one that is wrong, and no other."""
     environment.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
-        RelaySettings.from_environment()
+        read(RelaySettings)
     text = str(caught.value)
     assert named in text
     assert "client_name" not in text
@@ -331,7 +342,7 @@ def test_a_redis_may_be_reached_by_tls(tmp_path: Path, certificate: str, environ
     good = (f"{certificate}&ssl_password={SECRET}", f"ssl_ca_path={tmp_path}", "ssl_cert_reqs=none")
     for options in (*good, "ssl_min_version=772", "ssl_check_hostname=no"):
         environment.setenv("REDIS_URL", f"rediss://h?{options}")
-        assert RelaySettings.from_environment().redis_url == f"rediss://h?{options}"
+        read(RelaySettings)
 
 
 @pytest.mark.parametrize("password", ["", "&ssl_password=wrong"])
@@ -339,7 +350,7 @@ def test_a_key_needs_its_password(password: str, certificate: str, environment: 
     """Without it, OpenSSL would ask for it on the terminal at every connection."""
     environment.setenv("REDIS_URL", f"rediss://h?{certificate}{password}")
     with pytest.raises(SettingsError, match="ssl_certfile or ssl_keyfile that cannot be used"):
-        RelaySettings.from_environment()
+        read(RelaySettings)
 
 
 def test_the_service_does_not_import_redis() -> None:
@@ -361,6 +372,15 @@ def test_all_mistakes_are_told_at_once(environment: pytest.MonkeyPatch) -> None:
         WorkerSettings.from_environment()
     lines = sorted(line.split(" ")[0] for line in str(caught.value).splitlines())
     assert lines == ["DATABASE_URL", "OUTBOX_LEASE", "REDIS_URL", "SMTP_URL"]
+
+
+def test_outbox_up_tells_all_mistakes_before_it_starts_anything(environment: pytest.MonkeyPatch) -> None:
+    """Of each process' settings, and once where several share them."""
+    environment.setenv("HTTP_SERVER_ADDRESS", "nonsense")
+    environment.setenv("REDIS_URL", "rediss://h?ssl_min_version=1")
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+    assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == ["HTTP_SERVER_ADDRESS", "REDIS_URL"]
 
 
 def test_other_programs_variables_are_not_ours(environment: pytest.MonkeyPatch) -> None:
