@@ -7,13 +7,16 @@ import email.errors
 import email.headerregistry
 import email.utils
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import psycopg
 import psycopg.conninfo
+from psycopg.pq import PGconn, abc
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,13 @@ _SMTP_SCHEMES: Mapping[str, tuple[Literal["none", "tls", "starttls"], int]] = {
     "smtps": ("tls", 465),
     "smtp+starttls": ("starttls", 587),
 }
-POSTGRES_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
-    "sslnegotiation": ("postgres", "direct"),
-    "sslcertmode": ("disable", "allow", "require"),
-    "gssencmode": ("disable", "prefer", "require"),
-    "channel_binding": ("disable", "prefer", "require"),
-    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
-    "load_balance_hosts": ("disable", "random"),
-}
-"""Options of a Postgres URL that have few values. libpq looks at them only when it connects, and every time anew."""
-_POSTGRES_NUMBERS = ("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout")
+_POSTGRES_NUMBERS = (
+    *("connect_timeout", "tcp_user_timeout"),
+    *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+)
+"""Options of a Postgres URL that libpq looks at no sooner than it connects, and every time anew."""
+_NO_ADDRESS = "what-is-checked-is-not-opened"
+"""Stands for the address of a server: libpq looks no name up there, and quotes it."""
 _REDIS_BEGINNINGS = ("redis://", "rediss://", "unix://")
 _REDIS_OPTIONS = {
     *("db", "username", "password", "socket_keepalive", "health_check_interval", "client_name"),
@@ -76,32 +75,59 @@ def postgres_url(value: str) -> str:
     except psycopg.ProgrammingError:
         # libpq's message may quote the URL, password and all.
         raise ValueError("is not a valid Postgres URL; percent-encode special characters in the password") from None
-    for name, choices in POSTGRES_CHOICES.items():
-        if options.get(name, choices[0]) not in choices:
-            raise ValueError(f"has an option {name} that is none of {', '.join(choices)}")
     for name in _POSTGRES_NUMBERS:
         if not re.fullmatch("-?[0-9]{1,9}", options.get(name, "0")):
             raise ValueError(f"has an option {name} that is not a whole number")
-    _check_servers(options)
+    for address in filter(None, options.get("hostaddr", "").split(",")):
+        try:
+            socket.getaddrinfo(address, None, flags=socket.AI_NUMERICHOST)
+        except (OSError, UnicodeError):
+            raise ValueError("has a hostaddr that is not an IP address; names go into host") from None
+    if _is_refused(options):
+        _raise_refused(options)
     return value
 
 
-def _check_servers(options: Mapping[str, str]) -> None:
-    """Checks the lists of Postgres' hosts and ports, of which mostly there is one."""
-    hosts, addresses, ports = (options.get(name, "").split(",") for name in ("host", "hostaddr", "port"))
-    for port in ports:
-        # Without a number in it, it is 5432.
-        if port and not (re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
-            raise ValueError(
-                "has a port that is not a number from 1 to 65535; percent-encode special characters in the password"
-            )
-    servers = len(addresses if options.get("hostaddr") else hosts)
-    if len(ports) not in (1, servers) or (options.get("host") and len(hosts) != servers):
-        raise ValueError("must have as many ports, or addresses, as it has hosts")
+def _is_refused(options: Mapping[str, str]) -> bool:
+    """Returns whether libpq would refuse options at each try to connect, before it asks any server.
+
+    It is given no address to connect to, so that for each server, when it has nothing against the rest, it says that.
+    """
+    # An sslmode that it refuses: it goes no further than to find the hosts, which the environment may name too.
+    with _started({**options, "sslmode": ""}) as connection:
+        found = {option.keyword: option.val or b"" for option in connection.info}
+    servers = (found[b"hostaddr"] or found[b"host"]).count(b",") + 1
+    with _started({**options, "hostaddr": ",".join([_NO_ADDRESS] * servers)}) as connection:
+        problems = connection.error_message.splitlines()
+    return not all(_NO_ADDRESS.encode() in problem for problem in problems)
+
+
+@contextmanager
+def _started(options: Mapping[str, str]) -> Iterator[abc.PGconn]:
+    connection = PGconn.connect_start(psycopg.conninfo.make_conninfo("", **options).encode())
+    try:
+        yield connection
+    finally:
+        connection.finish()
+
+
+def _raise_refused(options: Mapping[str, str]) -> NoReturn:
+    """Names the options without any of which libpq takes the others; what it says itself quotes their values."""
+    wrong = sorted(
+        name for name in options if not _is_refused({other: options[other] for other in options if other != name})
+    )
+    if not {"host", "hostaddr", "port"}.isdisjoint(wrong):
+        raise ValueError(
+            "has a port that is not a number from 1 to 65535, or not as many ports, or addresses, as it has hosts;"
+            " percent-encode special characters in the password"
+        )
+    if wrong:
+        raise ValueError(f"has options that libpq does not take, or not with such a value: {', '.join(wrong)}")
+    raise ValueError("has options that libpq does not take, or variables such as PGSSLMODE have")
 
 
 def redis_url(value: str) -> str:
-    """Checks a Redis URL."""
+    """Checks a Redis URL, up to what only redis-py can tell: see `outbox.redis_url`."""
     try:
         parts = urlsplit(value)
         _ = parts.port
@@ -119,10 +145,6 @@ def redis_url(value: str) -> str:
     for name, given in parse_qsl(parts.query):
         if name in _REDIS_NUMBERS and not re.fullmatch("[0-9]+", given):
             raise ValueError(f"has an option {name} that is not a whole number")
-    # Imported by those alone that talk to Redis: the service reads its settings here too.
-    from outbox import redis as outbox_redis  # noqa: PLC0415 - see above
-
-    outbox_redis.check_options(value)
     return value
 
 

@@ -1,6 +1,7 @@
 """Applies `sql/migrations`, one process at a time."""
 
 import time
+from collections import Counter
 from typing import Any
 
 import psycopg
@@ -84,13 +85,14 @@ def migrate(database_url: str) -> list[str]:
 def _apply(backend: _Backend) -> list[str]:
     known = read_migrations(str(sql_folder() / "migrations"))
     applied = [migration.id for migration in backend.to_apply(known)]
-    for tries in range(1, TRIES + 1):
+    tries: Counter[str] = Counter()
+    while True:
         try:
             backend.apply_migrations(backend.to_apply(known))
-            break
         except psycopg.errors.LockNotAvailable as error:
             waiting = backend.to_apply(known)[0].id
-            if tries == TRIES:
+            tries[waiting] += 1
+            if tries[waiting] == TRIES:
                 raise LockedError(
                     f"migration {waiting} is not applied: others, such as a dump or a long transaction, held a table"
                     f" that it changes, at each of {TRIES} tries. Nothing of it was done:"
@@ -98,4 +100,5 @@ def _apply(backend: _Backend) -> list[str]:
                 ) from error
             logs.get().warning("migration waits for a lock", migration=waiting, next_try=PAUSE)
             time.sleep(PAUSE)
-    return applied
+        else:
+            return applied

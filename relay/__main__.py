@@ -3,7 +3,7 @@
 import signal
 from threading import Event, Thread
 
-from outbox import logs, start
+from outbox import logs, redis_url, start
 from outbox.settings import RelaySettings
 from relay.loop import Relay
 
@@ -11,6 +11,7 @@ from relay.loop import Relay
 def main() -> None:
     """Runs a relay until SIGTERM or SIGINT."""
     settings = RelaySettings.from_environment()
+    redis_url.check(settings.redis_url)
     logs.configure("relay", settings.log_level, settings.log_format)
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):

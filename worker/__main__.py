@@ -4,7 +4,7 @@ import logging
 import os
 import traceback
 
-from outbox import logs, start
+from outbox import logs, redis_url, start
 from outbox.errors import SettingsError, TaskError
 from outbox.settings import WorkerSettings
 from worker.handlers import registry
@@ -14,6 +14,7 @@ from worker.worker import OutboxWorker
 def main() -> None:
     """Runs a worker until SIGTERM, SIGINT or RQ's shutdown command; a second one ends it at once."""
     settings = WorkerSettings.from_environment()
+    redis_url.check(settings.redis_url)
     logs.configure("worker", settings.log_level, settings.log_format)
     try:
         handlers = registry(settings.handlers)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from outbox import redis_url
 from outbox.endpoints import Address
 from outbox.errors import SettingsError, StartError
 from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
@@ -49,7 +50,9 @@ def read_settings() -> UpSettings:
         wrong: list[str] = []
         for settings in (ServiceSettings, RelaySettings, WorkerSettings):
             try:
-                settings.from_environment()
+                found = settings.from_environment()
+                if isinstance(found, RelaySettings | WorkerSettings):
+                    redis_url.check(found.redis_url)
             except SettingsError as error:
                 wrong += str(error).splitlines()
         if wrong:

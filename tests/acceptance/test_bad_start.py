@@ -27,6 +27,15 @@ WRONG = [
     ("service", "HTTP_SERVER_ADDRESS", "nowhere", "HTTP_SERVER_ADDRESS is wrong: it must be host:port"),
     ("relay", "DATABASE_URL", f"postgresql://me:{SECRET}@localhost/outbox?no_such_option=1", "DATABASE_URL is wrong: "),
     ("relay", "REDIS_URL", None, "REDIS_URL is not set: set it to "),
+    *(
+        (
+            process,
+            "REDIS_URL",
+            f"rediss://:{SECRET}@h?ssl_min_version={SECRET}",
+            "REDIS_URL is wrong: it has options",
+        )
+        for process in ("relay", "worker")
+    ),
     ("worker", "SMTP_URL", f"ftp://me:{SECRET}@localhost", "SMTP_URL is wrong: it must start with smtp://"),
     ("worker", "OUTBOX_HANDLERS", "no_such_module", "OUTBOX_HANDLERS is wrong: "),
 ]

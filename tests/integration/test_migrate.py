@@ -155,6 +155,26 @@ def test_a_migration_that_waits_in_vain_is_not_applied(old_url: str, impatient: 
     assert migrate(old_url) == postgres.migrations()[1:]
 
 
+def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.MonkeyPatch) -> None:
+    """Of two tries, one that an earlier migration has used up is not missing to a later one."""
+    impatient.setattr(migrating, "TRIES", 2)
+    begin, refused = migrating._StepsBackend.begin, set[str]()
+
+    def begin_at_the_second_try(backend: migrating._StepsBackend) -> None:
+        begin(backend)
+        with psycopg.connect(old_url) as connection:
+            (newest,) = connection.execute("SELECT max(migration_id) FROM _yoyo_migration").fetchall()[0]
+        if newest not in refused:
+            refused.add(newest)
+            raise psycopg.errors.LockNotAvailable
+
+    impatient.setattr(migrating._StepsBackend, "begin", begin_at_the_second_try)
+    with capture_logs() as lines:
+        assert migrate(old_url) == postgres.migrations()[1:]
+    waits = [line["migration"] for line in lines if line["event"] == "migration waits for a lock"]
+    assert waits == postgres.migrations()[1:]
+
+
 def test_an_unmigrated_database_is_told_from_a_migrated_one(empty_url: str) -> None:
     """The sentence says which command to run."""
     with postgres.connect(empty_url, "test") as connection:

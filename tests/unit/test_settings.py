@@ -1,17 +1,20 @@
 """What each process reads from its environment."""
 
 import re
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psycopg
 import pytest
 
-from outbox.endpoints import POSTGRES_CHOICES, Address, SmtpServer
+from outbox import redis_url
+from outbox.endpoints import Address, SmtpServer
 from outbox.errors import SettingsError
 from outbox.settings import DatabaseSettings, RelaySettings, ServiceSettings, WorkerSettings
+from outbox.up.environment import read_settings
 
 if TYPE_CHECKING:
     import trustme
@@ -39,6 +42,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name, value in GOOD.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
+
+
+def read(settings: Settings) -> DatabaseSettings:
+    """Reads settings as the processes do."""
+    found = settings.from_environment()
+    if isinstance(found, RelaySettings | WorkerSettings):
+        redis_url.check(found.redis_url)
+    return found
 
 
 def test_defaults_suit_production() -> None:
@@ -101,6 +112,13 @@ def test_what_is_missing_is_named(
     assert "\n" not in str(caught.value)
 
 
+_CHECKED_OPTIONS = [
+    *("sslmode", "sslnegotiation", "sslcertmode", "gssencmode", "channel_binding", "require_auth", "service"),
+    *("target_session_attrs", "load_balance_hosts", "ssl_min_protocol_version", "min_protocol_version"),
+    *("keepalives", "keepalives_idle", "tcp_user_timeout", "connect_timeout", "port"),
+]
+"""Options of a Postgres URL of which a wrong value lets no try to connect get as far as to a server."""
+
 _WRONG: list[tuple[Settings, str, list[str]]] = [
     (
         DatabaseSettings,
@@ -110,8 +128,13 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
             *("postgresql://h:hunter2/d", "postgresql://u:pass@wo:rd@hunter2/d", "postgresql://h/d?port=5432,hunter2"),
             *("postgresql://u:hunter2@h:0/d", "postgresql://u:hunter2@h:65536/d", "postgresql://u:hunter2@h:-1/d"),
             *("postgresql://a,b/d?port=1,2,3", "postgresql:///d?port=1,2", "postgresql://a,b/d?hostaddr=::1"),
-            *(f"postgresql://h/d?{name}=hunter2" for name in POSTGRES_CHOICES),
-            *("postgresql://h/d?sslmode=", "postgresql://h/d?sslmode=REQUIRE", "postgresql://h/d?keepalives=hunter2"),
+            *(f"postgresql://h/d?{name}=hunter2" for name in _CHECKED_OPTIONS),
+            *(
+                "postgresql://h/d?sslmode=",
+                "postgresql://h/d?sslmode=REQUIRE",
+                "postgresql://h/d?sslmode=a&require_auth=b",
+            ),
+            *("postgresql://h/d?sslrootcert=system&sslmode=require", "postgresql://h/d?hostaddr=hunter2"),
         ],
     ),
     (
@@ -209,7 +232,7 @@ def test_what_is_wrong_is_named_and_not_shown(
     """One sentence says which variable and what is wrong with it; the value, which may be a secret, stays out."""
     environment.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
-        settings.from_environment()
+        read(settings)
     text = str(caught.value)
     assert text.startswith(f"{name} is wrong: ")
     assert "\n" not in text
@@ -219,7 +242,12 @@ def test_what_is_wrong_is_named_and_not_shown(
 @pytest.mark.parametrize(
     ("name", "value", "named"),
     [
-        ("DATABASE_URL", "postgresql://h/d?sslmode=always", "sslmode that is none of disable, allow, prefer, require,"),
+        ("DATABASE_URL", "postgresql://h/d?sslmode=always&sslsni=1", "or not with such a value: sslmode"),
+        ("DATABASE_URL", "postgresql://h/d?ssl_min_protocol_version=x", "such a value: ssl_min_protocol_version"),
+        ("DATABASE_URL", "postgresql://h/d?require_auth=x", "such a value: require_auth"),
+        ("DATABASE_URL", "postgresql://h/d?min_protocol_version=x", "such a value: min_protocol_version"),
+        ("DATABASE_URL", "postgresql://h/d?sslrootcert=system&sslmode=require", "a value: sslmode, sslrootcert"),
+        ("DATABASE_URL", "postgresql://h/d?connect_timeout=x", "connect_timeout that is not a whole number"),
         ("DATABASE_URL", "postgresql://h/d?keepalives=yes", "keepalives that is not a whole number"),
         ("DATABASE_URL", "postgresql://h:p/d", "a port that is not a number from 1 to 65535"),
         ("REDIS_URL", "redis://h?db=1.5", "db that is not a whole number"),
@@ -230,25 +258,67 @@ def test_what_is_wrong_is_named_and_not_shown(
         ("REDIS_URL", "rediss://h?ssl_min_version=12", "ssl_min_version"),
         ("REDIS_URL", "rediss://h?ssl_ca_certs=/none", "ssl_ca_certs or ssl_ca_path that cannot be used: No such file"),
         ("REDIS_URL", "rediss://h?ssl_certfile=/none", "ssl_certfile or ssl_keyfile that cannot be used: No such file"),
+        ("REDIS_URL", "rediss://h?ssl_ca_certs=%00", "ssl_ca_certs or ssl_ca_path that cannot be used: embedded null"),
     ],
 )
 def test_the_option_that_is_wrong_is_named(name: str, value: str, named: str, environment: pytest.MonkeyPatch) -> None:
     """Of a URL's options the sentence names the one that is wrong, and no other."""
     environment.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
-        RelaySettings.from_environment()
+        read(RelaySettings)
     text = str(caught.value)
     assert named in text
     assert "client_name" not in text
     assert not re.search(r"\bdb\b", text) or named.startswith("db ")
 
 
-@pytest.mark.parametrize(("name", "choice"), [(name, each) for name, all_ in POSTGRES_CHOICES.items() for each in all_])
-def test_libpq_knows_every_choice(name: str, choice: str) -> None:
-    """The values that a Postgres URL may give an option are those that libpq itself has nothing against."""
-    url = f"postgresql:///d?host=/none&{name}={choice}"
-    assert not psycopg.pq.PGconn.connect_start(url.encode()).error_message.startswith(b"invalid")
-    assert psycopg.pq.PGconn.connect_start(f"{url}x".encode()).error_message.startswith(b"invalid")
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "postgresql://",
+            "postgresql:///d",
+            "postgresql://u@h:5433/d",
+            "postgresql://[::1]/d",
+            "postgresql:///d?host=/tmp",
+        ),
+        *("postgresql://a,b/d", "postgresql://a:1,b:2/d", "postgresql://a,b/d?port=1", "postgresql://a,/d"),
+        *("postgresql:///d?hostaddr=::1,::2&port=1,2", "postgresql://a,b/d?hostaddr=::1,::2"),
+        *(f"postgresql://h/d?sslmode={mode}" for mode in ("disable", "allow", "prefer", "require", "verify-full")),
+        *("postgresql://h/d?sslrootcert=system", "postgresql://h/d?sslmode=require&sslnegotiation=direct"),
+        *("postgresql://h/d?gssencmode=disable&require_auth=scram-sha-256", "postgresql://h/d?keepalives=0"),
+        *("postgresql://a,b/d?target_session_attrs=read-write", "postgresql://a,b/d?load_balance_hosts=random"),
+    ],
+)
+def test_a_postgres_may_be_reached_in_many_ways(url: str, environment: pytest.MonkeyPatch) -> None:
+    """By one host or several, addresses, sockets, TLS: what libpq takes is no mistake."""
+    environment.setenv("DATABASE_URL", url)
+    assert DatabaseSettings.from_environment().database_url == url
+
+
+def test_libpqs_own_variables_may_name_the_servers(environment: pytest.MonkeyPatch) -> None:
+    """What a URL leaves open, they fill."""
+    environment.setenv("DATABASE_URL", "postgresql:///d")
+    environment.setenv("PGHOST", "a,b")
+    environment.setenv("PGPORT", "1,2")
+    DatabaseSettings.from_environment()
+    environment.setenv("PGPORT", "1,2,3")
+    with pytest.raises(SettingsError, match="variables such as PG"):
+        DatabaseSettings.from_environment()
+
+
+@pytest.mark.parametrize("servers", ["//127.0.0.1:{0}", "///d?hostaddr=127.0.0.1&port={0}", "//127.0.0.1:{0},h:x"])
+@pytest.mark.parametrize("variable", ["PGUSER", "PGHOSTADDR"])
+def test_a_url_is_checked_without_a_connection(servers: str, variable: str, environment: pytest.MonkeyPatch) -> None:
+    """Whether the server is there is not the settings' business."""
+    environment.setenv(variable, "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0)
+        environment.setenv("DATABASE_URL", f"postgresql:{servers.format(listener.getsockname()[1])}")
+        with suppress(SettingsError):
+            DatabaseSettings.from_environment()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 @pytest.fixture
@@ -272,7 +342,7 @@ def test_a_redis_may_be_reached_by_tls(tmp_path: Path, certificate: str, environ
     good = (f"{certificate}&ssl_password={SECRET}", f"ssl_ca_path={tmp_path}", "ssl_cert_reqs=none")
     for options in (*good, "ssl_min_version=772", "ssl_check_hostname=no"):
         environment.setenv("REDIS_URL", f"rediss://h?{options}")
-        assert RelaySettings.from_environment().redis_url == f"rediss://h?{options}"
+        read(RelaySettings)
 
 
 @pytest.mark.parametrize("password", ["", "&ssl_password=wrong"])
@@ -280,7 +350,7 @@ def test_a_key_needs_its_password(password: str, certificate: str, environment: 
     """Without it, OpenSSL would ask for it on the terminal at every connection."""
     environment.setenv("REDIS_URL", f"rediss://h?{certificate}{password}")
     with pytest.raises(SettingsError, match="ssl_certfile or ssl_keyfile that cannot be used"):
-        RelaySettings.from_environment()
+        read(RelaySettings)
 
 
 def test_the_service_does_not_import_redis() -> None:
@@ -302,6 +372,15 @@ def test_all_mistakes_are_told_at_once(environment: pytest.MonkeyPatch) -> None:
         WorkerSettings.from_environment()
     lines = sorted(line.split(" ")[0] for line in str(caught.value).splitlines())
     assert lines == ["DATABASE_URL", "OUTBOX_LEASE", "REDIS_URL", "SMTP_URL"]
+
+
+def test_outbox_up_tells_all_mistakes_before_it_starts_anything(environment: pytest.MonkeyPatch) -> None:
+    """Of each process' settings, and once where several share them."""
+    environment.setenv("HTTP_SERVER_ADDRESS", "nonsense")
+    environment.setenv("REDIS_URL", "rediss://h?ssl_min_version=1")
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+    assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == ["HTTP_SERVER_ADDRESS", "REDIS_URL"]
 
 
 def test_other_programs_variables_are_not_ours(environment: pytest.MonkeyPatch) -> None:
