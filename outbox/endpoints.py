@@ -190,17 +190,28 @@ def http_address(value: object) -> object:
     """Reads `host:port`."""
     if not isinstance(value, str):
         return value
-    host, colon, port = value.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 <= int(port) <= 65535:
+    if not (match := re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[\w.-]*):([0-9]{1,5})", value, re.ASCII)):
         raise ValueError("must be host:port, as in 127.0.0.1:8080")
-    return Address(host.strip("[]") or "127.0.0.1", int(port))
+    if int(match[2]) > 65535:
+        raise ValueError("must have a port up to 65535, as in 127.0.0.1:8080")
+    return Address(match[1].strip("[]") or "127.0.0.1", int(match[2]))
+
+
+_URL = re.compile(r"[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+")
+"""What may be in a URL (RFC 3986, appendix A)."""
 
 
 def http_url(value: str) -> str:
     """Checks what links begin with, and cuts the slash at its end."""
-    parts = urlsplit(value)
+    if not _URL.fullmatch(value):
+        raise ValueError("must hold no spaces, line breaks, quotes or other characters that no URL has")
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        raise ValueError("is not a valid URL; it looks like https://example.com") from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must start with http:// or https:// and name a host, as in https://example.com")
-    if parts.query or parts.fragment:
+    if "?" in value or "#" in value:
         raise ValueError("must not hold '?' or '#': what links add would not be part of the path")
     return value.rstrip("/")

@@ -18,7 +18,8 @@ from structlog.typing import EventDict, FilteringBoundLogger, Processor, Wrapped
 Logger = FilteringBoundLogger
 
 _LIBRARIES = {
-    **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler", "uvicorn", "yoyo"), logging.WARNING),
+    **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler", "yoyo"), logging.WARNING),
+    "uvicorn": logging.ERROR,  # it warns of every stranger who does not speak HTTP
     "psycopg.pool": logging.ERROR,  # it warns at every try of an outage, which we log once
 }
 
@@ -138,7 +139,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
     handler = logging.StreamHandler(cast("TextIO", output))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=counted,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
         )
     )

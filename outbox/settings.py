@@ -146,7 +146,7 @@ class RelaySettings(_RedisSettings):
 
     poll_interval: Seconds = Field(default=1, validation_alias="OUTBOX_POLL_INTERVAL")
     batch: int = Field(default=2000, ge=1, le=100_000, validation_alias="OUTBOX_BATCH")
-    window: int = Field(default=10_000, ge=1, validation_alias="OUTBOX_WINDOW")
+    window: int = Field(default=10_000, ge=1, le=1_000_000_000, validation_alias="OUTBOX_WINDOW")
     horizon: Seconds = Field(default=60, validation_alias="OUTBOX_HORIZON")
     sweep_interval: Seconds = Field(default=2, validation_alias="OUTBOX_SWEEP_INTERVAL")
     sweep_grace: Seconds = Field(default=1, validation_alias="OUTBOX_SWEEP_GRACE")

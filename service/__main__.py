@@ -1,5 +1,6 @@
 """`python -m service`: one API process, configured by the environment, stopped by SIGTERM."""
 
+import math
 import signal
 import socket
 
@@ -8,7 +9,7 @@ import uvicorn
 from outbox import logs, pooler, postgres, start
 from outbox.endpoints import Address
 from outbox.errors import StartError
-from outbox.outage import one_line
+from outbox.outage import Outage
 from outbox.settings import ServiceSettings
 from service.app import create_app
 from service.requests import RequestLog
@@ -19,6 +20,7 @@ def main() -> None:
     settings = ServiceSettings.from_environment()
     logs.configure("service", settings.log_level, settings.log_format)
     listener = listen(settings.http_server_address)
+    outage = Outage("Postgres")
     try:
         with pooler.connect_checked(
             settings.database_url, "outbox service", pooled=settings.transaction_pooling
@@ -27,22 +29,23 @@ def main() -> None:
             if settings.transaction_pooling:
                 pooler.tell_of_missing_limits(connection)
     except postgres.AWAY as error:
-        logs.get().warning("Postgres is away", error=one_line(error))
+        outage.away(error)
 
     server = uvicorn.Server(
         uvicorn.Config(
-            RequestLog(create_app(settings)),
+            RequestLog(create_app(settings, outage)),
             log_config=None,
             access_log=False,
             ws="none",
             server_header=False,
-            timeout_graceful_shutdown=round(settings.grace),
+            timeout_graceful_shutdown=math.ceil(settings.grace),
         )
     )
     # For signals that come before uvicorn listens to them, and for the one that it raises once more in the end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    logs.get().info("started", address=str(settings.http_server_address))
+    address = Address(settings.http_server_address.host, listener.getsockname()[1])
+    logs.get().info("started", address=str(address))
     server.run(sockets=[listener])
     logs.get().info("stopped")
 

@@ -18,15 +18,17 @@ from service.store import Store
 from service.users import SignUp
 from service.wakeup import Wakeup
 
-MAX_BODY = 64 * 1024
-"""Bytes."""
 
+def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Litestar:
+    """Returns the ASGI application; it connects to Postgres when it is started.
 
-def create_app(settings: ServiceSettings) -> Litestar:
-    """Returns the ASGI application; it connects to Postgres when it is started."""
+    Args:
+        settings: of the service.
+        outage: what is known already of Postgres' absence.
+    """
     pool = create_pool(settings)
     wakeup = Wakeup(pool, settings.verify_email_delay)
-    store = Store(pool, wakeup, settings, Outage("Postgres"))
+    store = Store(pool, wakeup, settings, outage or Outage("Postgres"))
     passwords = Passwords(settings.hash_queue)
     sign_up = SignUp(passwords, store)
 
@@ -58,7 +60,7 @@ def create_app(settings: ServiceSettings) -> Litestar:
         exception_handlers=problems.EXCEPTION_HANDLERS,
         lifespan=[open_resources],
         logging_config=None,
-        request_max_body_size=MAX_BODY,
+        request_max_body_size=problems.MAX_BODY,
         openapi_config=OpenAPIConfig(
             title="Outbox service",
             version=version("outbox-service"),

@@ -14,13 +14,17 @@ from outbox import logs, postgres
 from outbox.errors import NotMigratedError
 from outbox.outage import one_line
 from service.passwords import BusyError
-from service.schemas import Problem, Violation
+from service.schemas import CreateUser, Problem, Violation
 from service.store import TakenError
 
 MEDIA_TYPE = "application/problem+json"
 
 RETRY_AFTER = "1"
 """Seconds."""
+
+MAX_BODY = 64 * 1024
+"""Bytes."""
+TOO_LARGE = f"the body must not be over {MAX_BODY // 1024} KiB"
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -58,21 +62,28 @@ def _invalid(request: AnyRequest, error: ValidationException) -> Response[dict[s
         # Litestar's text goes on with the whole URL, secret code and all.
         return problem(request, 400, error.detail.partition(" for path ")[0])
     violations = [
-        Violation(field=str(violation.get("key") or "body"), message=_message(str(violation.get("message", ""))))
+        _violation(str(violation.get("key") or "body"), str(violation.get("message", "")))
         for violation in error.extra
         if isinstance(violation, dict)
     ]
     return problem(request, 400, "the request has fields that are not valid; 'errors' names each", violations)
 
 
-def _message(text: str) -> str:
+def _violation(field: str, text: str) -> Violation:
+    described = CreateUser.model_fields[field].description if field in CreateUser.model_fields else None
+    if text.startswith("String should match pattern") and described:
+        text = f"must be {described[0].lower()}{described[1:]}".removesuffix(".")
+    elif text.startswith("Input should be a valid dictionary"):
+        text = "must be a JSON object"
     text = text.removeprefix("Value error, ")
-    return text[:1].lower() + text[1:]
+    return Violation(field=field, message=text[:1].lower() + text[1:])
 
 
 def _http(request: AnyRequest, error: HTTPException) -> Response[dict[str, Any]]:
     # A 5xx of the framework's own may speak of our insides.
     detail = error.detail if error.status_code < 500 else "the service failed"
+    if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        detail = TOO_LARGE
     return problem(request, error.status_code, detail, headers=error.headers)
 
 

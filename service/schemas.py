@@ -37,7 +37,7 @@ class CreateUser(BaseModel):
             min_length=3,
             max_length=100,
             pattern="^[a-z0-9_]*$",
-            description="Lower-case letters, digits and '_'.",
+            description="Lower-case letters, digits and '_' alone.",
             examples=["alice"],
         ),
     ]
@@ -48,7 +48,7 @@ class CreateUser(BaseModel):
             min_length=3,
             max_length=100,
             pattern=r"^[\p{L}\p{M} ]*$",
-            description="Letters of any script, and spaces.",
+            description="Letters of any script and spaces alone.",
             examples=["Alice Liddell"],
         ),
         AfterValidator(_has_letter),

@@ -89,7 +89,7 @@ async def _check_body(request: Request[Any, Any, Any]) -> None:
             "this username is taken",
             [Violation(field="username", message="is taken")],
         ),
-        413: problems.described(413, "The body is over 64 KiB.", "Request Entity Too Large"),
+        413: problems.described(413, "The body is over 64 KiB.", problems.TOO_LARGE),
         415: problems.described(
             415, "The body is declared not to be JSON.", "the body must be JSON: send it as application/json"
         ),

@@ -15,6 +15,7 @@ from email_validator import EmailNotValidError, validate_email
 from outbox import logs
 from outbox.errors import OutboxError, SkipRetry
 from outbox.message import Message
+from outbox.outage import one_line
 from outbox.settings import WorkerSettings
 from outbox.verification import masked
 
@@ -128,15 +129,7 @@ class Mailer:
         raise MailError(f"the mail server does not take {what}: {_reply(code, text)}")
 
     def _connect(self) -> smtplib.SMTP:
-        server = self._server
-        smtp: smtplib.SMTP
-        try:
-            if server.security == "tls":
-                smtp = smtplib.SMTP_SSL(server.host, server.port, timeout=self._timeout, context=self._tls)
-            else:
-                smtp = smtplib.SMTP(server.host, server.port, timeout=self._timeout)
-        except smtplib.SMTPConnectError as error:
-            self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
+        server, smtp = self._server, self._open()
         try:
             if server.security == "starttls":
                 smtp.starttls(context=self._tls)
@@ -152,10 +145,28 @@ class Mailer:
         except UnicodeEncodeError:  # its text would quote the password
             smtp.close()
             raise MailError("the user or password in SMTP_URL has characters that no login can carry") from None
+        except OSError as error:
+            smtp.close()
+            raise self._unreachable(error) from error
         except BaseException:
             smtp.close()
             raise
         return smtp
+
+    def _open(self) -> smtplib.SMTP:
+        server = self._server
+        try:
+            if server.security == "tls":
+                return smtplib.SMTP_SSL(server.host, server.port, timeout=self._timeout, context=self._tls)
+            return smtplib.SMTP(server.host, server.port, timeout=self._timeout)
+        except smtplib.SMTPConnectError as error:
+            self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
+        except (OSError, UnicodeError) as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> MailError:
+        server = self._server
+        return MailError(f"the mail server {server.host}:{server.port} cannot be reached: {one_line(error)}")
 
     def _reset(self) -> None:
         smtp: smtplib.SMTP | None = getattr(self._local, "smtp", None)

@@ -111,3 +111,14 @@ def test_postgres_goes_while_handlers_run(stack: Stack, own_postgres: EmbeddedSe
         attempts = [row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")]
     assert attempts == [1] * 5
     assert len(mailbox.mails) == 5
+
+
+def test_a_service_that_starts_without_postgres(stack: Stack, own_postgres: EmbeddedServer) -> None:
+    """It says once that Postgres is away, however many ask for it, and once that it is back."""
+    take_down(own_postgres)
+    service = stack.run("service")
+    with httpx.Client(base_url=stack.url, timeout=20) as client:
+        assert [client.get("/readyz").status_code for _ in range(2)] == [503, 503]
+        own_postgres.restart()
+        eventually(lambda: client.get("/readyz").status_code == 200, 20, "the service is ready")
+    assert [len(service.events(f"Postgres is {state}")) for state in ("away", "back")] == [1, 1]

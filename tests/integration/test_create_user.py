@@ -181,12 +181,17 @@ def test_too_many_at_once_are_sent_away(service_settings: ServiceSettings, conne
 
 def test_every_violation_is_named_at_once(api: Api, connection: Connection) -> None:
     """All that is wrong with a body is said in one answer, each with its field."""
-    wrong = {"username": "A!", "password": "short", "full_name": "R2", "email": "nobody", "is_admin": True}
+    wrong = {"username": "Alice!", "password": "short", "full_name": "R2-D2", "email": "nobody", "is_admin": True}
     response = api.client.post("/v1/users", json=wrong)
 
     assert is_problem(response, 400)
     assert sorted(violation["field"] for violation in response.json()["errors"]) == sorted(wrong)
-    assert all(violation["message"] for violation in response.json()["errors"])
+    messages = {violation["field"]: violation["message"] for violation in response.json()["errors"]}
+    assert all(messages.values())
+    assert messages["username"] == "must be lower-case letters, digits and '_' alone"
+    assert messages["full_name"] == "must be letters of any script and spaces alone"
+    (violation,) = api.client.post("/v1/users", json=[]).json()["errors"]
+    assert violation == {"field": "body", "message": "must be a JSON object"}
     missing = api.client.post("/v1/users", json={})
     assert [violation["field"] for violation in missing.json()["errors"]] == list(FIELDS)
     assert written(connection) == (0, 0)

@@ -30,11 +30,11 @@ def test_warnings_are_counted() -> None:
     """Each says how many of its kind there have been in this process, and the last line names all."""
     done = _run(
         "log = logs.get(); log.warning('dropped job', job=1); log.warning('dropped job', job=2); log.error('bad');"
-        "log.info('fine'); log.info('stopped')"
+        "log.info('fine'); import logging; logging.getLogger('rq.worker').warning('theirs'); log.info('stopped')"
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line.get("nth") for line in lines] == [1, 2, 1, None, None]
-    assert lines[-1]["warnings"] == {"dropped job": 2, "bad": 1}
+    assert [line.get("nth") for line in lines] == [1, 2, 1, None, 1, None]
+    assert lines[-1]["warnings"] == {"dropped job": 2, "bad": 1, "theirs": 1}
 
 
 def test_a_traceback_shows_no_local_variable() -> None:
