@@ -9,7 +9,7 @@ from yoyo import read_migrations
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import parse_uri
 
-from outbox import logs
+from outbox import logs, postgres
 from outbox.errors import LockedError
 from outbox.queries import query, sql_folder
 
@@ -49,7 +49,7 @@ class _StepsBackend(_Backend):
 def _connect(database_url: str, *, autocommit: bool = False) -> psycopg.Connection[Any]:
     """Opens a connection that a pooler may stand in: it prepares no statements."""
     return psycopg.connect(
-        database_url, autocommit=autocommit, prepare_threshold=None, application_name="outbox migrate"
+        database_url, **{**postgres.options("outbox migrate", pooled=True), "autocommit": autocommit}
     )
 
 

@@ -1,6 +1,7 @@
 """How processes end when whoever set them up made a mistake: a sentence, an exit code, no traceback."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -38,6 +39,14 @@ def test_migrate_without_postgres_is_a_sentence() -> None:
     assert ended.stderr.startswith("Postgres is away or refuses: ")
     assert "hunter2" not in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def test_migrate_does_not_wait_for_a_postgres_that_says_nothing() -> None:
+    """Where somebody listens and never answers, the command gives up after seconds and says so."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ended = _migrate(f"postgresql://outbox@127.0.0.1:{silent.getsockname()[1]}/outbox")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Postgres is away or refuses: ConnectionTimeout: ")
 
 
 @pytest.mark.parametrize(
