@@ -21,6 +21,10 @@ class NotMigratedError(OutboxError):
     """The database lacks migrations that this version needs."""
 
 
+class UnsupportedDatabaseError(OutboxError):
+    """The database's encoding is not UTF-8."""
+
+
 class LockedError(OutboxError):
     """Others did not let go of a table that a migration needs for itself; nothing of that migration was done."""
 

@@ -66,11 +66,13 @@ def migrate(database_url: str) -> list[str]:
         The ids of the migrations applied now, in order; empty where there were none to apply.
 
     Raises:
+        UnsupportedDatabaseError: the database is not in UTF-8.
         LockedError: others held a table for too long; the migrations before this one are applied, and nothing of it.
         psycopg.OperationalError: Postgres is away.
     """
     # Not postgres.connect: this transaction idles for as long as the migrations take.
     with _connect(database_url) as connection:
+        postgres.check_encoding(connection)
         connection.execute(query("unlimit_transaction"))
         connection.execute(query("lock_migrations"))
         with _Backend(database_url) as backend:

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from outbox import migrate as migrating
 from outbox import postgres
-from outbox.errors import LockedError, NotMigratedError
+from outbox.errors import LockedError, NotMigratedError, UnsupportedDatabaseError
 from outbox.migrate import migrate
 from tests.support.waiting import eventually
 
@@ -182,6 +182,25 @@ def test_an_unmigrated_database_is_told_from_a_migrated_one(empty_url: str) -> N
             postgres.check_migrated(connection)
         migrate(empty_url)
         postgres.check_migrated(connection)
+
+
+def test_a_database_that_is_not_in_utf8_is_refused(foreign_url: str) -> None:
+    """It could not hold every name: nothing is made in it, and the sentence says how to make a better one."""
+    with pytest.raises(UnsupportedDatabaseError, match="ENCODING 'UTF8'"):
+        migrate(foreign_url)
+    with postgres.connect(foreign_url, "test") as connection:
+        assert connection.execute("SELECT FROM pg_class WHERE relname ~ '^(_?yoyo|outbox|users)'").fetchall() == []
+        with pytest.raises(UnsupportedDatabaseError, match=connection.info.dbname):
+            postgres.check_migrated(connection)
+
+
+def test_every_connection_speaks_utf8(empty_url: str) -> None:
+    """Whatever the URL says, all that is written arrives."""
+    url = f"{empty_url}{'&' if '?' in empty_url else '?'}client_encoding=LATIN1"
+    assert migrate(url) == postgres.migrations()
+    with postgres.connect(url, "test") as connection:
+        row = connection.execute("SELECT %s::text AS name", ["\u674e\u767d"]).fetchone()
+    assert row == {"name": "\u674e\u767d"}
 
 
 def test_a_half_migrated_database_is_refused(connection: Connection) -> None:
