@@ -1,6 +1,7 @@
 """Migrations: one at a time, once, and known to have happened."""
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,12 +11,14 @@ from threading import Barrier
 from typing import Any
 
 import psycopg
+import psycopg.sql
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from structlog.testing import capture_logs
 
 from outbox import migrate as migrating
 from outbox import postgres
-from outbox.errors import LockedError, NotMigratedError, UnsupportedDatabaseError
+from outbox.errors import LockedError, NotMigratedError, RightsError, UnsupportedDatabaseError
 from outbox.migrate import migrate
 from tests.support.waiting import eventually
 
@@ -173,6 +176,53 @@ def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.Mon
         assert migrate(old_url) == postgres.migrations()[1:]
     waits = [line["migration"] for line in lines if line["event"] == "migration waits for a lock"]
     assert waits == postgres.migrations()[1:]
+
+
+@pytest.fixture
+def other_url(empty_url: str) -> Iterator[str]:
+    """An empty database, as a role that may only look at its schema."""
+    name = f"outbox_test_{secrets.token_hex(6)}"
+    role = psycopg.sql.Identifier(name)
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        for statement in (
+            "CREATE ROLE {} LOGIN PASSWORD 'of a test'",
+            "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+            "GRANT USAGE ON SCHEMA public TO {}",
+        ):
+            connection.execute(psycopg.sql.SQL(statement).format(role))
+        yield make_conninfo(empty_url, user=name, password="of a test")
+        connection.execute(psycopg.sql.SQL("DROP OWNED BY {}").format(role))
+        connection.execute(psycopg.sql.SQL("DROP ROLE {}").format(role))
+
+
+def test_a_role_that_may_create_no_tables_is_told_what_it_lacks(empty_url: str, other_url: str) -> None:
+    """The sentence is the statement that gives it the right; nothing is done before, and all of it afterwards."""
+    with pytest.raises(RightsError, match="run GRANT CREATE ON SCHEMA public TO outbox_test_") as caught:
+        migrate(other_url)
+    grant = str(caught.value).partition("run ")[2].partition(",")[0]
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute(grant)
+    assert migrate(other_url) == postgres.migrations()
+
+
+def test_a_role_without_any_schema_is_told(empty_url: str, other_url: str) -> None:
+    """Where its search_path names no schema that it may use, it hears that."""
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+        role = psycopg.sql.Identifier(str(conninfo_to_dict(other_url)["user"]))
+        connection.execute(psycopg.sql.SQL("REVOKE USAGE ON SCHEMA public FROM {}").format(role))
+    with pytest.raises(RightsError, match="search_path"):
+        migrate(other_url)
+
+
+def test_a_migrated_database_needs_no_right_to_create(empty_url: str, other_url: str) -> None:
+    """Whoever owns the tables may run it again, where there is nothing to do."""
+    role = psycopg.sql.Identifier(str(conninfo_to_dict(other_url)["user"]))
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute(psycopg.sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(role))
+        assert migrate(other_url) == postgres.migrations()
+        connection.execute(psycopg.sql.SQL("REVOKE CREATE ON SCHEMA public FROM {}").format(role))
+    assert migrate(other_url) == []
 
 
 def test_an_unmigrated_database_is_told_from_a_migrated_one(empty_url: str) -> None:
