@@ -99,6 +99,13 @@ class Relay:
             UnsupportedRedisError: Redis is one that cannot serve.
         """
         logs.get().info("started", queues=self._settings.queues)
+        try:
+            self._work()
+        finally:
+            self._client.close()
+            logs.get().info("stopped")
+
+    def _work(self) -> None:
         while not self._stop.is_set():
             try:
                 with (
@@ -110,8 +117,6 @@ class Relay:
                     self._serve(connection, drain)
             except postgres.AWAY as error:
                 self._stop.wait(self._postgres.away(error))
-        self._client.close()
-        logs.get().info("stopped")
 
     def _serve(self, connection: Connection, drain: Drain) -> None:
         postgres.check_migrated(connection)
