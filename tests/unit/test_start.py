@@ -4,12 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 from outbox import start
+from outbox.commands import outbox
 from outbox.errors import NotMigratedError, OutboxError, SettingsError
+from outbox.up import stack
 
 
 def _migrate(database_url: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +75,18 @@ def test_every_mistake_has_its_exit_code(
         start.run(main)
     assert caught.value.code == code
     assert capsys.readouterr().err == sentence
+
+
+def test_a_folder_needs_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty value, as of a variable that is not set, does not mean the folder in which one happens to be."""
+    monkeypatch.chdir(tmp_path)
+    started: list[Path] = []
+    monkeypatch.setattr(stack, "run", started.append)
+    ended = CliRunner().invoke(outbox, ["up", "--data", ""])
+    assert (ended.exit_code, started) == (2, [])
+    assert "empty" in ended.output
+    assert CliRunner().invoke(outbox, ["up", "--data", "."]).exit_code == 0
+    assert started == [Path()]
 
 
 def test_a_bug_is_a_traceback() -> None:
