@@ -1,6 +1,7 @@
 """The `outbox` command."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,10 +27,20 @@ def migrate() -> None:
     apply_migrations(settings.database_url)
 
 
+class _Folder(click.Path):
+    """A folder that is named: an empty value would be the current one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the path."""
+        if value == "":
+            self.fail("it is empty; name a folder ('.' is the current one).", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @outbox.command(short_help="Run everything here, for development.")
 @click.option(
     "--data",
-    type=click.Path(file_okay=False, readable=False, path_type=Path),
+    type=_Folder(file_okay=False, readable=False, path_type=Path),
     default=Path(".outbox"),
     show_default=True,
     metavar="FOLDER",

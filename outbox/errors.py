@@ -21,6 +21,14 @@ class NotMigratedError(OutboxError):
     """The database lacks migrations that this version needs."""
 
 
+class UnsupportedDatabaseError(OutboxError):
+    """The database's encoding is not UTF-8."""
+
+
+class RightsError(OutboxError):
+    """The role that migrates the database may create no tables in it; nothing was done."""
+
+
 class LockedError(OutboxError):
     """Others did not let go of a table that a migration needs for itself; nothing of that migration was done."""
 

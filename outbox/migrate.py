@@ -5,12 +5,13 @@ from collections import Counter
 from typing import Any
 
 import psycopg
+from psycopg.rows import dict_row
 from yoyo import read_migrations
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import parse_uri
 
-from outbox import logs
-from outbox.errors import LockedError
+from outbox import logs, postgres
+from outbox.errors import LockedError, NotMigratedError, RightsError
 from outbox.queries import query, sql_folder
 
 LOCK_TIMEOUT = 3.0
@@ -49,7 +50,7 @@ class _StepsBackend(_Backend):
 def _connect(database_url: str, *, autocommit: bool = False) -> psycopg.Connection[Any]:
     """Opens a connection that a pooler may stand in: it prepares no statements."""
     return psycopg.connect(
-        database_url, autocommit=autocommit, prepare_threshold=None, application_name="outbox migrate"
+        database_url, **{**postgres.options("outbox migrate", pooled=True), "autocommit": autocommit}
     )
 
 
@@ -66,13 +67,18 @@ def migrate(database_url: str) -> list[str]:
         The ids of the migrations applied now, in order; empty where there were none to apply.
 
     Raises:
+        UnsupportedDatabaseError: the database is not in UTF-8.
+        RightsError: the database lacks migrations, and the role may create no tables.
         LockedError: others held a table for too long; the migrations before this one are applied, and nothing of it.
         psycopg.OperationalError: Postgres is away.
     """
     # Not postgres.connect: this transaction idles for as long as the migrations take.
     with _connect(database_url) as connection:
+        connection.row_factory = dict_row
+        postgres.check_encoding(connection)
         connection.execute(query("unlimit_transaction"))
         connection.execute(query("lock_migrations"))
+        _check_right(connection)
         with _Backend(database_url) as backend:
             backend.init_database()
             backend.break_lock()
@@ -80,6 +86,30 @@ def migrate(database_url: str) -> list[str]:
                 applied = _apply(backend)
     logs.get().info("db migrated", applied=applied)
     return applied
+
+
+def _check_right(connection: psycopg.Connection[Any]) -> None:
+    """Checks that the role may create tables, or need not.
+
+    yoyo takes a table that it cannot create for one that is there, and a refusal for a server on which a migration
+    cannot be a transaction.
+    """
+    right = connection.execute(query("right_to_create")).fetchone()
+    assert right is not None
+    if right["has"]:
+        return
+    try:
+        postgres.check_migrated(connection)
+    except NotMigratedError as error:
+        if right["statement"] is None:
+            raise RightsError(
+                f"the role {right['role']} may use no schema in its search_path, so it cannot create tables: create one"
+                " for it (CREATE SCHEMA … AUTHORIZATION …), or grant it USAGE and CREATE on one that is in search_path"
+            ) from error
+        raise RightsError(
+            f"the role {right['role']} may not create tables in its schema: run {right['statement']}, as the schema's"
+            " owner, and then 'outbox migrate' again"
+        ) from error
 
 
 def _apply(backend: _Backend) -> list[str]:

@@ -8,7 +8,7 @@ from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
-from outbox.errors import NotMigratedError
+from outbox.errors import NotMigratedError, UnsupportedDatabaseError
 from outbox.queries import query, sql_folder
 
 T = TypeVar("T")
@@ -74,13 +74,15 @@ def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.Operation
 def options(name: str, *, pooled: bool) -> dict[str, Any]:
     """Returns what every connection of ours is opened with: autocommit mode, LIMITS, and no more than can be had.
 
+    It speaks UTF-8, whatever the URL, the role or the database says.
+
     Args:
         name: shown by `pg_stat_activity` as the application's name.
         pooled: whether the URL leads through a pooler in transaction mode. Each transaction may have another session
             there, so nothing may be left in one: no prepared statements, and no limits of the session's own.
     """
     unprepared = {"prepare_threshold": None} if pooled else {}
-    return {"autocommit": True, "application_name": name, **unprepared, **LIMITS}
+    return {"autocommit": True, "application_name": name, "client_encoding": "utf8", **unprepared, **LIMITS}
 
 
 def connect(
@@ -139,6 +141,20 @@ def migrations() -> list[str]:
     return sorted(path.stem for path in (sql_folder() / "migrations").glob("*.sql"))
 
 
+def check_encoding(connection: psycopg.BaseConnection[Any]) -> None:
+    """Checks that a database can hold every name. Postgres says so when it connects: that takes no statement.
+
+    Raises:
+        UnsupportedDatabaseError: it is not in UTF-8.
+    """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in {"UTF8", None}:  # a pooler may leave it out
+        raise UnsupportedDatabaseError(
+            f"the database {connection.info.dbname} is in {encoding}, not in UTF-8, and cannot hold every name: create"
+            " one with ENCODING 'UTF8' TEMPLATE template0, and name it in DATABASE_URL"
+        )
+
+
 def check_applied(applied: set[str]) -> None:
     """Checks that the database has every migration that this version knows; it may have newer ones.
 
@@ -153,8 +169,10 @@ def check_migrated(connection: psycopg.Connection[Any]) -> None:
     """Checks a database through an open connection.
 
     Raises:
+        UnsupportedDatabaseError: it is not in UTF-8.
         NotMigratedError: it was never migrated, or lacks migrations.
     """
+    check_encoding(connection)
     try:
         applied = {row["migration_id"] for row in connection.execute(query("applied_migrations"))}
     except psycopg.errors.UndefinedTable:

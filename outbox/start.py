@@ -28,6 +28,20 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(130)
 
 
+def run_process(name: str, main: Callable[[], object]) -> None:
+    """Runs `python -m name`, which the environment alone configures, as `run` does; arguments are a mistake."""
+
+    def unargued() -> None:
+        if sys.argv[1:]:  # not repeated: there may be a secret in it
+            raise UsageError(
+                f"python -m {name} takes no arguments: environment variables configure it,"
+                " which the README lists under 'Settings'"
+            )
+        main()
+
+    run(unargued)
+
+
 def fail(sentence: str, code: int) -> None:
     """Says what is wrong and exits."""
     sys.stderr.write(f"{sentence}\n")

@@ -21,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    start.run(main)
+    start.run_process("relay", main)

@@ -93,11 +93,19 @@ class Relay:
         """Works until it is told to stop, through outages of either server.
 
         Raises:
-            NotMigratedError: the database lacks migrations.
+            UnsupportedDatabaseError: the database is not in UTF-8.
+            NotMigratedError: it lacks migrations.
             SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
             UnsupportedRedisError: Redis is one that cannot serve.
         """
         logs.get().info("started", queues=self._settings.queues)
+        try:
+            self._work()
+        finally:
+            self._client.close()
+            logs.get().info("stopped")
+
+    def _work(self) -> None:
         while not self._stop.is_set():
             try:
                 with (
@@ -109,8 +117,6 @@ class Relay:
                     self._serve(connection, drain)
             except postgres.AWAY as error:
                 self._stop.wait(self._postgres.away(error))
-        self._client.close()
-        logs.get().info("stopped")
 
     def _serve(self, connection: Connection, drain: Drain) -> None:
         postgres.check_migrated(connection)

@@ -71,4 +71,4 @@ def listen(address: Address) -> socket.socket:
 
 
 if __name__ == "__main__":
-    start.run(main)
+    start.run_process("service", main)

@@ -11,7 +11,7 @@ from litestar.openapi.spec import Example
 from litestar.types import ExceptionHandlersMap
 
 from outbox import logs, postgres
-from outbox.errors import NotMigratedError
+from outbox.errors import NotMigratedError, OutboxError, UnsupportedDatabaseError
 from outbox.outage import one_line
 from service.passwords import BusyError
 from service.schemas import CreateUser, Problem, Violation
@@ -99,12 +99,12 @@ def _away(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
     return problem(request, 503, "the database is away: try again in a moment", headers={"Retry-After": RETRY_AFTER})
 
 
-def _not_migrated(request: AnyRequest, error: NotMigratedError) -> Response[dict[str, Any]]:
+def _unfit(request: AnyRequest, error: OutboxError) -> Response[dict[str, Any]]:
     return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
 
 
 def _never_migrated(request: AnyRequest, _: psycopg.errors.UndefinedTable) -> Response[dict[str, Any]]:
-    return _not_migrated(request, NotMigratedError("the database is not migrated: run 'outbox migrate'"))
+    return _unfit(request, NotMigratedError("the database is not migrated: run 'outbox migrate'"))
 
 
 def _failed(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
@@ -117,7 +117,8 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     HTTPException: _http,
     TakenError: _taken,
     BusyError: _busy,
-    NotMigratedError: _not_migrated,
+    NotMigratedError: _unfit,
+    UnsupportedDatabaseError: _unfit,
     psycopg.errors.UndefinedTable: _never_migrated,
     **dict.fromkeys(postgres.AWAY, _away),
     Exception: _failed,

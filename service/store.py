@@ -134,13 +134,15 @@ class Store:
             return Verification.VALID
 
     async def check_ready(self) -> None:
-        """Checks that Postgres answers and is migrated.
+        """Checks that Postgres answers, and that its database is in UTF-8 and migrated.
 
         Raises:
+            UnsupportedDatabaseError: it is not in UTF-8.
             NotMigratedError: it lacks migrations.
             psycopg.Error, psycopg_pool.PoolTimeout: it does not answer.
         """
         async with self._connection(wait=0.8) as connection:
+            postgres.check_encoding(connection)
             try:
                 cursor = await connection.execute(query("applied_migrations"))
             except psycopg.errors.UndefinedTable:

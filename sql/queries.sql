@@ -61,6 +61,12 @@ SELECT set_config('lock_timeout', %(lock_timeout)s::float8 || 's', true);
 SELECT migration_id FROM _yoyo_migration;
 
 
+-- name: right_to_create
+-- Whether our role may create tables in the schema that they would go to, and what gives it the right. No schema, no right.
+SELECT current_user AS role, coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS has,
+       'GRANT CREATE ON SCHEMA ' || quote_ident(current_schema()) || ' TO ' || quote_ident(current_user) AS statement;
+
+
 -- name: lock_migrations
 -- One `outbox migrate` at a time; released by the end of the transaction, however that comes.
 SELECT pg_advisory_xact_lock(hashtext('outbox migrate'));

@@ -74,6 +74,23 @@ def create_database(server_url: str) -> Iterator[Callable[[str | None], str]]:
         execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
 
 
+@pytest.fixture(scope="session", params=["LATIN1", "SQL_ASCII"])
+def foreign_url(request: pytest.FixtureRequest, server_url: str) -> Iterator[str]:
+    """A database whose encoding is not UTF-8."""
+    name = f"outbox_test_{secrets.token_hex(6)}"
+    database, encoding = psycopg.sql.Identifier(name), psycopg.sql.Literal(request.param)
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        # The server's own provider may know no other encoding; Postgres 14 has but one.
+        provider = "LOCALE_PROVIDER libc" if connection.info.server_version >= 150_000 else ""
+        connection.execute(
+            psycopg.sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING {} LOCALE 'C' {}").format(
+                database, encoding, psycopg.sql.SQL(provider)
+            )
+        )
+        yield with_database(server_url, name)
+        connection.execute(psycopg.sql.SQL("DROP DATABASE {} WITH (FORCE)").format(database))
+
+
 @pytest.fixture(scope="session")
 def template(create_database: Callable[[str | None], str]) -> str:
     """The name of a migrated database to clone."""

@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    start.run(main)
+    start.run_process("worker", main)

@@ -67,7 +67,8 @@ class OutboxWorker(RQWorker):
         """Works until it is told to stop, through outages of either server.
 
         Raises:
-            NotMigratedError: the database lacks migrations.
+            UnsupportedDatabaseError: the database is not in UTF-8.
+            NotMigratedError: it lacks migrations.
             SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
             UnsupportedRedisError: Redis is one that cannot serve.
             StuckError: no handler ends any more.

@@ -87,6 +87,14 @@ def test_a_database_that_is_not_migrated(
     assert all("outbox migrate" in sentence_of(process) for process in processes)
 
 
+def test_a_database_that_is_not_in_utf8(tmp_path: Path, foreign_url: str, redis_url: str) -> None:
+    """The sentence names the encoding that is wanted."""
+    stack = Stack(tmp_path, foreign_url, redis_url, "smtp://127.0.0.1:1")
+    processes = [stack.start(module) for module in ("service", "relay", "worker")]
+    assert [process.wait() for process in processes] == [1, 1, 1]
+    assert all("ENCODING 'UTF8'" in sentence_of(process) for process in processes)
+
+
 def test_a_port_in_use(stack: Stack) -> None:
     """The sentence names the variable and the address."""
     with socket.socket() as listener:

@@ -238,6 +238,14 @@ def test_a_database_that_is_not_migrated_is_not_ready(create_database: Callable[
             assert "run 'outbox migrate'" in response.json()["detail"]
 
 
+def test_a_database_that_is_not_in_utf8_is_not_ready(foreign_url: str) -> None:
+    """Where Postgres was away when the service started, readiness says what is wrong."""
+    with serve(ServiceSettings(database_url=foreign_url, secret_key="k" * 32)) as api:
+        response = api.client.get("/readyz")
+    assert is_problem(response, 503)
+    assert "ENCODING 'UTF8'" in response.json()["detail"]
+
+
 # Documentation.
 
 

@@ -1,6 +1,7 @@
 """Migrations: one at a time, once, and known to have happened."""
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,12 +11,14 @@ from threading import Barrier
 from typing import Any
 
 import psycopg
+import psycopg.sql
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from structlog.testing import capture_logs
 
 from outbox import migrate as migrating
 from outbox import postgres
-from outbox.errors import LockedError, NotMigratedError
+from outbox.errors import LockedError, NotMigratedError, RightsError, UnsupportedDatabaseError
 from outbox.migrate import migrate
 from tests.support.waiting import eventually
 
@@ -175,6 +178,53 @@ def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.Mon
     assert waits == postgres.migrations()[1:]
 
 
+@pytest.fixture
+def other_url(empty_url: str) -> Iterator[str]:
+    """An empty database, as a role that may only look at its schema."""
+    name = f"outbox_test_{secrets.token_hex(6)}"
+    role = psycopg.sql.Identifier(name)
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        for statement in (
+            "CREATE ROLE {} LOGIN PASSWORD 'of a test'",
+            "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+            "GRANT USAGE ON SCHEMA public TO {}",
+        ):
+            connection.execute(psycopg.sql.SQL(statement).format(role))
+        yield make_conninfo(empty_url, user=name, password="of a test")
+        connection.execute(psycopg.sql.SQL("DROP OWNED BY {}").format(role))
+        connection.execute(psycopg.sql.SQL("DROP ROLE {}").format(role))
+
+
+def test_a_role_that_may_create_no_tables_is_told_what_it_lacks(empty_url: str, other_url: str) -> None:
+    """The sentence is the statement that gives it the right; nothing is done before, and all of it afterwards."""
+    with pytest.raises(RightsError, match="run GRANT CREATE ON SCHEMA public TO outbox_test_") as caught:
+        migrate(other_url)
+    grant = str(caught.value).partition("run ")[2].partition(",")[0]
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute(grant)
+    assert migrate(other_url) == postgres.migrations()
+
+
+def test_a_role_without_any_schema_is_told(empty_url: str, other_url: str) -> None:
+    """Where its search_path names no schema that it may use, it hears that."""
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+        role = psycopg.sql.Identifier(str(conninfo_to_dict(other_url)["user"]))
+        connection.execute(psycopg.sql.SQL("REVOKE USAGE ON SCHEMA public FROM {}").format(role))
+    with pytest.raises(RightsError, match="search_path"):
+        migrate(other_url)
+
+
+def test_a_migrated_database_needs_no_right_to_create(empty_url: str, other_url: str) -> None:
+    """Whoever owns the tables may run it again, where there is nothing to do."""
+    role = psycopg.sql.Identifier(str(conninfo_to_dict(other_url)["user"]))
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute(psycopg.sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(role))
+        assert migrate(other_url) == postgres.migrations()
+        connection.execute(psycopg.sql.SQL("REVOKE CREATE ON SCHEMA public FROM {}").format(role))
+    assert migrate(other_url) == []
+
+
 def test_an_unmigrated_database_is_told_from_a_migrated_one(empty_url: str) -> None:
     """The sentence says which command to run."""
     with postgres.connect(empty_url, "test") as connection:
@@ -182,6 +232,25 @@ def test_an_unmigrated_database_is_told_from_a_migrated_one(empty_url: str) -> N
             postgres.check_migrated(connection)
         migrate(empty_url)
         postgres.check_migrated(connection)
+
+
+def test_a_database_that_is_not_in_utf8_is_refused(foreign_url: str) -> None:
+    """It could not hold every name: nothing is made in it, and the sentence says how to make a better one."""
+    with pytest.raises(UnsupportedDatabaseError, match="ENCODING 'UTF8'"):
+        migrate(foreign_url)
+    with postgres.connect(foreign_url, "test") as connection:
+        assert connection.execute("SELECT FROM pg_class WHERE relname ~ '^(_?yoyo|outbox|users)'").fetchall() == []
+        with pytest.raises(UnsupportedDatabaseError, match=connection.info.dbname):
+            postgres.check_migrated(connection)
+
+
+def test_every_connection_speaks_utf8(empty_url: str) -> None:
+    """Whatever the URL says, all that is written arrives."""
+    url = f"{empty_url}{'&' if '?' in empty_url else '?'}client_encoding=LATIN1"
+    assert migrate(url) == postgres.migrations()
+    with postgres.connect(url, "test") as connection:
+        row = connection.execute("SELECT %s::text AS name", ["\u674e\u767d"]).fetchone()
+    assert row == {"name": "\u674e\u767d"}
 
 
 def test_a_half_migrated_database_is_refused(connection: Connection) -> None:

@@ -511,11 +511,12 @@ def _sessions(connection: Connection) -> int:
 
 
 def test_an_unmigrated_database_ends_it(
-    create_database: Callable[[str | None], str], relay_settings: RelaySettings
+    create_database: Callable[[str | None], str], relay_settings: RelaySettings, lines: list[Any]
 ) -> None:
-    """It does not wait for somebody to migrate: the sentence says which command to run."""
+    """It does not wait for somebody to migrate: the sentence says which command to run, and the log that it stopped."""
     with pytest.raises(NotMigratedError, match="outbox migrate"):
         Relay(_with(relay_settings, database_url=create_database(None)), Event()).run()
+    assert _events(lines, "started", "stopped") == ["started", "stopped"]
 
 
 def test_a_cluster_ends_it(relay_settings: RelaySettings, tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 """How processes end when whoever set them up made a mistake: a sentence, an exit code, no traceback."""
 
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 from outbox import start
+from outbox.commands import outbox
 from outbox.errors import NotMigratedError, OutboxError, SettingsError
+from outbox.up import stack
 
 
 def _migrate(database_url: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +45,14 @@ def test_migrate_without_postgres_is_a_sentence() -> None:
     assert "Traceback" not in ended.stdout + ended.stderr
 
 
+def test_migrate_does_not_wait_for_a_postgres_that_says_nothing() -> None:
+    """Where somebody listens and never answers, the command gives up after seconds and says so."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ended = _migrate(f"postgresql://outbox@127.0.0.1:{silent.getsockname()[1]}/outbox")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Postgres is away or refuses: ConnectionTimeout: ")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
@@ -62,6 +75,34 @@ def test_every_mistake_has_its_exit_code(
         start.run(main)
     assert caught.value.code == code
     assert capsys.readouterr().err == sentence
+
+
+@pytest.mark.parametrize("module", ["service", "relay", "worker"])
+def test_an_argument_is_a_mistake(module: str) -> None:
+    """The environment alone configures the processes: whoever asks for help, or sets an option, is told so."""
+    ended = subprocess.run(
+        [sys.executable, "-m", module, "--database-url=hunter2"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"python -m {module} takes no arguments: ")
+    assert ended.stderr.count("\n") == 1
+    assert "hunter2" not in ended.stdout + ended.stderr
+
+
+def test_a_folder_needs_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty value, as of a variable that is not set, does not mean the folder in which one happens to be."""
+    monkeypatch.chdir(tmp_path)
+    started: list[Path] = []
+    monkeypatch.setattr(stack, "run", started.append)
+    ended = CliRunner().invoke(outbox, ["up", "--data", ""])
+    assert (ended.exit_code, started) == (2, [])
+    assert "empty" in ended.output
+    assert CliRunner().invoke(outbox, ["up", "--data", "."]).exit_code == 0
+    assert started == [Path()]
 
 
 def test_a_bug_is_a_traceback() -> None:
