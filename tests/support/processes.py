@@ -174,7 +174,8 @@ def take_down(server: EmbeddedServer) -> None:
 def frozen(server: EmbeddedServer) -> Iterator[None]:
     """Stops a server and its children in their tracks: connections stay open, and nothing answers."""
     main = psutil.Process(server.process.pid)
-    main.suspend()  # first: what it starts while its children are listed would go on
+    main.suspend()  # first, and until it has stopped: what it starts while its children are listed would go on
+    eventually(lambda: main.status() == psutil.STATUS_STOPPED, 5, "it has stopped")
     processes = [main, *main.children(recursive=True)]
     for process in processes:
         process.suspend()
