@@ -86,7 +86,9 @@ def publish(
         psycopg.OperationalError: Postgres is away.
     """
     with connection.transaction():
-        rows = connection.execute(
+        # Of thousands of rows, numbers that need not be read from text are a fifth of what psycopg takes.
+        cursor = connection.cursor(binary=True)
+        rows = cursor.execute(
             query("publish"),
             {
                 "queue": queue,
