@@ -14,6 +14,7 @@ from outbox.settings import ServiceSettings
 from service import links, probes, problems, users
 from service.passwords import Passwords
 from service.pool import create_pool
+from service.schemas import MAX_BODY
 from service.store import Store
 from service.users import SignUp
 from service.wakeup import Wakeup
@@ -60,7 +61,7 @@ def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Lites
         exception_handlers=problems.EXCEPTION_HANDLERS,
         lifespan=[open_resources],
         logging_config=None,
-        request_max_body_size=problems.MAX_BODY,
+        request_max_body_size=MAX_BODY,
         openapi_config=OpenAPIConfig(
             title="Outbox service",
             version=version("outbox-service"),

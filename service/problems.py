@@ -14,7 +14,7 @@ from outbox import logs, postgres
 from outbox.errors import NotMigratedError, OutboxError, UnsupportedDatabaseError
 from outbox.outage import one_line
 from service.passwords import BusyError
-from service.schemas import CreateUser, Problem, Violation
+from service.schemas import MAX_BODY, CreateUser, Problem, Violation
 from service.store import TakenError
 
 MEDIA_TYPE = "application/problem+json"
@@ -22,8 +22,6 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER = "1"
 """Seconds."""
 
-MAX_BODY = 64 * 1024
-"""Bytes."""
 TOO_LARGE = f"the body must not be over {MAX_BODY // 1024} KiB"
 
 AnyRequest = Request[Any, Any, Any]

@@ -6,6 +6,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field
 
+MAX_BODY = 64 * 1024
+"""Bytes that a request's body may have."""
+
 
 def _storable(text: str) -> str:
     if "\0" in text:

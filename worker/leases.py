@@ -57,17 +57,20 @@ class Leases:
 
     def renew(self, connection: Connection) -> bool:
         """Renews all leases but those of attempts that have overrun their time; returns whether there are any."""
-        now = time.monotonic()
-        with self._lock:
-            living = [delivery for delivery, ends in self._held.items() if ends > now]
-        return self._renew(connection, living)
+        return self._renew(connection, self._living())
 
-    def renew_missed(self, connection: Connection) -> bool:
-        """Renews what the last renewal has passed over and is still held; returns whether there is anything.
+    def renew_missed(self, connection: Connection) -> None:
+        """Renews what the last renewal has passed over.
 
         At once, and not when it is all leases' turn: that may be too late for a row that somebody had locked.
         """
-        return bool(self._missed) and self._renew(connection, self._missed.intersection(self.held()))
+        if self._missed:
+            self._renew(connection, self._missed.intersection(self._living()))
+
+    def _living(self) -> list[Delivery]:
+        now = time.monotonic()
+        with self._lock:
+            return [delivery for delivery, ends in self._held.items() if ends > now]
 
     def _renew(self, connection: Connection, deliveries: Collection[Delivery]) -> bool:
         self._missed = set(deliveries)
