@@ -1,10 +1,11 @@
 """Adding a row to the outbox, in the caller's own transaction."""
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Coroutine, Mapping
 from datetime import timedelta
 from typing import Any, TypedDict, Unpack, overload
 
-from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
+from psycopg import AsyncConnection, Connection
+from psycopg.rows import scalar_row
 from psycopg.types.json import Jsonb
 
 from outbox.queries import query
@@ -31,13 +32,13 @@ class Options(TypedDict, total=False):
 @overload
 def add(
     connection: Connection[Any], task: Task[P], payload: P | Mapping[str, object], **options: Unpack[Options]
-) -> Cursor[Any]: ...
+) -> int | None: ...
 
 
 @overload
 def add(
     connection: AsyncConnection[Any], task: Task[P], payload: P | Mapping[str, object], **options: Unpack[Options]
-) -> Awaitable[AsyncCursor[Any]]: ...
+) -> Coroutine[Any, Any, int | None]: ...
 
 
 def add(
@@ -45,11 +46,11 @@ def add(
     task: Task[P],
     payload: P | Mapping[str, object],
     **options: Unpack[Options],
-) -> Cursor[Any] | Awaitable[AsyncCursor[Any]]:
+) -> int | Coroutine[Any, Any, int | None] | None:
     """Adds a row that commits or rolls back with whatever else `connection` is doing.
 
-    Works on both colours of psycopg connection: it returns what `connection.execute` returns, so await it on an
-    asynchronous one. The cursor yields the new row's id, or nothing where `unique_key` is taken.
+    Works on both colours of psycopg connection. On an asynchronous one it returns a coroutine: await it, or nothing is
+    added. Type checkers report a coroutine that is not awaited, and so does Python when it is run.
 
     Args:
         connection: the caller's open connection, inside the transaction of the change that the row belongs to.
@@ -57,24 +58,37 @@ def add(
         payload: the task's model, or a mapping that fits it.
         options: see `Options`.
 
+    Returns:
+        The row's id, or None where its `unique_key` is taken; nothing was written then.
+
     Raises:
         PayloadError: the payload does not fit the task's model; nothing was written.
         TypeError: there is no option of that name; nothing was written.
         psycopg.errors.CheckViolation: an option is out of its limits.
     """
+    row = _row(task, payload, options)
+    if isinstance(connection, AsyncConnection):
+        return _add_async(connection, row)
+    return connection.cursor(row_factory=scalar_row).execute(query("add_row"), row).fetchone()
+
+
+async def _add_async(connection: AsyncConnection[Any], row: Mapping[str, object]) -> int | None:
+    cursor = connection.cursor(row_factory=scalar_row)
+    await cursor.execute(query("add_row"), row)
+    return await cursor.fetchone()
+
+
+def _row(task: Task[P], payload: P | Mapping[str, object], options: Options) -> dict[str, object]:
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"outbox.add has no option {', '.join(sorted(unknown))}")
     delay = options.get("delay", task.delay)
-    return connection.execute(
-        query("add_row"),
-        {
-            "task": task.name,
-            "payload": Jsonb(task.dump(payload)),
-            "queue": options.get("queue", task.queue),
-            "delay": delay.total_seconds() if isinstance(delay, timedelta) else delay,
-            "max_retries": options.get("max_retries", task.max_retries),
-            "timeout": options.get("timeout", task.timeout),
-            "unique_key": options.get("unique_key"),
-            "request_id": options.get("request_id"),
-        },
-    )
+    return {
+        "task": task.name,
+        "payload": Jsonb(task.dump(payload)),
+        "queue": options.get("queue", task.queue),
+        "delay": delay.total_seconds() if isinstance(delay, timedelta) else delay,
+        "max_retries": options.get("max_retries", task.max_retries),
+        "timeout": options.get("timeout", task.timeout),
+        "unique_key": options.get("unique_key"),
+        "request_id": options.get("request_id"),
+    }

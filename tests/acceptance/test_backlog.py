@@ -36,14 +36,14 @@ def test_critical_rows_behind_a_backlog(stack: Stack, connection: Connection) ->
 def handled_after(connection: Connection) -> float:
     """Adds a critical row, with a hint as the service gives it, and returns the seconds until it was done."""
     with connection.transaction():
-        added = outbox.add(connection, RETURN, {}, queue="critical").fetchone()
+        added = outbox.add(connection, RETURN, {}, queue="critical")
     assert added
     connection.execute(query("notify_relays"))
     done = eventually(
         lambda: connection.execute(
             "SELECT extract(epoch FROM done_at - created_at)::float8 AS seconds FROM outbox"
             " WHERE id = %s AND status = 'done'",
-            [added["id"]],
+            [added],
         ).fetchone(),
         20,
         "the critical row is done",

@@ -1,11 +1,15 @@
 """Adding a row to the outbox: in the caller's transaction, or not at all."""
 
 import asyncio
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import AsyncConnection
 from psycopg.rows import dict_row
 from pydantic import BaseModel
 
@@ -42,10 +46,10 @@ def test_a_row_commits_with_the_change_it_belongs_to(connection: Connection, dat
     with psycopg.connect(database_url, autocommit=True, row_factory=dict_row) as other:
         with connection.transaction():
             _add_user(connection)
-            added = outbox.add(connection, SEND_VERIFY_EMAIL, ALICE, request_id="r1").fetchone()
+            added = outbox.add(connection, SEND_VERIFY_EMAIL, ALICE, request_id="r1")
             assert _rows(other) == []
         (row,) = _rows(other)
-    assert added == {"id": row["id"]}
+    assert added == row["id"]
     assert (row["task"], row["payload"], row["queue"], row["status"]) == (
         "send_verify_email",
         {"username": "alice"},
@@ -78,8 +82,7 @@ def test_both_colours_of_connection_serve(connection: Connection, database_url: 
         async with await psycopg.AsyncConnection.connect(database_url) as asynchronous:
             await outbox.add(asynchronous, SEND_VERIFY_EMAIL, ALICE)
             await asynchronous.rollback()
-            cursor = await outbox.add(asynchronous, SEND_VERIFY_EMAIL, {"username": "bob"})
-            assert await cursor.fetchone() is not None
+            assert isinstance(await outbox.add(asynchronous, SEND_VERIFY_EMAIL, {"username": "bob"}), int)
             await asynchronous.commit()
 
     asyncio.run(run())
@@ -139,7 +142,7 @@ def test_a_unique_key_is_taken_until_its_row_is_done(connection: Connection) -> 
     """A second row with the key is not written, while the first is pending, running or dead; done frees it."""
 
     def add() -> bool:
-        return outbox.add(connection, REPORT, {"month": 1}, unique_key="month-1").fetchone() is not None
+        return outbox.add(connection, REPORT, {"month": 1}, unique_key="month-1") is not None
 
     assert add()
     assert not add()
@@ -153,7 +156,7 @@ def test_a_unique_key_is_taken_until_its_row_is_done(connection: Connection) -> 
     connection.execute("UPDATE outbox SET status = 'done', done_at = now()")
     assert add()
     assert not add()
-    assert outbox.add(connection, REPORT, {"month": 2}, unique_key="month-2").fetchone() is not None
+    assert outbox.add(connection, REPORT, {"month": 2}, unique_key="month-2") is not None
     assert len(_rows(connection)) == 3
 
 
@@ -162,3 +165,51 @@ def test_rows_without_a_key_may_repeat(connection: Connection) -> None:
     for _ in range(2):
         outbox.add(connection, REPORT, {"month": 1})
     assert len(_rows(connection)) == 2
+
+
+FORGOTTEN = """
+from psycopg import AsyncConnection, Connection
+
+import outbox
+from outbox.tasks import SEND_VERIFY_EMAIL
+
+
+async def order(connection: AsyncConnection, other: Connection) -> None:
+    outbox.add(other, SEND_VERIFY_EMAIL, {"username": "alice"})
+    row: int | None = await outbox.add(connection, SEND_VERIFY_EMAIL, {"username": "alice"})
+    outbox.add(connection, SEND_VERIFY_EMAIL, {"username": "alice"})
+"""
+
+
+def test_type_checkers_report_a_forgotten_await(tmp_path: Path) -> None:
+    """By default, and nothing else in what an application writes."""
+    (tmp_path / "order.py").write_text(FORGOTTEN)
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", tmp_path / "cache", tmp_path / "order.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    (line,) = [line for line in found.stdout.splitlines() if "error" in line and "Found" not in line]
+    assert "order.py:11" in line
+    assert "unused-coroutine" in line
+
+
+async def forget(connection: AsyncConnection[Any]) -> None:
+    """Adds nothing."""
+    outbox.add(connection, SEND_VERIFY_EMAIL, ALICE)  # type: ignore[unused-coroutine]
+
+
+def test_python_reports_a_forgotten_await(connection: Connection, database_url: str) -> None:
+    """As it does of every coroutine; nothing is added, and a wrong payload is refused even so."""
+
+    async def run() -> None:
+        async with await psycopg.AsyncConnection.connect(database_url) as asynchronous:
+            with pytest.warns(RuntimeWarning, match="never awaited"):
+                await forget(asynchronous)
+            with pytest.raises(outbox.PayloadError):
+                _ = outbox.add(asynchronous, SEND_VERIFY_EMAIL, {"name": "alice"})
+
+    asyncio.run(run())
+    assert _rows(connection) == []

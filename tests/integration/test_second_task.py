@@ -39,10 +39,10 @@ def test_a_second_task(stack: Stack, connection: Connection, tmp_path: Path, mon
     path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
     worker, _ = stack.run_all("worker", "relay", OUTBOX_HANDLERS="greetings", PYTHONPATH=path)
     with connection.transaction():
-        row = outbox.add(connection, greetings.GREET, {"name": "Ada"}).fetchone()
+        row = outbox.add(connection, greetings.GREET, {"name": "Ada"})
     assert row is not None
     (line,) = eventually(lambda: worker.events("processed task"), 10, "the greeting")
-    assert line["greeted"] == f"Ada, row {row['id']}, attempt 1"
+    assert line["greeted"] == f"Ada, row {row}, attempt 1"
     assert line["type"] == "greet"
     eventually(
         lambda: (
