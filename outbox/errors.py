@@ -49,5 +49,13 @@ class PayloadError(OutboxError):
     """A payload does not fit its task's model; nothing was written."""
 
 
+class TimeLimitError(OutboxError):
+    """An attempt's time is over, and a step of it would begin: a mail, or a connection to Postgres."""
+
+
+class HandlerError(OutboxError):
+    """A handler returned work that nobody does: a coroutine, a generator, a future."""
+
+
 class SkipRetry(OutboxError):  # noqa: N818 - the field's own word for it, as in asynq
     """Raised by a handler for what no retry can mend: the row is dead at once, with this text as its last error."""
