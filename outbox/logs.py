@@ -1,19 +1,21 @@
 """Logging: one line per event, readable on a terminal and JSON elsewhere, for our own events and libraries' alike."""
 
-import io
 import json
 import logging
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from threading import Lock
-from typing import Literal, TextIO, cast
+from typing import Any, Literal
 
 import structlog
 from pydantic_core import from_json, to_json
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+from outbox.log_writer import LogWriter
+from outbox.verification import masked
 
 Logger = FilteringBoundLogger
 
@@ -24,56 +26,34 @@ _LIBRARIES = {
 }
 
 
-class _Output(io.TextIOBase):
-    """Where lines go. One that cannot be written is lost, and no work with it.
-
-    Whoever comes while another thread is writing leaves the line to that thread and goes on: a system call per line,
-    one thread after the other, took a busy worker more time than all its work.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what cannot be shown would take other lines along
-        self._stream = stream
-        self._lines: deque[str] = deque(maxlen=10_000)
-        self._writing = Lock()
-
-    def write(self, text: str) -> int:
-        self._lines.append(text)
-        self._write_waiting()
-        return len(text)
-
-    def flush(self) -> None:
-        with self._writing:
-            self._write_lines()
-        self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        # Not acquire(blocking=False): struck by a time limit before its `try`, it would leave the lock taken for good.
-        while self._lines and not self._writing.locked():
-            with self._writing:
-                self._write_lines()
-
-    def _write_lines(self) -> None:
-        lines: list[str] = []
-        with suppress(IndexError):
-            while True:
-                lines.append(self._lines.popleft())
-        with suppress(OSError, ValueError):
-            self._stream.write("".join(lines))
-            self._stream.flush()
-
-
 class _Lines:
     """What structlog writes to."""
 
-    def __init__(self, output: _Output) -> None:
+    def __init__(self, output: LogWriter) -> None:
         self._output = output
 
     def line(self, text: str) -> None:
         self._output.write(text + "\n")
 
     debug = info = warning = error = critical = line
+
+
+class _Handler(logging.Handler):
+    """Where the lines of libraries go, which use `logging`."""
+
+    def __init__(self, output: LogWriter) -> None:
+        super().__init__()
+        self._output = output
+        self.addFilter(lambda record: record.name != _FAILURES.name)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._output.write(self.format(record) + "\n")
+        except Exception:  # noqa: BLE001 - what a library logs must not end what it does
+            self.handleError(record)
+
+    def flush(self) -> None:  # called by logging.shutdown() alone
+        self._output.drain()
 
 
 class _Counts:
@@ -117,26 +97,28 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         add_process,
     ]
     counted: list[Processor] = [*shared, _Counts()]
+    renderer: Processor
     if log_format == "console":
-        # Plain tracebacks: the pretty ones print local variables, and a password may be among them.
         renderer = structlog.dev.ConsoleRenderer(
             colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
-        final: list[Processor] = [renderer]
     else:
-        final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_to_json)]
+        renderer = structlog.processors.JSONRenderer(_to_json)
+    final: list[Processor] = [structlog.processors.format_exc_info, _shorten_traceback, _rendered_whatever(renderer)]
 
-    output = _Output(sys.stdout)
+    drain()
+    output = LogWriter(sys.stdout)
     structlog.configure(
-        processors=[*counted, *final],
+        processors=[*counted, _tell_trackers, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: _Lines(output),
         cache_logger_on_first_use=True,
     )
 
     _configured[:] = [structlog.get_logger()]
+    _writers[:] = [output]
 
-    handler = logging.StreamHandler(cast("TextIO", output))
+    handler = _Handler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=counted,
@@ -153,8 +135,54 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         library.setLevel(lowest)
 
 
+_FAILURES = logging.getLogger("outbox")
+"""Gets each event that comes with an error, in the standard library's own way, so that error trackers see it. It is not
+printed: the event's line is."""
+
+
+def _tell_trackers(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    error = event.get("exc_info")
+    if isinstance(error, BaseException):
+        fields = {name: value for name, value in event.items() if name not in ("event", "exc_info")}
+        with suppress(Exception):
+            _FAILURES.log(
+                logging.getLevelNamesMapping()[event["level"].upper()],
+                event["event"],
+                exc_info=(type(error), error, error.__traceback__),
+                extra={"fields": fields},
+            )
+    return event
+
+
+TRACEBACK_LIMIT = 10_000
+"""Characters of a traceback that a log line shows: the last ones."""
+
+
+def _shorten_traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    if isinstance(text := event.get("exception"), str):
+        event["exception"] = masked(text)[-TRACEBACK_LIMIT:]
+    return event
+
+
+def _rendered_whatever(render: Processor) -> Processor:
+    """Returns a renderer that never raises: a field whose text cannot be had must cost no more than its line."""
+
+    def rendered(logger: WrappedLogger, method: str, event: EventDict) -> Any:
+        known = {
+            name: event.get(name) for name in ("event", "level", "timestamp", "process", "type", "row", "delivery")
+        }
+        try:
+            return render(logger, method, event)
+        except Exception as error:  # noqa: BLE001 - a field's __str__ may raise anything
+            return render(logger, method, {**known, "fields_error": type(error).__name__})
+
+    return rendered
+
+
 _configured: list[Logger] = []
 """One for all, once it is known where lines go: to make one takes as long as to write a line."""
+_writers: list[LogWriter] = []
+"""What writes its lines."""
 
 
 @contextmanager
@@ -194,10 +222,18 @@ def stored(payload: str) -> object:
         return payload
 
 
+def drain() -> None:
+    """Waits a moment for the lines that were logged so far to be written."""
+    for writer in _writers:
+        writer.drain()
+
+
 def reset() -> None:
     """Undoes `configure`, for tests that go on in the same process."""
+    drain()
     structlog.reset_defaults()
     _configured.clear()
+    _writers.clear()
 
 
 def _to_json(event: EventDict, **_: object) -> str:

@@ -37,7 +37,13 @@ class Api:
     def __init__(self, client: httpx.Client, port: int, log: StringIO) -> None:
         self.client = client
         self.port = port
-        self.log = log
+        self._log = log
+
+    @property
+    def log(self) -> StringIO:
+        """What it has logged so far."""
+        logs.drain()
+        return self._log
 
     def create(self, name: str = "alice", path: str = "/v1/users", **changes: object) -> httpx.Response:
         """Asks for a user who is valid but for the changes."""

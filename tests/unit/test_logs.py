@@ -89,3 +89,22 @@ def test_what_a_foreign_handler_binds_is_in_its_lines() -> None:
     )
     first, second = map(json.loads, _run(code).stdout.splitlines())
     assert (first["row"], first["tenant"], second["tenant"], "row" in second) == (2, 8, 7, False)
+
+
+def test_output_that_nobody_reads_blocks_nobody() -> None:
+    """With the pipe full, threads go on; what does not fit is lost, and the process ends in time."""
+    code = (
+        "import os, sys, time; r, w = os.pipe(); os.dup2(w, 1); begun = time.monotonic()\n"
+        "for row in range(20_000): logs.get().info('x' * 100, row=row)\n"
+        "print('went on', time.monotonic() - begun < 10, end='', file=sys.stderr, flush=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SET_UP.format("json") + code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.stderr, done.returncode) == ("went on True", 0)
+
+
+def test_the_last_lines_are_written_before_the_end() -> None:
+    """However many there are, and whatever writes them."""
+    code = "[logs.get().info('line', row=row) for row in range(5000)]"
+    assert len(_run(code).stdout.splitlines()) == 5000

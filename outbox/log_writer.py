@@ -1,0 +1,79 @@
+"""The thread that writes log lines: output that nobody reads blocks it, and no work."""
+
+import atexit
+import io
+import time
+from collections import deque
+from contextlib import suppress
+from threading import Event, Lock, Thread
+from typing import TextIO
+
+MOST_LINES = 10_000
+"""Lines that wait to be written; of more, the oldest are lost."""
+DRAINING_TIME = 2.0
+"""Seconds that a process waits at its end for its last lines to be written."""
+
+
+class LogWriter(io.TextIOBase):
+    """Where lines go. Any thread writes to it, and none waits; its own thread passes them on, many at a time."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Takes the stream, which is this writer's alone from now on."""
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what cannot be shown would take other lines along
+        self._stream = stream
+        self._lines: deque[str] = deque(maxlen=MOST_LINES)
+        self._arrived = Event()
+        self._is_writing = False
+        self._starting = Lock()
+        self._thread: Thread | None = None
+        atexit.register(self.drain)
+
+    def write(self, text: str) -> int:
+        """Takes a line, or several."""
+        self._lines.append(text)
+        if not self._arrived.is_set():
+            self._arrived.set()
+        if self._thread is None:
+            self._start()
+        return len(text)
+
+    def flush(self) -> None:
+        """Does nothing: to wait for each line is what this is there to avoid; see `drain`."""
+
+    def drain(self, seconds: float = DRAINING_TIME) -> None:
+        """Waits until all is written that was there, for `seconds` at most."""
+        limit = time.monotonic() + seconds
+        while (self._lines or self._is_writing) and time.monotonic() < limit:
+            time.sleep(0.001)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                thread = Thread(target=self._run, name="log", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread can be started
+                    self._write_lines()
+                else:
+                    self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            with suppress(Exception):  # short of memory, say: the next lines may be luckier
+                self._arrived.wait()
+                self._arrived.clear()
+                self._write_lines()
+
+    def _write_lines(self) -> None:
+        self._is_writing = True
+        try:
+            lines: list[str] = []
+            with suppress(IndexError):
+                while True:
+                    lines.append(self._lines.popleft())
+            with suppress(OSError, ValueError):  # a line that cannot be written is lost, and no work with it
+                self._stream.write("".join(lines))
+                self._stream.flush()
+        finally:
+            self._is_writing = False
