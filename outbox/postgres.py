@@ -1,7 +1,7 @@
 """Connections to Postgres, and whether its schema is the one that this version needs."""
 
 import select
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
@@ -50,6 +50,18 @@ class LimitedConnection(psycopg.Connection[dict[str, Any]]):
     answer_limit: float | None = None
     """Seconds, where not ANSWER_LIMIT."""
 
+    @classmethod
+    def connect(cls, *args: Any, **kwargs: Any) -> Self:
+        """Opens a connection.
+
+        Raises:
+            psycopg.OperationalError: Postgres is away or refuses, or this process is short of descriptors.
+        """
+        try:
+            return super().connect(*args, **kwargs)
+        except OSError as error:
+            raise refused_by_system(error) from error
+
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Waits for an answer, `timeout` seconds or else the limit."""
         limit = self.answer_limit or ANSWER_LIMIT
@@ -58,6 +70,17 @@ class LimitedConnection(psycopg.Connection[dict[str, Any]]):
         except psycopg.OperationalError as error:
             raise_hung(self, error)
             raise
+        except OSError as error:
+            self.pgconn.finish()  # nobody knows what it still waits for
+            raise refused_by_system(error) from error
+
+
+def refused_by_system(error: OSError) -> psycopg.OperationalError:
+    """Returns what it means that the system lets psycopg not wait for a socket: to its user, an outage like any other.
+
+    psycopg lets the bare OSError through where this process is short of descriptors.
+    """
+    return psycopg.OperationalError(f"the system refuses what a connection needs: {error.strerror or error}")
 
 
 def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.OperationalError) -> None:

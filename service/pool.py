@@ -1,6 +1,6 @@
 """The service's connections to Postgres."""
 
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
@@ -23,6 +23,18 @@ MAX_WAITING = 500
 class AsyncConnection(psycopg.AsyncConnection[dict[str, Any]]):
     """A connection that is closed when Postgres does not answer in time, so that its request can be answered."""
 
+    @classmethod
+    async def connect(cls, *args: Any, **kwargs: Any) -> Self:
+        """Opens a connection.
+
+        Raises:
+            psycopg.OperationalError: Postgres is away or refuses, or this process is short of descriptors.
+        """
+        try:
+            return await super().connect(*args, **kwargs)
+        except OSError as error:
+            raise postgres.refused_by_system(error) from error
+
     async def wait(  # psycopg's own signature
         self,
         gen: PQGen[T],
@@ -35,6 +47,9 @@ class AsyncConnection(psycopg.AsyncConnection[dict[str, Any]]):
         except psycopg.OperationalError as error:
             postgres.raise_hung(self, error)
             raise
+        except OSError as error:
+            self.pgconn.finish()
+            raise postgres.refused_by_system(error) from error
 
 
 def create_pool(settings: ServiceSettings) -> AsyncConnectionPool[AsyncConnection]:

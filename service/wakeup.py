@@ -3,9 +3,10 @@
 import asyncio
 from typing import Any
 
-import psycopg
 from psycopg_pool import AsyncConnectionPool
 
+from outbox import logs
+from outbox.outage import one_line
 from outbox.queries import query
 
 DEBOUNCE = 0.005
@@ -43,6 +44,6 @@ class Wakeup:
             try:
                 async with self._pool.connection(timeout=1) as connection:
                     await connection.execute(query("notify_relays"))
-            except psycopg.Error:
-                pass
+            except Exception as error:  # noqa: BLE001 - whatever it is, this task must not end over it
+                logs.get().debug("hint lost", error=one_line(error))
             await asyncio.sleep(self._debounce)
