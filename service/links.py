@@ -56,7 +56,9 @@ _VERIFY_RESPONSES = {
     ),
     400: problems.described(400, "The link is not valid.", "this link is not valid: copy it from the mail as a whole"),
     410: problems.described(
-        410, "The link was used already, or has expired.", "this link was used already: the address is verified"
+        410,
+        "The link was used already, has expired, or is for an address that the user has no more.",
+        "this link was used already",
     ),
     503: problems.DESCRIBED_AWAY,
 }
@@ -102,7 +104,12 @@ def _answer(request: Request[Any, Any, Any], found: Verification, *, wants_json:
     status, title, text = {
         Verification.VALID: (200, "Verified", "thank you: your email address is verified"),
         Verification.WRONG: (400, "Not a valid link", "this link is not valid: copy it from the mail as a whole"),
-        Verification.USED: (410, "Used already", "this link was used already: the address is verified"),
+        Verification.OUTDATED: (
+            410,
+            "Not this address any more",
+            "this link is for another address than the account has now, and nothing was changed",
+        ),
+        Verification.USED: (410, "Used already", "this link was used already"),
         Verification.EXPIRED: (410, "Expired", "this link has expired, and nothing was changed"),
     }[found]
     if not wants_json:

@@ -45,6 +45,8 @@ class Verification(Enum):
 
     VALID = "valid"
     WRONG = "wrong"
+    OUTDATED = "outdated"
+    """The user's address was changed since."""
     USED = "used"
     EXPIRED = "expired"
 
@@ -120,17 +122,23 @@ class Store:
             cursor = await connection.execute(query("lock_verification"), {"id": email_id})
             row = await cursor.fetchone()
             # A made-up row for an id that does not exist, so that the answer takes as long.
-            found = row or {"id": email_id, "username": "", "email": "", "is_used": False, "is_expired": False}
+            found = row or {"id": email_id, "username": "", "email": ""}
             is_right = is_secret_code(code, self.settings.secret_key, found["id"], found["username"], found["email"])
             if row is None or not is_right:
                 return Verification.WRONG
+            if not row["is_current"]:
+                return Verification.OUTDATED
             if row["is_used"]:
                 return Verification.USED
             if row["is_expired"]:
                 return Verification.EXPIRED
             if use:
+                verified = await connection.execute(
+                    query("verify_user"), {"username": row["username"], "email": row["email"]}
+                )
+                if verified.rowcount != 1:  # the address was changed a moment ago
+                    return Verification.OUTDATED
                 await connection.execute(query("use_verification"), {"id": row["id"]})
-                await connection.execute(query("verify_user"), {"username": row["username"], "email": row["email"]})
             return Verification.VALID
 
     async def check_ready(self) -> None:

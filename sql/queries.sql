@@ -355,6 +355,8 @@ SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 -- name: open_verifications
 -- Whom verification mails go to, and the verification of each outbox row unless its user needs none any more: the same
 -- one at every attempt, open for its full time from the latest. And Postgres' time, which the mails bear.
+-- Ids of outbox rows come again, after a restore for one: a verification that is found under one is taken only if it is
+-- this user's, for the address that the user has now, and not used. Else the row gets none here.
 WITH wanted AS (
     SELECT outbox_id, username
     FROM unnest(%(outbox_ids)s::bigint[], %(usernames)s::text[]) AS row (outbox_id, username)
@@ -367,26 +369,43 @@ WITH wanted AS (
     WHERE NOT is_email_verified
     ORDER BY outbox_id
     ON CONFLICT (outbox_id) DO UPDATE SET expired_at = EXCLUDED.expired_at
-    RETURNING outbox_id, id, email
+    WHERE verify_emails.username = EXCLUDED.username AND verify_emails.email = EXCLUDED.email
+      AND NOT verify_emails.is_used
+    RETURNING outbox_id, id
 )
-SELECT outbox_id, full_name, recipient.email AS user_email, is_email_verified, opened.id, opened.email,
-       extract(epoch FROM now())::float8 AS now
+SELECT outbox_id, full_name, email, is_email_verified, opened.id, extract(epoch FROM now())::float8 AS now
 FROM recipient LEFT JOIN opened USING (outbox_id);
 
 
+-- name: detach_verifications
+-- Frees outbox ids from verifications that are not these rows': another user's, for another address, or used. Their
+-- links stay what they were.
+WITH stale AS (
+    SELECT verification.id
+    FROM unnest(%(outbox_ids)s::bigint[], %(usernames)s::text[]) AS row (outbox_id, username)
+    JOIN users USING (username)
+    JOIN verify_emails AS verification USING (outbox_id)
+    WHERE verification.username <> users.username OR verification.email <> users.email OR verification.is_used
+    ORDER BY verification.id
+    FOR NO KEY UPDATE OF verification
+)
+UPDATE verify_emails SET outbox_id = NULL WHERE id = ANY (ARRAY(SELECT id FROM stale));
+
+
 -- name: lock_verification
--- A verification whose link was opened, held until it is decided on.
-SELECT id, username, email, is_used, expired_at <= now() AS is_expired
-FROM verify_emails
-WHERE id = %(id)s
-FOR UPDATE;
-
-
--- name: use_verification
--- Spends the link …
-UPDATE verify_emails SET is_used = true WHERE id = %(id)s;
+-- A verification whose link was opened, held until it is decided on; and whether it is for the address that its user has.
+SELECT verification.id, username, verification.email, is_used, expired_at <= now() AS is_expired,
+       verification.email = users.email AS is_current
+FROM verify_emails AS verification JOIN users USING (username)
+WHERE verification.id = %(id)s
+FOR UPDATE OF verification;
 
 
 -- name: verify_user
--- … and marks its user's address as verified.
+-- Marks a user's address as verified, if it still is the user's …
 UPDATE users SET is_email_verified = true WHERE username = %(username)s AND email = %(email)s;
+
+
+-- name: use_verification
+-- … and spends the link that did so.
+UPDATE verify_emails SET is_used = true WHERE id = %(id)s;

@@ -3,6 +3,7 @@
 import json
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import trustme
-from psycopg_pool import ConnectionPool
 from structlog.testing import capture_logs
 
 from outbox import Context, SkipRetry, endpoints, postgres
@@ -26,7 +26,9 @@ from tests.support.processes import add_users
 from tests.support.waiting import eventually
 from worker.attempt import Outcome, attempt
 from worker.claim import claim
+from worker.database import HandlerPool
 from worker.handlers import registry
+from worker.handlers.send_verify_email import Recipient, _open_verifications
 from worker.mail import Mailer
 
 
@@ -35,10 +37,9 @@ def context(worker_settings: WorkerSettings) -> Iterator[Context]:
     """What the handler is given, with links under a path."""
     settings = worker_settings.model_copy(update={"public_url": "https://example.com/app"})
     mailer = Mailer(settings)
-    with ConnectionPool[Any](
-        settings.database_url, min_size=0, max_size=2, kwargs={"autocommit": True}, open=True
-    ) as pool:
-        yield Context(row=0, attempt=1, database=pool, send=mailer.send, settings=settings)
+    with HandlerPool(settings.database_url) as pool:
+        deadline = time.monotonic() + 60
+        yield Context(row=0, attempt=1, deadline=deadline, database=pool, send=mailer.send, settings=settings)
     mailer._drop()
 
 
@@ -48,7 +49,7 @@ def run(connection: Connection, context: Context, row: int) -> Outcome:
 
     connection.execute("UPDATE outbox SET status = 'enqueued', delivery = 1, lease_until = NULL, run_at = now()")
     (claimed,) = claim(connection, [Delivery(row, 1)], "me", 60)
-    return attempt(claimed, registry(), replace(context, row=row, attempt=claimed.attempt))
+    return attempt(claimed, registry(), replace(context, row=row, attempt=claimed.attempt)).outcome
 
 
 def row_of(connection: Connection, name: str) -> int:
@@ -301,3 +302,103 @@ def test_no_transaction_is_open_while_it_talks_to_the_mail_server(
 
     assert run(connection, replace(context, send=send), row).status == "done"
     assert seen == [{}], "nothing but the verification row that was locked just now"
+
+
+@pytest.mark.parametrize("emails", [["alice@example.com", "bob@example.com"], ["alice@example.com", "BOB@example.com"]])
+def test_ids_that_come_again_misdirect_no_mail(
+    connection: Connection, context: Context, mailbox: Mailbox, emails: list[str]
+) -> None:
+    """After a restore a new user's row has an old row's id: the mail is the new user's own, and so is its link."""
+    row = row_of(connection, "alice")
+    assert run(connection, context, row).status == "done"
+    connection.execute("TRUNCATE outbox RESTART IDENTITY")
+    connection.execute("DELETE FROM users WHERE username = 'bob'")
+    add_users(connection, ["bob"])
+    connection.execute("UPDATE users SET email = %s, full_name = 'Bob B' WHERE username = 'bob'", [emails[1]])
+    assert connection.execute("SELECT id FROM outbox").fetchall() == [{"id": row}], "the id has come again"
+
+    with capture_logs() as lines:
+        assert run(connection, context, row).status == "done"
+        assert run(connection, context, row).status == "done", "and so at every attempt"
+
+    (first,) = mailbox.to(emails[0])
+    second, again = mailbox.to(emails[1])
+    assert first["Message-ID"] != second["Message-ID"] == again["Message-ID"]
+    assert link_in(first) != link_in(second) == link_in(again)
+    assert "Bob B" in second.as_string()
+    assert [line["rows"] for line in lines if line["event"] == "detached verification"] == [[row]]
+    verifications = connection.execute("SELECT username, email, outbox_id FROM verify_emails ORDER BY id").fetchall()
+    assert verifications == [
+        {"username": "alice", "email": emails[0], "outbox_id": None},
+        {"username": "bob", "email": emails[1], "outbox_id": row},
+    ]
+
+
+def test_a_corrected_address_gets_the_mail(connection: Connection, context: Context, mailbox: Mailbox) -> None:
+    """The address that the user has now, with a link that is for it."""
+    row = row_of(connection, "alice")
+    assert run(connection, context, row).status == "done"
+    connection.execute("UPDATE users SET email = 'corrected@example.com'")
+    assert run(connection, context, row).status == "done"
+    (old,), (new,) = mailbox.to("alice@example.com"), mailbox.to("corrected@example.com")
+    assert link_in(old) != link_in(new)
+    assert old["Message-ID"] != new["Message-ID"]
+    parameters = parse_qs(urlsplit(link_in(new)).query)
+    code, email_id = parameters["secret_code"][0], int(parameters["email_id"][0])
+    assert is_secret_code(code, context.settings.secret_key, email_id, "alice", "corrected@example.com")
+
+
+def test_a_used_link_is_not_sent_again(connection: Connection, context: Context, mailbox: Mailbox) -> None:
+    """A user who has to verify the same address once more gets a link that can be used."""
+    row = row_of(connection, "alice")
+    assert run(connection, context, row).status == "done"
+    connection.execute("UPDATE verify_emails SET is_used = true")
+    assert run(connection, context, row).status == "done"
+    first, second = mailbox.to("alice@example.com")
+    assert link_in(first) != link_in(second)
+
+
+def test_ids_that_come_again_among_others_are_told_apart(connection: Connection, context: Context) -> None:
+    """Of verifications that are opened together, each is its own user's, whatever was under the ids before."""
+    add_users(connection, [f"old_{n}" for n in range(9)])
+    rows = [row["id"] for row in connection.execute("SELECT id FROM outbox ORDER BY id")]
+    for row in rows[::2]:
+        assert run_alone(connection, context, row).status == "done"
+    connection.execute("UPDATE outbox SET payload = jsonb_build_object('username', 'new_' || id)")
+    add_users(connection, [f"new_{row}" for row in rows])
+    opened = _open_verifications(context, [Recipient(row, f"new_{row}") for row in rows])
+    assert [found and found["email"] for found in opened] == [f"new_{row}@example.com" for row in rows]
+    assert len({found["id"] for found in opened if found}) == len(rows)
+
+
+def run_alone(connection: Connection, context: Context, row: int) -> Outcome:
+    """Makes one attempt at one row of several."""
+    from outbox.jobs import Delivery
+
+    connection.execute("UPDATE outbox SET status = 'enqueued', delivery = 1 WHERE id = %s", [row])
+    (claimed,) = claim(connection, [Delivery(row, 1)], "me", 60)
+    return attempt(claimed, registry(), replace(context, row=row, attempt=1)).outcome
+
+
+def test_a_mail_is_not_begun_when_the_time_is_over(connection: Connection, context: Context, mailbox: Mailbox) -> None:
+    """An attempt that has no time left fails before it says anything to the mail server."""
+    late = replace(context, deadline=time.monotonic() + 0.01)
+    row = row_of(connection, "alice")
+    time.sleep(0.02)
+    outcome = run(connection, late, row)
+    assert (outcome.status, outcome.error) == ("pending", "the attempt took longer than its 30 s")
+    assert not mailbox.mails
+
+
+def test_a_step_with_the_mail_server_takes_no_longer_than_the_attempt(
+    connection: Connection, context: Context, mailbox: Mailbox
+) -> None:
+    """A mail server that says nothing is given up when the attempt's time is over, long before its own limit."""
+    row = row_of(connection, "alice")
+    with serve_script({"MAIL": None}) as server:
+        mailer = Mailer(context.settings.model_copy(update={"smtp_server": endpoints.smtp_server(server.url)}))
+        started = time.monotonic()
+        outcome = run(connection, replace(context, deadline=started + 0.5, send=mailer.send), row)
+    assert outcome.status == "pending"
+    assert 0.4 < time.monotonic() - started < 3
+    assert not mailbox.mails

@@ -8,11 +8,13 @@ from typing import Any
 import httpx
 import pytest
 
+from outbox import postgres
 from outbox.settings import ServiceSettings
 from outbox.verification import secret_code
 from tests.conftest import Connection
 from tests.integration.test_http_behaviour import Api, is_problem, serve
 from tests.support.processes import SECRET_KEY
+from tests.support.waiting import eventually
 
 PATH = "/v1/verify_email"
 JSON = {"Accept": "application/json"}
@@ -273,3 +275,41 @@ def test_the_database_holds_no_code(connection: Connection) -> None:
         "outbox_id",
         "username",
     ]
+
+
+@pytest.mark.parametrize("accept", [JSON, BROWSER])
+def test_a_link_to_an_address_that_was_changed_verifies_nobody(
+    api: Api, connection: Connection, accept: dict[str, str]
+) -> None:
+    """It says so, and is not spent: the address may be changed back."""
+    link = mailed(connection)
+    connection.execute("UPDATE users SET email = 'other@example.com'")
+    for method in ("GET", "POST"):
+        response = api.client.request(method, PATH, params=link.query, headers=accept)
+        assert response.status_code == 410
+        assert "another address" in response.text
+    assert state(connection) == UNTOUCHED
+
+    connection.execute("UPDATE users SET email = 'alice@example.com'")
+    assert api.client.post(PATH, params=link.query, headers=JSON).json() == {"is_verified": True}
+    assert state(connection) == VERIFIED
+
+
+def test_an_address_that_is_changed_at_the_same_moment_spends_no_link(
+    api: Api, connection: Connection, database_url: str
+) -> None:
+    """The change comes between the look at the link and its use: nobody is verified, and the link says so."""
+    link = mailed(connection)
+    with postgres.connect(database_url, "test") as other, ThreadPoolExecutor(1) as thread:
+        with other.transaction():
+            other.execute("UPDATE users SET email = 'other@example.com'")
+            answer = thread.submit(api.client.post, PATH, params=link.query, headers=JSON)
+            eventually(
+                lambda: connection.execute(
+                    "SELECT FROM pg_stat_activity"
+                    " WHERE application_name = 'outbox service' AND wait_event_type = 'Lock'"
+                ).fetchall(),
+                what="it waits for the user's row",
+            )
+        assert answer.result(10).status_code == 410
+    assert state(connection) == UNTOUCHED

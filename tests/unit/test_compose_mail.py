@@ -79,12 +79,13 @@ def test_the_lifetime_is_told_in_minutes(seconds: float, text: str) -> None:
     assert f"It works for {text}" in body(mail, "plain")
 
 
-def test_the_message_id_is_the_rows() -> None:
-    """The same for a row at every attempt; another for another row, and for another deployment."""
+def test_the_message_id_is_the_rows_and_its_links() -> None:
+    """The same for a row at every attempt; another for another row, another link, and another deployment."""
     here = settings()
-    assert message_id(here, 7) == message_id(settings(), 7) == mail_of(here)["Message-ID"]
-    assert message_id(here, 7).endswith("@example.com>")
-    assert len({message_id(here, 7), message_id(here, 8), message_id(settings(secret_key="x" * 32), 7)}) == 3
+    assert message_id(here, 7, LINK) == message_id(settings(), 7, LINK) == mail_of(here)["Message-ID"]
+    assert message_id(here, 7, LINK).endswith("@example.com>")
+    others = [(here, 7, LINK), (here, 8, LINK), (here, 7, f"{LINK}1"), (settings(secret_key="x" * 32), 7, LINK)]
+    assert len({message_id(*one) for one in others}) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from urllib.parse import urlencode
 from weakref import WeakKeyDictionary
 
 import psycopg
+from psycopg import Cursor
 from psycopg.rows import dict_row
-from psycopg_pool import ConnectionPool, PoolTimeout
+from psycopg_pool import ConnectionPool
 
-from outbox import Context, SkipRetry, handler
+from outbox import Context, SkipRetry, handler, logs
+from outbox.errors import OutboxError, TimeLimitError
 from outbox.message import Message, alternatives
 from outbox.queries import query
 from outbox.settings import WorkerSettings
@@ -27,21 +29,28 @@ from worker.mail import deliverable
 from worker.together import Together
 
 
+class VerificationError(OutboxError):
+    """The outbox row's verification was given to another row while it was opened."""
+
+
 @handler(SEND_VERIFY_EMAIL)
 def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str, object]:
     """Sends the mail; every attempt sends the same link under the same Message-ID.
 
     Raises:
         SkipRetry: the user is gone, or the mail server refuses the address for good.
+        VerificationError: another row has taken this one's verification.
         MailError, OSError, smtplib.SMTPException: the mail server does not take the mail now.
     """
     verification = _open_verification(Recipient(context.row, payload.username), context)
     if verification is None:
         raise SkipRetry(f"the user {payload.username} is gone")
+    recipient = verification["email"]
     if verification["is_email_verified"]:
         # An earlier attempt sent the mail and died before it could say so; the user was quicker than the retry.
-        return {"email": verification["user_email"], "already_verified": True}
-    recipient = verification["email"]
+        return {"email": recipient, "already_verified": True}
+    if verification["id"] is None:
+        raise VerificationError(f"row {context.row} has no verification: another row has taken its id meanwhile")
     code = secret_code(context.settings.secret_key, verification["id"], payload.username, recipient)
     parameters = urlencode({"email_id": verification["id"], "secret_code": code})
     link = f"{context.settings.public_url}/v1/verify_email?{parameters}"
@@ -65,25 +74,27 @@ def _open_verification(recipient: Recipient, context: Context) -> dict[str, Any]
     try:
         together = _together.setdefault(context.database, Together())
         return together(recipient, partial(_open_verifications, context))
-    except PoolTimeout:
-        raise
-    except psycopg.Error:  # it may be another row's fault, or the connection broke, and nothing is sent yet
+    except (psycopg.Error, TimeLimitError):
+        # It may be another row's fault or the end of another's time, or the connection broke, and nothing is sent yet.
         return _open_verifications(context, [recipient])[0]
 
 
 def _open_verifications(context: Context, recipients: Sequence[Recipient]) -> list[dict[str, Any] | None]:
     by_row = dict(recipients)
+    wanted = {"outbox_ids": list(by_row), "usernames": list(by_row.values())}
     with context.database.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
-        cursor.execute(
-            query("open_verifications"),
-            {
-                "outbox_ids": list(by_row),
-                "usernames": list(by_row.values()),
-                "lifetime": context.settings.link_lifetime,
-            },
-        )
-        opened = {verification["outbox_id"]: verification for verification in cursor}
+        opened = _open(cursor, wanted, context)
+        if stale := [row for row, found in opened.items() if found["id"] is None and not found["is_email_verified"]]:
+            # Another user's, as after a restore, or for an address that was changed: it must not be taken for ours.
+            logs.get().warning("detached verification", rows=stale)
+            cursor.execute(query("detach_verifications"), wanted)
+            opened = _open(cursor, wanted, context)
     return [opened.get(recipient.row) for recipient in recipients]
+
+
+def _open(cursor: Cursor[dict[str, Any]], wanted: Mapping[str, object], context: Context) -> dict[int, dict[str, Any]]:
+    cursor.execute(query("open_verifications"), {**wanted, "lifetime": context.settings.link_lifetime})
+    return {verification["outbox_id"]: verification for verification in cursor}
 
 
 def compose(
@@ -93,10 +104,10 @@ def compose(
 
     Args:
         settings: for the sender and the link's lifetime.
-        row: the outbox row, which the Message-ID is derived from.
+        row: the outbox row.
         recipient: the address.
         full_name: of the user.
-        link: what the button opens.
+        link: what the button opens; the Message-ID is derived from it and the row.
         sent_at: seconds since the epoch, by Postgres' clock.
 
     Raises:
@@ -110,7 +121,7 @@ def compose(
             "From": _sender(settings.mail_from)[0],
             "Subject": "Please verify your email address",
             "Date": formatdate(sent_at),
-            "Message-ID": message_id(settings, row),
+            "Message-ID": message_id(settings, row, link),
             "Auto-Submitted": "auto-generated",
         },
         text=(
@@ -127,9 +138,13 @@ def compose(
     )
 
 
-def message_id(settings: WorkerSettings, row: int) -> str:
-    """Returns the row's Message-ID: the same at every attempt, and no other deployment's."""
-    digest = hmac.new(settings.secret_key.encode(), f"message-id\0{row}".encode(), hashlib.sha256).hexdigest()
+def message_id(settings: WorkerSettings, row: int, link: str) -> str:
+    """Returns a mail's Message-ID: the same at every attempt with the same link, and no other deployment's.
+
+    The row alone would not do: its id comes again after a restore, and a mail that bears the Message-ID of an earlier
+    one is thrown away as its copy.
+    """
+    digest = hmac.new(settings.secret_key.encode(), f"message-id\0{row}\0{link}".encode(), hashlib.sha256).hexdigest()
     return f"<outbox.{row}.{digest[:20]}@{_sender(settings.mail_from)[1]}>"
 
 

@@ -1,0 +1,9 @@
+-- verifications that outlive the outbox row whose id they bear
+-- depends: 0003_earlier_vacuum
+
+-- Ids of outbox rows come again, after a restore that leaves the sequence behind for one. A verification of another user,
+-- or for an address that was changed, then gives its outbox_id up to the new row's; its link stays valid.
+ALTER TABLE verify_emails ALTER COLUMN outbox_id DROP NOT NULL;
+
+COMMENT ON COLUMN verify_emails.outbox_id IS
+    'The outbox row that sends the mail, so that every attempt finds the same verification and sends the same link; null once another verification has taken its place.';
