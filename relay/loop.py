@@ -25,7 +25,7 @@ from relay.rescue import Rescue
 from relay.retention import BATCH as RETENTION_BATCH
 from relay.retention import retention
 from relay.schedule import Schedule
-from relay.sweep import Sweep
+from relay.sweep import CLOCK_ERROR, Sweep
 from relay.unserved import tell_of_unserved_queues
 
 UNHEARD_INTERVAL = 1.0
@@ -84,9 +84,7 @@ class Relay:
         self._client = outbox_redis.connect(settings.redis_url, "outbox-relay")
         self._schedule = Schedule(self._client, list(settings.queues))
         self._clock = Clock()
-        self._looked_at = -math.inf
-        self._rescues_from = 0.0
-        self._rescue = Rescue()
+        self._rescue = Rescue(settings.lease)
         self._told_of_polling = False
 
     def run(self) -> None:
@@ -116,6 +114,7 @@ class Relay:
                 ):
                     self._serve(connection, drain)
             except postgres.AWAY as error:
+                self._rescue.pause()  # what this relay could not write, workers may not have been able to either
                 self._stop.wait(self._postgres.away(error))
 
     def _serve(self, connection: Connection, drain: Drain) -> None:
@@ -221,13 +220,20 @@ class Relay:
         settings = self._settings
         found = connection.execute(
             query("look"),
-            {"queues": list(settings.queues), "horizon": settings.horizon, "grace": settings.sweep_grace},
+            {
+                "queues": list(settings.queues),
+                "horizon": settings.horizon,
+                "grace": settings.sweep_grace,
+                "clock_error": CLOCK_ERROR,
+                "longest_lease": self._rescue.longest_lease,
+            },
         ).fetchone()
         assert found is not None
         self._clock.set(found["now"])
+        self._rescue.looked(found["now"], RESCUE_INTERVAL)
         rescue_in = RESCUE_INTERVAL
-        if self._may_rescue() and found["expired"]:
-            rescue_in = min(rescue_in, self._rescue.step(connection, patience=settings.lease / 3))
+        if found["expired"]:
+            rescue_in = min(rescue_in, self._rescue.step(connection))
         else:
             self._rescue.forget()
         for poll in polls:
@@ -236,19 +242,6 @@ class Relay:
                 if poll.duty.due == math.inf and poll.finds(found):
                     poll.duty.due = 0.0
         return min(begun + rescue_in, *(poll.due for poll in polls)) - time.monotonic()
-
-    def _may_rescue(self) -> bool:
-        """Returns whether dead workers' rows may be taken from them, to be called after every look.
-
-        Not if the look took a while, or there was none: Postgres was away, or stalled, or this process was paused.
-        Then the living workers may not have been able to renew their leases either, and first get a lease's length to
-        do so. They renew every third of it: what is shorter than another third has cost none of them its lease.
-        """
-        now, lease = time.monotonic(), self._settings.lease
-        if now - self._looked_at > RESCUE_INTERVAL + lease / 3:
-            self._rescues_from = now + lease
-        self._looked_at = now
-        return now >= self._rescues_from
 
     def _move_due(self, _: Connection) -> float:
         upcoming = self._schedule.move_due(self._clock.now())

@@ -22,6 +22,9 @@ LATENESS = 1.0
 """Seconds that a job may be scheduled after its row's time; a stranger may have put it off for ever."""
 
 
+CLOCK_ERROR = 60.0
+"""Seconds ahead at which no row can have been handed over: the server's clock was set back since."""
+
 SETTLING_TIME = 0.25
 """Seconds between the two steps of a sweep: in that time a worker claims what it has popped."""
 
@@ -81,8 +84,8 @@ class Sweep:
             locked = connection.execute(query("lock_sweep")).fetchone()
             if not locked or not locked["locked"]:
                 return 0
-            grace = {"grace": self._settings.sweep_grace}
-            candidates = connection.execute(query("sweep_candidates"), grace).fetchall()
+            ages = {"grace": self._settings.sweep_grace, "clock_error": CLOCK_ERROR}
+            candidates = connection.execute(query("sweep_candidates"), ages).fetchall()
             if not candidates:
                 return 0
             # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.

@@ -119,6 +119,7 @@ RETURNING id, delivery, task, left(payload::text, %(payload_limit)s) AS payload,
 -- What there is to do for a relay, so that one statement is all that an idle one asks: queues that have rows to hand
 -- over, whether Redis should hold any job, and one that no worker has claimed for longer than a grace, and whether a
 -- lease has passed. It counts nothing and stops at the first row of each. And Postgres' time, which is everybody's.
+-- Times that lie further ahead than any process writes were written before the server's clock was set back.
 SELECT extract(epoch FROM now())::float8 AS now,
        ARRAY(
            SELECT name
@@ -131,8 +132,12 @@ SELECT extract(epoch FROM now())::float8 AS now,
        ) AS pending,
        EXISTS (SELECT FROM outbox WHERE status = 'enqueued') AS enqueued,
        EXISTS (SELECT FROM outbox
-               WHERE status = 'enqueued' AND enqueued_at < now() - make_interval(secs => %(grace)s)) AS unclaimed,
-       EXISTS (SELECT FROM outbox WHERE status = 'running' AND lease_until < now()) AS expired;
+               WHERE status = 'enqueued'
+                 AND (enqueued_at < now() - make_interval(secs => %(grace)s)
+                      OR enqueued_at > now() + make_interval(secs => %(clock_error)s))) AS unclaimed,
+       EXISTS (SELECT FROM outbox WHERE status = 'running' AND lease_until < now())
+       OR EXISTS (SELECT FROM outbox
+                  WHERE status = 'running' AND lease_until > now() + make_interval(secs => %(longest_lease)s)) AS expired;
 
 
 -- name: lock_sweep
@@ -141,11 +146,14 @@ SELECT pg_try_advisory_xact_lock(hashtext('outbox sweep')) AS locked;
 
 
 -- name: sweep_candidates
--- Rows that were handed over longer than a grace ago and that no worker has claimed.
+-- Rows that were handed over longer than a grace ago and that no worker has claimed; those that were handed over in the
+-- future among them: the server's clock was set back since.
 SELECT id, delivery, queue, extract(epoch FROM run_at)::float8 AS run_at,
        extract(epoch FROM now() - enqueued_at)::float8 AS age
 FROM outbox
-WHERE status = 'enqueued' AND enqueued_at < now() - make_interval(secs => %(grace)s);
+WHERE status = 'enqueued'
+  AND (enqueued_at < now() - make_interval(secs => %(grace)s)
+       OR enqueued_at > now() + make_interval(secs => %(clock_error)s));
 
 
 -- name: sweep
@@ -163,15 +171,38 @@ WHERE id = ANY (ARRAY(
 RETURNING id, delivery, task, queue, request_id;
 
 
+-- name: limit_rescue
+-- How long the statements of a rescue, in its transaction, wait for a lock: while they wait, workers' renewals do too.
+SELECT set_config('lock_timeout', '100ms', true);
+
+
 -- name: expired
--- Rows whose lease has passed, held until what becomes of those that were seen before is written. One that is being
--- renewed or marked at this moment, or that anybody else has locked, is passed over.
+-- Rows whose lease has passed, locked until the end of the rescue's transaction. A row that is being renewed or marked
+-- at this moment, or that anybody else has locked, is passed over.
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
 FROM outbox
-WHERE status = 'running' AND lease_until < now()
+WHERE status = 'running'
+  AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(longest_lease)s))
 ORDER BY lease_until
 LIMIT %(batch)s
 FOR NO KEY UPDATE SKIP LOCKED;
+
+
+-- name: touch_leases
+-- Writes expired rows as they are: where this fails, a worker could not have renewed their leases either.
+UPDATE outbox SET lease_until = lease_until WHERE id = ANY (%(ids)s);
+
+
+-- name: rescue
+-- Takes expired rows, which this transaction has locked, from their workers.
+UPDATE outbox
+SET status = rescued.status,
+    lease_until = NULL,
+    run_at = CASE WHEN rescued.status = 'pending' THEN now() + make_interval(secs => rescued.delay) ELSE run_at END,
+    last_error = rescued.error
+FROM unnest(%(ids)s::bigint[], %(statuses)s::text[], %(delays)s::float8[], %(errors)s::text[])
+         AS rescued (id, status, delay, error)
+WHERE outbox.id = rescued.id AND outbox.id = ANY (%(ids)s);
 
 
 -- name: retention

@@ -391,8 +391,8 @@ def test_nobody_is_rescued_just_after_postgres_was_away(
             renewed, lost = (
                 row["id"]
                 for row in connection.execute(
-                    "INSERT INTO outbox (task, payload, status, attempts, delivery, lease_until)"
-                    " SELECT 't', '{}', 'running', 1, 1, now() + interval '1 min' FROM generate_series(1, 2)"
+                    "INSERT INTO outbox (task, payload, status, attempts, delivery, worker, lease_until)"
+                    " SELECT 't', '{}', 'running', 1, 1, 'w', now() + interval '1 min' FROM generate_series(1, 2)"
                     " RETURNING id"
                 ).fetchall()
             )
@@ -405,7 +405,9 @@ def test_nobody_is_rescued_just_after_postgres_was_away(
 
         with postgres.connect(own_postgres.url, "test") as connection:
             connection.execute("UPDATE outbox SET lease_until = '2000-01-01' WHERE id IN (%s, %s)", [renewed, lost])
-            connection.execute(query("renew_leases"), {"ids": [renewed], "deliveries": [1], "lease": 60.0})
+            connection.execute(
+                query("renew_leases"), {"ids": [renewed], "deliveries": [1], "lease": 60.0, "worker": "w"}
+            )
             eventually(lambda: _status(connection, lost) != "running", 10, "the lost row is rescued")
             # A rescued row's time is that of the rescue.
             found = connection.execute(
@@ -445,14 +447,16 @@ def test_an_expiry_that_was_mended_is_forgotten(
 ) -> None:
     """A lease that passes for a second time, long after it was renewed, is looked at twice again."""
     relay = Relay(relay_settings, Event())
-    relay._looked_at = time.monotonic()  # else it would let workers renew what may have run out before its start
+    relay._rescue.looked(
+        time.time(), math.inf
+    )  # else it would let workers renew what may have run out before its start
     nothing = [loop.Poll(loop.Duty(lambda _: math.inf), lambda _: False, 60.0)]
     connection.execute(
-        "INSERT INTO outbox (task, payload, status, attempts, delivery, lease_until)"
-        " VALUES ('t', '{}', 'running', 1, 1, now() - interval '1 s')"
+        "INSERT INTO outbox (task, payload, status, attempts, delivery, worker, lease_until)"
+        " VALUES ('t', '{}', 'running', 1, 1, 'w1', now() - interval '1 s')"
     )
     relay._look(nothing, connection)
-    connection.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 60.0})
+    connection.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 60.0, "worker": "w1"})
     relay._look(nothing, connection)
     seen = time.monotonic()
     eventually(lambda: time.monotonic() - seen > SETTLING_TIME, 5, "the first time would have been old enough")

@@ -34,7 +34,7 @@ def _run(connection: Connection, lease: float, attempts: int = 1, max_retries: i
 def rescue(connection: Connection) -> int:
     """Rescues at the first look, and returns how many rows."""
     before = _states(connection)
-    Rescue(settling=0).step(connection)
+    Rescue(lease=0).step(connection)
     return sum(was == "running" != now for was, now in zip(before, _states(connection), strict=True))
 
 
@@ -85,7 +85,7 @@ def test_a_renewal_in_the_last_moment_wins(connection: Connection, other: Connec
     _run(connection, lease=-1)
     _run(connection, lease=-1)
     with other.transaction():
-        other.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 15.0})
+        other.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 15.0, "worker": "w1"})
         assert rescue(connection) == 1
     assert rescue(connection) == 0
     assert _states(connection) == ["running", "pending"]
@@ -104,14 +104,14 @@ def test_two_relays_rescue_a_row_once(connection: Connection, other: Connection)
 def test_a_row_that_somebody_had_locked_is_its_workers_for_a_moment(connection: Connection, other: Connection) -> None:
     """A living worker could neither renew nor mark it meanwhile: once it is free, the worker gets to it first."""
     _run(connection, lease=-1)
-    patient = Rescue(settling=0.3)
+    patient = Rescue(lease=1.2)
     with other.transaction():
         other.execute("SELECT FROM outbox FOR UPDATE")
         for _ in range(3):
             assert patient.step(connection) == math.inf
     assert 0.3 <= patient.step(connection) < 0.4
     assert _states(connection) == ["running"]
-    connection.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 15.0})
+    connection.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 15.0, "worker": "w1"})
     patient.forget()  # as whoever finds no lease that has passed does
     connection.execute("UPDATE outbox SET lease_until = now() - interval '1 s'")
 
@@ -124,7 +124,7 @@ def test_a_late_worker_is_shut_out(connection: Connection) -> None:
     """What a worker that was taken for dead still writes changes nothing, neither its lease nor its outcome."""
     _run(connection, lease=-1)
     rescue(connection)
-    late = {"ids": [1], "deliveries": [1]}
+    late = {"ids": [1], "deliveries": [1], "worker": "w1"}
     assert connection.execute(query("renew_leases"), {**late, "lease": 15.0}).rowcount == 0
     outcome = {**late, "statuses": ["done"], "delays": [0.0], "attempts": [1], "errors": [None]}
     assert connection.execute(query("mark"), outcome).fetchall() == []

@@ -184,7 +184,7 @@ def test_a_row_that_moves_between_the_two_looks_is_left_alone(
 ) -> None:
     """Claimed, handed over again, or locked by a claim after Postgres was read: the sweep's statement skips it."""
     _hand_over(connection, redis_client, settings, 4)
-    candidates = connection.execute(query("sweep_candidates"), {"grace": 0.0}).fetchall()
+    candidates = connection.execute(query("sweep_candidates"), {"grace": 0.0, "clock_error": 60.0}).fetchall()
     other.execute("UPDATE outbox SET status = 'running', lease_until = now() + interval '1 min' WHERE id = 1")
     other.execute("UPDATE outbox SET delivery = 2 WHERE id = 2")
     with other.transaction():

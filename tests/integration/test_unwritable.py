@@ -1,0 +1,191 @@
+"""A Postgres that can be read and not written for a while: no row is taken from a worker that lives."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from threading import Event, Thread
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+from structlog.testing import capture_logs
+
+from outbox import postgres
+from outbox.migrate import migrate
+from outbox.settings import RelaySettings
+from outbox.up.embedded import EmbeddedServer, embedded_postgres
+from relay.loop import Relay
+from relay.rescue import Rescue
+from tests.conftest import Connection, short_folder
+from tests.integration.test_claim import add_row, read_row
+from tests.support.waiting import eventually
+from worker.attempt import Outcome
+from worker.claim import claim
+from worker.leases import Leases
+from worker.mark import Marker
+
+LEASE = 1.5
+HELD = 2.5 * LEASE
+"""Seconds that nothing can be written: every lease has passed by then, whenever it was renewed."""
+
+
+@pytest.fixture(scope="module")
+def own_postgres() -> Iterator[EmbeddedServer]:
+    """A migrated Postgres whose settings a test may change."""
+    with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
+        migrate(server.url)
+        yield server
+
+
+@pytest.fixture
+def connection(own_postgres: EmbeddedServer) -> Iterator[Connection]:
+    """A connection to it."""
+    with postgres.connect(own_postgres.url, "test") as opened:
+        opened.execute("DELETE FROM outbox")
+        yield opened
+
+
+@contextmanager
+def locked(own_postgres: EmbeddedServer, mode: str) -> Iterator[None]:
+    """Keeps writes out as `CREATE INDEX` or `CREATE TRIGGER` does."""
+    with psycopg.connect(own_postgres.url) as other:
+        other.execute(f"LOCK TABLE outbox IN {mode} MODE")
+        yield
+
+
+@contextmanager
+def read_only(own_postgres: EmbeddedServer) -> Iterator[None]:
+    """Refuses all writes, also in the sessions that are open."""
+    with psycopg.connect(own_postgres.url, autocommit=True) as other:
+        other.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        other.execute("SELECT pg_reload_conf()")
+        try:
+            yield
+        finally:
+            other.execute("ALTER SYSTEM RESET default_transaction_read_only")
+            other.execute("SELECT pg_reload_conf()")
+
+
+FULL = """
+CREATE FUNCTION fill_the_disk() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE 'could not extend file: No space left on device' USING ERRCODE = 'disk_full'; END $$;
+CREATE TRIGGER full_disk BEFORE INSERT OR UPDATE ON outbox FOR EACH STATEMENT EXECUTE FUNCTION fill_the_disk();
+"""
+
+
+@contextmanager
+def full_disk(own_postgres: EmbeddedServer) -> Iterator[None]:
+    """Refuses writes with the error of a full disk; what is there can be locked."""
+    with psycopg.connect(own_postgres.url, autocommit=True) as other:
+        other.execute(FULL)
+        try:
+            yield
+        finally:
+            other.execute("DROP FUNCTION fill_the_disk CASCADE")
+
+
+CASES: dict[str, Callable[[EmbeddedServer], AbstractContextManager[None]]] = {
+    "SHARE lock": lambda server: locked(server, "SHARE"),
+    "SHARE ROW EXCLUSIVE lock": lambda server: locked(server, "SHARE ROW EXCLUSIVE"),
+    "EXCLUSIVE lock": lambda server: locked(server, "EXCLUSIVE"),
+    "ACCESS EXCLUSIVE lock": lambda server: locked(server, "ACCESS EXCLUSIVE"),
+    "read-only": read_only,
+    "full disk": full_disk,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_living_workers_row_stays_its_own(
+    case: str, own_postgres: EmbeddedServer, connection: Connection, redis_client: redis.Redis, redis_url: str
+) -> None:
+    """However long nothing could be written: it renews and marks once it can, and the relay waits for that."""
+    settings = RelaySettings(database_url=own_postgres.url, redis_url=redis_url, lease=LEASE, poll_interval=0.2)
+    mine, dead = claim(connection, [add_row(connection), add_row(connection)], "me", LEASE)
+    connection.execute("UPDATE outbox SET worker = 'another' WHERE id = %s", [dead.delivery.row])
+    marker = Marker(own_postgres.url, Leases(LEASE, "me"))
+    marker.leases.hold([mine])
+    marker.start()
+    stop = Event()
+    relay = Thread(target=Relay(settings, stop).run, daemon=True)
+    with capture_logs() as lines:
+        relay.start()
+        try:
+            began = time.monotonic()
+            eventually(lambda: time.monotonic() - began > LEASE + 0.2, 10, "the relay's own first wait")
+            with CASES[case](own_postgres):
+                began = time.monotonic()
+                eventually(lambda: time.monotonic() - began > HELD, 20, "all leases have passed")
+            eventually(lambda: rescued(lines) == [dead.delivery.row], 20, "the row of a worker that died is taken")
+            row = read_row(connection, mine.delivery)
+            assert (row["status"], row["worker"], row["delivery"], row["attempts"]) == ("running", "me", 1, 1)
+            marker.put(Outcome(mine.delivery, "done", 1))
+            eventually(lambda: read_row(connection, mine.delivery)["status"] == "done", 10)
+        finally:
+            stop.set()
+            relay.join(10)
+            marker.close(5)
+    assert rescued(lines) == [dead.delivery.row]
+
+
+def rescued(lines: Sequence[Any]) -> list[int]:
+    """Returns the rows that the relay has taken from workers."""
+    return [line["row"] for line in lines if line["event"] == "rescued row"]
+
+
+def test_a_look_that_finds_the_clock_jumped_puts_off_the_rescue(connection: Connection) -> None:
+    """Forwards or backwards: every lease may have passed at once, though all workers live."""
+    claim(connection, [add_row(connection)], "me", -1)
+    for jump in (20.0, 3600.0, -3600.0):
+        rescue = Rescue(LEASE)
+        now = time.time()
+        rescue.looked(now, 60)
+        rescue._from = 0.0  # its first wait is over
+        rescue.looked(time.time(), 60)
+        assert rescue._from == 0.0, "the clock goes on as it should"
+        rescue.looked(time.time() + jump, 60)
+        assert rescue._from > time.monotonic() + LEASE - 0.5
+        began = time.monotonic()
+        while time.monotonic() - began < LEASE - 0.5:
+            rescue.step(connection)
+            time.sleep(0.1)
+        assert connection.execute("SELECT status FROM outbox").fetchone() == {"status": "running"}
+
+
+def test_a_lease_that_ends_in_an_hour_is_none(connection: Connection) -> None:
+    """The clock was set back since it was written: its worker would have renewed it, if it lived."""
+    claim(connection, [add_row(connection)], "me", 3600)
+    rescue = Rescue(LEASE)
+    eventually(lambda: rescue.step(connection) and status(connection) == "pending", 10, "it is rescued")
+
+
+def test_a_row_that_cannot_be_rescued_keeps_no_other_from_it(connection: Connection) -> None:
+    """A trigger of somebody's refuses it: it is named, and the others are taken."""
+    claims = claim(connection, [add_row(connection) for _ in range(5)], "me", -1)
+    refused = claims[2].delivery.row
+    connection.execute(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
+        CREATE TRIGGER refusing BEFORE UPDATE ON outbox FOR EACH ROW WHEN (NEW.id = {refused})
+        EXECUTE FUNCTION refuse();
+        """
+    )
+    try:
+        with capture_logs() as lines:
+            rescue = Rescue(0)
+            rescue.step(connection)
+    finally:
+        connection.execute("DROP FUNCTION refuse CASCADE")
+    statuses = connection.execute("SELECT id, status FROM outbox ORDER BY id").fetchall()
+    assert [row["id"] for row in statuses if row["status"] == "running"] == [refused]
+    assert [line["row"] for line in lines if line["event"] == "row cannot be rescued"] == [refused]
+    assert sorted(line["row"] for line in lines if line["event"] == "rescued row") == sorted(
+        row["id"] for row in statuses if row["status"] == "pending"
+    )
+
+
+def status(connection: Connection) -> str:
+    """Returns what the only row is."""
+    row = connection.execute("SELECT status FROM outbox").fetchone()
+    assert row is not None
+    return str(row["status"])
