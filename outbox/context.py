@@ -1,5 +1,6 @@
 """What a handler is given besides its payload."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.message import EmailMessage
@@ -19,8 +20,19 @@ class Context:
     """The outbox row's id: the same at every attempt, so whatever is derived from it is too."""
     attempt: int
     """1 at the first attempt."""
+    deadline: float
+    """When the attempt's time is over, in seconds of the monotonic clock."""
     database: ConnectionPool[Any]
-    """Connections for short transactions; a statement may take 20 s. Hold none while talking to the outside."""
+    """Connections for short transactions: a block of `connection()` is one. A statement may take 20 s, and no longer
+    than the attempt has time. Hold none while talking to the outside."""
     send: Callable[[EmailMessage | Message], None]
     """Sends a mail; raises SkipRetry where the server refuses the recipient for good."""
     settings: WorkerSettings
+
+    @property
+    def remaining(self) -> float:
+        """The seconds that the attempt has left, 0 at the least.
+
+        Nothing interrupts a handler: one that talks to the outside takes this as its time-out there.
+        """
+        return max(0.0, self.deadline - time.monotonic())

@@ -240,25 +240,27 @@ GROUP BY queue;
 -- The worker's claim: locks first and judges after, in one statement. The lock waits for a relay that has published but
 -- not yet committed, and then sees the newest version of the row; an UPDATE … WHERE status = 'enqueued' would not see it
 -- and lose the job. The lease counts from the update: the statement may have waited for a lock since its now().
+-- A row that already runs in this worker's name was claimed by an earlier try whose answer was lost: it is claimed once
+-- more, without another attempt. The worker asks for no row that it knows to hold.
 -- No lock of these statements is one that a foreign key to the outbox would wait for, or they for it.
 WITH locked AS MATERIALIZED (
-    SELECT id, delivery, task, payload, queue, status, attempts, max_retries, timeout, request_id, run_at <= now() AS due
+    SELECT id, delivery, task, payload, queue, status, worker, max_retries, timeout, request_id, run_at <= now() AS due
     FROM outbox
     WHERE id = ANY (%(ids)s)
     ORDER BY id
     FOR NO KEY UPDATE
 ), claimed AS (
     UPDATE outbox
-    SET status = 'running', attempts = attempts + 1, worker = %(worker)s,
-        started_at = now(), lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
+    SET status = 'running', attempts = attempts + CASE status WHEN 'enqueued' THEN 1 ELSE 0 END,
+        worker = %(worker)s, started_at = now(), lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
     WHERE id = ANY (ARRAY(
         SELECT id
         FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
-        WHERE status = 'enqueued' AND due
+        WHERE status = 'enqueued' AND due OR status = 'running' AND worker = %(worker)s
     ))
-    RETURNING id
+    RETURNING id, attempts AS attempt
 )
-SELECT id, delivery, task, payload::text, queue, attempts + 1 AS attempt, max_retries, timeout, request_id, status,
+SELECT id, delivery, task, payload::text, queue, attempt, max_retries, timeout, request_id, status,
        claimed.id IS NOT NULL AS claimed
 FROM locked LEFT JOIN claimed USING (id);
 
@@ -267,23 +269,24 @@ FROM locked LEFT JOIN claimed USING (id);
 -- Keeps the leases of all that a worker runs. As in every statement that is given ids, the rows are found by their ids
 -- alone and judged once they are locked: a planner that believes that hardly any row is running would else read all
 -- running rows for every id. A row that somebody else has locked waits for the next time, and holds up no other.
+-- The delivery alone does not name an attempt: after a restore of the table it comes again, in another worker.
 WITH locked AS MATERIALIZED (
-    SELECT id, delivery, status FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+    SELECT id, delivery, status, worker FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE outbox SET lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
 WHERE id = ANY (ARRAY(
     SELECT id
     FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
-    WHERE status = 'running'
+    WHERE status = 'running' AND worker = %(worker)s
 ))
 RETURNING id, delivery;
 
 
 -- name: mark
--- Writes what became of a batch of attempts, by their worker or by the rescue; returns the rows that were still
--- this delivery's to write, and that nobody else had locked.
+-- Writes the outcomes of a batch of attempts; returns the rows that were still this worker's to write, under this
+-- delivery, and that nobody else had locked.
 WITH locked AS MATERIALIZED (
-    SELECT id, delivery, status AS before
+    SELECT id, delivery, status AS before, worker
     FROM outbox
     WHERE id = ANY (%(ids)s)
     ORDER BY id
@@ -294,13 +297,13 @@ WITH locked AS MATERIALIZED (
                 %(delays)s::float8[], %(attempts)s::integer[], %(errors)s::text[])
         AS job (id, delivery, status, delay, attempts, error)
     JOIN locked USING (id, delivery)
-    WHERE before = 'running'
+    WHERE before = 'running' AND worker = %(worker)s
 )
 UPDATE outbox
 SET status = outcome.status,
     lease_until = NULL,
     attempts = outcome.attempts,
-    run_at = CASE WHEN outcome.status = 'pending' THEN now() + make_interval(secs => outcome.delay) ELSE run_at END,
+    run_at = CASE WHEN outcome.status = 'done' THEN run_at ELSE now() + make_interval(secs => outcome.delay) END,
     done_at = CASE WHEN outcome.status = 'done' THEN now() END,
     last_error = coalesce(outcome.error, last_error)
 FROM outcome
@@ -308,12 +311,13 @@ WHERE outbox.id = outcome.id
 RETURNING outbox.id, outbox.delivery;
 
 
--- name: still_running
--- Which of these are still their delivery's to write: of those that a mark has passed over, somebody has locked them.
-SELECT id, delivery
+-- name: unmarked
+-- What rows are that a mark has not written, as far as they are still this worker's last: `running` where somebody has
+-- them locked, and the outcome itself where an earlier mark, whose answer was lost, has written it.
+SELECT id, delivery, status
 FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery)
 JOIN outbox USING (id, delivery)
-WHERE id = ANY (%(ids)s) AND status = 'running';
+WHERE id = ANY (%(ids)s) AND worker = %(worker)s;
 
 
 -- name: count_dead
@@ -359,13 +363,14 @@ WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
 
 
 -- name: retry_dead
--- Gives dead rows all their attempts again, from now on. Their delivery goes on counting: it is the fence.
+-- Gives dead rows all their attempts again, from now on, or from when their worker has exited with the handler that it
+-- could not end. Their delivery goes on counting: it is the fence.
 -- Of two operators who retry a row at the same moment, the second waits and then finds it dead no more.
 WITH dead AS (
     SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR NO KEY UPDATE
 )
 UPDATE outbox
-SET status = 'pending', attempts = 0, run_at = now(), lease_until = NULL, worker = NULL
+SET status = 'pending', attempts = 0, run_at = greatest(now(), run_at), lease_until = NULL, worker = NULL
 WHERE id = ANY (ARRAY(SELECT id FROM dead))
 RETURNING id;
 

@@ -1,21 +1,22 @@
-"""One attempt at one row: its handler, its time limit, and what becomes of it."""
+"""One attempt at one row: its handler, and what becomes of the row."""
 
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextvars import copy_context
-from typing import Literal, NamedTuple
+from functools import partial
+from inspect import isasyncgen, isawaitable, iscoroutine, isgenerator
+from typing import Any, Literal, NamedTuple, cast
 
-from outbox import logs
+from outbox import deadline, logs
 from outbox.backoff import retry_delay
 from outbox.context import Context
-from outbox.errors import PayloadError, SkipRetry
+from outbox.errors import HandlerError, OutboxError, PayloadError, SkipRetry, TimeLimitError
 from outbox.jobs import Delivery
 from outbox.outage import one_line
-from outbox.registry import Registry
+from outbox.registry import Handler, Registry
 from worker.claim import Claim
-from worker.limit import TimeLimitReached, call_within
 
 UNKNOWN_TASK_DELAY = 15.0
 """Seconds until a task that this worker does not know is offered again, to a newer worker perhaps."""
@@ -29,8 +30,16 @@ class Outcome(NamedTuple):
     attempts: int
     """How many count from now on."""
     delay: float = 0.0
-    """Seconds until the next attempt, where there is one."""
+    """Seconds until another attempt may begin."""
     error: str | None = None
+
+
+class Attempted(NamedTuple):
+    """An attempt that has ended."""
+
+    outcome: Outcome
+    report: Callable[[], None]
+    """Logs it. To be called after the outcome is on its way: a log may block or fail, and costs no row anything."""
 
 
 def given_back(claim: Claim) -> Outcome:
@@ -38,48 +47,88 @@ def given_back(claim: Claim) -> Outcome:
     return Outcome(claim.delivery, "pending", claim.attempt - 1)
 
 
-def attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
+def cut_short(claim: Claim, delay: float, error: str) -> Outcome:
+    """Returns the outcome of a row whose handler has begun and will not end before its worker does.
+
+    The attempt counts, or a row whose handler never ends would be tried for ever.
+
+    Args:
+        claim: the row.
+        delay: seconds until it may be tried again, be it by an operator.
+        error: why it was cut short.
+    """
+    status: Literal["pending", "dead"] = "dead" if claim.attempt > claim.max_retries else "pending"
+    return Outcome(claim.delivery, status, claim.attempt, delay, error)
+
+
+def attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
     """Runs the row's handler and returns what became of it; whatever the handler raises ends here."""
     # In a context of its own: what a handler binds there, for the log or otherwise, is no other row's.
-    return copy_context().run(_attempt_in_context, claim, registry, context)
+    own = copy_context()
+    outcome, report = own.run(_attempt_in_context, claim, registry, context)
+    return Attempted(outcome, partial(own.run, _report, claim, report))
 
 
-def _attempt_in_context(claim: Claim, registry: Registry, context: Context) -> Outcome:
+def _report(claim: Claim, report: Callable[[], None]) -> None:
     row, delivery = claim.delivery
     with logs.bound(type=claim.task, row=row, delivery=delivery, request_id=claim.request_id):
+        report()
+
+
+def _attempt_in_context(claim: Claim, registry: Registry, context: Context) -> Attempted:
+    row, delivery = claim.delivery
+    with (
+        logs.bound(type=claim.task, row=row, delivery=delivery, request_id=claim.request_id),
+        deadline.until(context.deadline),
+    ):
         return _attempt(claim, registry, context)
 
 
-def _attempt(claim: Claim, registry: Registry, context: Context) -> Outcome:
-    log = logs.get()
+def _attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
     handler = registry.get(claim.task)
     if handler is None:
-        log.error("task is unknown to this worker", next_try=UNKNOWN_TASK_DELAY)
-        # It does not count: during a deploy this may happen many times before a newer worker gets it.
-        return Outcome(
-            claim.delivery,
-            "pending",
-            claim.attempt - 1,
-            UNKNOWN_TASK_DELAY,
-            f"no handler for task {claim.task!r}: the worker was older than the row, or OUTBOX_HANDLERS misses it",
-        )
+        return _unknown(claim)
     started = time.monotonic()
     try:
-        payload = handler.task.parse(claim.payload)
-        fields = call_within(claim.timeout, handler.function, payload, context)
+        fields = _call(handler, claim, context)
     except (SkipRetry, PayloadError) as error:
         # A payload or a mail server may have made the text long, or put into it what Postgres cannot store.
-        return _dead(claim, _text(error).removeprefix(f"{type(error).__name__}: "), log)
+        return _dead(claim, _text(error).removeprefix(f"{type(error).__name__}: "), error)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler must end neither the thread nor the row
-        return _failed(claim, error, log)
-    if log.is_enabled_for(logging.INFO):
-        own = {"payload": logs.stored(claim.payload), "duration": round(time.monotonic() - started, 6)}
-        with suppress(Exception):  # whatever a handler returns, its work is done, and must not be done again
-            _tell_of_success(log, fields, own)
-    return Outcome(claim.delivery, "done", claim.attempt)
+        return _failed(claim, error)
+    duration = round(time.monotonic() - started, 6)
+    return Attempted(Outcome(claim.delivery, "done", claim.attempt), partial(_report_done, claim, fields, duration))
 
 
-def _tell_of_success(log: logs.Logger, fields: Mapping[str, object] | None, own: dict[str, object]) -> None:
+def _call(handler: Handler[Any], claim: Claim, context: Context) -> Mapping[str, object] | None:
+    result: object = handler.function(handler.task.parse(claim.payload), context)
+    if isawaitable(result) or isgenerator(result) or isasyncgen(result) or isinstance(result, Future):
+        if iscoroutine(result) or isgenerator(result):
+            result.close()
+        raise HandlerError(
+            f"the handler of {claim.task} returned a {type(result).__name__}, and nobody does the work in it:"
+            " it must be a plain function that returns when its work is done"
+        )
+    return cast("Mapping[str, object] | None", result)
+
+
+def _unknown(claim: Claim) -> Attempted:
+    # It does not count: during a deploy this may happen many times before a newer worker gets it.
+    outcome = Outcome(
+        claim.delivery,
+        "pending",
+        claim.attempt - 1,
+        UNKNOWN_TASK_DELAY,
+        f"no handler for task {claim.task!r}: the worker was older than the row, or OUTBOX_HANDLERS misses it",
+    )
+    return Attempted(outcome, partial(logs.get().error, "task is unknown to this worker", next_try=UNKNOWN_TASK_DELAY))
+
+
+def _report_done(claim: Claim, fields: Mapping[str, object] | None, duration: float) -> None:
+    log = logs.get()
+    if not log.is_enabled_for(logging.INFO):
+        return
+    own = {"payload": logs.stored(claim.payload), "duration": duration}
     try:
         further = {name: value for name, value in (fields or {}).items() if name != "event"}
         log.info("processed task", **{**further, **own})
@@ -87,21 +136,38 @@ def _tell_of_success(log: logs.Logger, fields: Mapping[str, object] | None, own:
         log.info("processed task", **own, fields_error=_text(error))
 
 
-def _failed(claim: Claim, error: BaseException, log: logs.Logger) -> Outcome:
-    if isinstance(error, TimeLimitReached):
-        text = f"the attempt took longer than its {claim.timeout} s"
-    else:
-        text = _text(error)
+def _failed(claim: Claim, error: BaseException) -> Attempted:
+    is_late = isinstance(error, TimeLimitError)
+    text = f"the attempt took longer than its {claim.timeout} s" if is_late else _text(error)
     if claim.attempt > claim.max_retries:
-        return _dead(claim, text, log)
+        return _dead(claim, text, error)
     delay = retry_delay(claim.attempt)
-    log.warning("process task failed", error=text, attempt=claim.attempt, next_try=round(delay, 1))
-    return Outcome(claim.delivery, "pending", claim.attempt, delay, text)
+    report = partial(
+        logs.get().warning,
+        "process task failed",
+        error=text,
+        attempt=claim.attempt,
+        next_try=round(delay, 1),
+        **_traced(error),
+    )
+    return Attempted(Outcome(claim.delivery, "pending", claim.attempt, delay, text), report)
 
 
-def _dead(claim: Claim, text: str, log: logs.Logger) -> Outcome:
-    log.error("process task failed", error=text, attempt=claim.attempt, next_try=None)
-    return Outcome(claim.delivery, "dead", claim.attempt, error=text)
+def _dead(claim: Claim, text: str, error: BaseException) -> Attempted:
+    report = partial(
+        logs.get().error,
+        "process task failed",
+        error=text,
+        attempt=claim.attempt,
+        next_try=None,
+        **_traced(error),
+    )
+    return Attempted(Outcome(claim.delivery, "dead", claim.attempt, error=text), report)
+
+
+def _traced(error: BaseException) -> dict[str, Any]:
+    """Returns the traceback's field for a fault of the handler; errors of ours say in a sentence what is wrong."""
+    return {} if isinstance(error, OutboxError) else {"exc_info": error}
 
 
 def _text(error: BaseException) -> str:

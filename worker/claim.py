@@ -1,6 +1,6 @@
 """Claiming rows: from "Redis says so" to "this worker holds the lease"."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from psycopg.rows import tuple_row
@@ -27,22 +27,37 @@ class Claim(NamedTuple):
     request_id: str | None
 
 
-def claim(connection: Connection, deliveries: Sequence[Delivery], worker: str, lease: float) -> list[Claim]:
+def claim(
+    connection: Connection,
+    deliveries: Iterable[Delivery],
+    worker: str,
+    lease: float,
+    held: Collection[Delivery] = frozenset(),
+) -> list[Claim]:
     """Claims the rows of these deliveries, as far as they are still to be had.
 
     It locks first and judges after: a job may arrive here before the relay's transaction has committed, and the
-    lock waits for that. What is no row's newest delivery, or is done, running or not yet due, is dropped.
+    lock waits for that. What is no row's newest delivery, or is done, running or not yet due, is dropped. To claim the
+    same once more is safe: what an earlier try has claimed whose answer was lost is found, and counts once.
 
     Args:
         connection: in autocommit mode.
         deliveries: what Redis handed out; may repeat, and may be nonsense.
         worker: the name to claim in.
         lease: seconds until the rows are taken away unless renewed.
+        held: what this worker holds already. After a restore of the table a delivery may come again; its row is not
+            begun here while the earlier attempt may still run.
 
     Raises:
-        psycopg.OperationalError: Postgres is away; nothing is claimed.
+        psycopg.OperationalError: Postgres is away; what was claimed, another try finds.
     """
-    wanted = sorted(set(deliveries))
+    distinct = set(deliveries)
+    if doubled := distinct.intersection(held):
+        for delivery in sorted(doubled):
+            logs.get().warning("dropped job", job=delivery.job_id, why="this worker holds that delivery already")
+    wanted = sorted(distinct - doubled)
+    if not wanted:
+        return []
     rows = (
         connection.cursor(row_factory=tuple_row)
         .execute(

@@ -3,26 +3,40 @@
 from typing import Any
 
 from psycopg import Connection
+from psycopg.abc import PQGen
 from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
 
-from outbox import postgres
+from outbox import deadline, postgres
+from outbox.postgres import T
 from outbox.queries import query
-from worker.limit import held_back
 
 SIZE = 4
 WAIT = 10.0
 """Seconds that a handler may wait for a connection: an outage that is shorter costs no attempt."""
+FINISHING_TIME = 1.0
+"""Seconds that a statement gets at least, even if the attempt's time is nearly over: to commit what was done in it."""
+
+
+class HandlerConnection(postgres.LimitedConnection):
+    """A connection whose statements take no longer than the attempt has time."""
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """Waits for an answer, `timeout` seconds or else what both limits leave."""
+        if timeout is None:
+            timeout = min(postgres.ANSWER_LIMIT, max(FINISHING_TIME, deadline.remaining()))
+        return super().wait(gen, interval, timeout)
 
 
 class HandlerPool(ConnectionPool[Connection[Any]]):
-    """A pool from which an attempt's time limit tears no connection: struck in the wait, it would lose it for good."""
+    """A pool whose `connection()` is one transaction: the end of its block commits it, an exception rolls it back."""
 
     def __init__(self, database_url: str, *, pooled: bool = False) -> None:
+        options = {**postgres.options("outbox worker handlers", pooled=pooled), "autocommit": False}
         super().__init__(
             database_url,
-            connection_class=postgres.LimitedConnection,
-            kwargs={"row_factory": tuple_row, **postgres.options("outbox worker handlers", pooled=pooled)},
+            connection_class=HandlerConnection,
+            kwargs={"row_factory": tuple_row, **options},
             min_size=0,
             max_size=SIZE,
             timeout=WAIT,
@@ -33,14 +47,13 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
         )
 
     def getconn(self, timeout: float | None = None) -> Connection[Any]:
-        """Lends a connection; the time limit of the attempt waits meanwhile."""
-        with held_back():
-            return super().getconn(timeout)
+        """Lends a connection, after `timeout` seconds at most, and while the attempt has time.
 
-    def putconn(self, conn: Connection[Any]) -> None:
-        """Takes a connection back; the time limit of the attempt waits meanwhile."""
-        with held_back():
-            super().putconn(conn)
+        Raises:
+            TimeLimitError: it has none left.
+            psycopg_pool.PoolTimeout: none could be had in time.
+        """
+        return super().getconn(deadline.begin_step(self.timeout if timeout is None else timeout))
 
 
 def _check(connection: Connection[Any]) -> None:
@@ -51,3 +64,4 @@ def _check(connection: Connection[Any]) -> None:
 
 def _limit_session(connection: Connection[Any]) -> None:
     connection.execute(query("limit_session"))
+    connection.commit()

@@ -1,6 +1,5 @@
-"""The leases of what a worker runs, and their renewal."""
+"""The leases of the rows that a worker holds, and their renewal."""
 
-import time
 from collections.abc import Collection, Iterable
 from threading import Lock
 
@@ -11,53 +10,46 @@ from outbox.postgres import Connection
 from outbox.queries import query
 from worker.claim import Claim
 
-OVERTIME = 5.0
-"""Seconds past its time limit after which an attempt is no longer believed to end, and its lease is let go."""
-
 
 class Leases:
-    """The rows that a worker holds. Safe to share between threads."""
+    """The rows that a worker holds. Safe to share between threads.
 
-    def __init__(self, seconds: float, overtime: float = OVERTIME) -> None:
+    A row is held until its outcome is written, however long its handler takes: while this worker lives and reaches
+    Postgres, no other begins the row.
+    """
+
+    def __init__(self, seconds: float, worker: str) -> None:
         """Holds nothing yet.
 
         Args:
             seconds: that a renewal is good for.
-            overtime: seconds past its time limit for which an attempt's lease is kept.
+            worker: the name that the rows are claimed in.
         """
         self.seconds = seconds
-        self._overtime = overtime
-        self._held: dict[Delivery, float] = {}
+        self.worker = worker
+        self._held: set[Delivery] = set()
         self._lock = Lock()
         self._missed: set[Delivery] = set()
         """What the last renewal has passed over: somebody has the row locked, or it is no longer ours."""
 
     def hold(self, claims: Iterable[Claim]) -> None:
-        """Begins to renew the leases of these rows, until they are let go or overrun their time."""
-        now = time.monotonic()
+        """Begins to renew the leases of these rows, until they are let go."""
         with self._lock:
-            self._held.update({claimed.delivery: now + claimed.timeout + self._overtime for claimed in claims})
+            self._held.update(claimed.delivery for claimed in claims)
 
     def let_go(self, deliveries: Iterable[Delivery]) -> None:
         """Ends that: their outcome is written, or they are no longer ours."""
         with self._lock:
-            for delivery in deliveries:
-                self._held.pop(delivery, None)
+            self._held.difference_update(deliveries)
 
-    def held(self) -> list[Delivery]:
+    def held(self) -> set[Delivery]:
         """Returns all that have not been let go."""
         with self._lock:
-            return list(self._held)
-
-    def overrun(self, deliveries: Iterable[Delivery]) -> int:
-        """Returns how many of these have overrun their time."""
-        now = time.monotonic()
-        with self._lock:
-            return sum(self._held.get(delivery, now) < now for delivery in deliveries)
+            return set(self._held)
 
     def renew(self, connection: Connection) -> bool:
-        """Renews all leases but those of attempts that have overrun their time; returns whether there are any."""
-        return self._renew(connection, self._living())
+        """Renews all leases, and returns whether there are any."""
+        return self._renew(connection, self.held())
 
     def renew_missed(self, connection: Connection) -> None:
         """Renews what the last renewal has passed over.
@@ -65,19 +57,14 @@ class Leases:
         At once, and not when it is all leases' turn: that may be too late for a row that somebody had locked.
         """
         if self._missed:
-            self._renew(connection, self._missed.intersection(self._living()))
-
-    def _living(self) -> list[Delivery]:
-        now = time.monotonic()
-        with self._lock:
-            return [delivery for delivery, ends in self._held.items() if ends > now]
+            self._renew(connection, self._missed & self.held())
 
     def _renew(self, connection: Connection, deliveries: Collection[Delivery]) -> bool:
         self._missed = set(deliveries)
         if not deliveries:
             return False
         cursor = connection.cursor(row_factory=tuple_row)
-        cursor.execute(query("renew_leases"), {**columns(deliveries), "lease": self.seconds})
+        cursor.execute(query("renew_leases"), {**columns(deliveries), "lease": self.seconds, "worker": self.worker})
         self._missed.difference_update(Delivery(*renewed) for renewed in cursor)
         return True
 

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from email_validator import EmailNotValidError, validate_email
 
-from outbox import logs
-from outbox.errors import OutboxError, SkipRetry
+from outbox import deadline, logs
+from outbox.errors import OutboxError, SkipRetry, TimeLimitError
 from outbox.message import Message
 from outbox.outage import one_line
 from outbox.settings import WorkerSettings
@@ -44,6 +44,7 @@ class Mailer:
         Raises:
             SkipRetry: the server refuses this address for good.
             MailError: the server does not take the mail now, or does not like us.
+            TimeLimitError: the attempt's time is over; the mail is not sent.
             OSError, smtplib.SMTPException: the connection failed.
         """
         if isinstance(message, EmailMessage):
@@ -57,7 +58,7 @@ class Mailer:
         except (SkipRetry, MailError):
             self._reset()
             raise
-        except BaseException:  # the time limit of an attempt as well: what was said so far is unknown
+        except BaseException:  # what was said so far is unknown
             self._drop()
             raise
 
@@ -89,6 +90,7 @@ class Mailer:
         Where the server lets us, it says in the same breath what `_transfer` would say next, and finds answered
         there: of a mail's four waits for the server, two are left (RFC 2920).
         """
+        self._limit_step(smtp)
         if not _pipelines(smtp):
             return smtp.mail(self._sender, options)
         mail = " ".join([f"MAIL FROM:<{self._sender}>", *options])
@@ -97,6 +99,7 @@ class Mailer:
 
     def _transfer(self, smtp: smtplib.SMTP, content: bytes, recipient: str) -> None:
         pipelines = _pipelines(smtp)
+        self._limit_step(smtp)
         code, text = smtp.getreply() if pipelines else smtp.rcpt(recipient)
         if code not in (250, 251):
             if pipelines:
@@ -104,15 +107,23 @@ class Mailer:
             if _is_final(code, text):
                 raise SkipRetry(f"the mail server refuses {recipient} for good: {_reply(code, text)}")
             self._refused("the recipient", code, text)
+        self._limit_step(smtp)
         code, text = smtp.getreply() if pipelines else smtp.docmd("DATA")
         if code != 354:
             if code < 400:
                 self._drop()  # it is an answer to something else
             self._refused("the mail", code, text)
+        self._limit_step(smtp)
         smtp.send(_with_end(content))
         code, text = smtp.getreply()
         if code != 250:
             self._refused("the mail", code, text)
+
+    def _limit_step(self, smtp: smtplib.SMTP) -> None:
+        """Limits how long the next step may wait for the server, by the setting and by the time of the attempt."""
+        seconds = deadline.begin_step(self._timeout)
+        if smtp.sock is not None:  # else the step fails at once
+            smtp.sock.settimeout(seconds)
 
     def _settle(self, smtp: smtplib.SMTP) -> None:
         """Reads the answer to DATA of a refused mail; a server that would take it all the same is left."""
@@ -132,9 +143,12 @@ class Mailer:
         server, smtp = self._server, self._open()
         try:
             if server.security == "starttls":
+                self._limit_step(smtp)
                 smtp.starttls(context=self._tls)
+            self._limit_step(smtp)
             smtp.ehlo_or_helo_if_needed()
             if server.user is not None and server.password is not None:
+                self._limit_step(smtp)
                 smtp.login(server.user, server.password)
         except smtplib.SMTPAuthenticationError as error:
             smtp.close()
@@ -154,11 +168,11 @@ class Mailer:
         return smtp
 
     def _open(self) -> smtplib.SMTP:
-        server = self._server
+        server, timeout = self._server, deadline.begin_step(self._timeout)
         try:
             if server.security == "tls":
-                return smtplib.SMTP_SSL(server.host, server.port, timeout=self._timeout, context=self._tls)
-            return smtplib.SMTP(server.host, server.port, timeout=self._timeout)
+                return smtplib.SMTP_SSL(server.host, server.port, timeout=timeout, context=self._tls)
+            return smtplib.SMTP(server.host, server.port, timeout=timeout)
         except smtplib.SMTPConnectError as error:
             self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
         except (OSError, UnicodeError) as error:
@@ -173,12 +187,11 @@ class Mailer:
         if smtp is None:
             return
         is_reset = False
-        try:
-            with suppress(OSError, smtplib.SMTPException):
-                is_reset = smtp.rset()[0] == 250
-        finally:  # the time limit of an attempt as well: its answer would be taken for the next mail's
-            if not is_reset:
-                self._drop()
+        with suppress(OSError, smtplib.SMTPException, TimeLimitError):
+            self._limit_step(smtp)
+            is_reset = smtp.rset()[0] == 250
+        if not is_reset:
+            self._drop()
 
     def _drop(self) -> None:
         smtp: smtplib.SMTP | None = getattr(self._local, "smtp", None)

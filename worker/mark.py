@@ -1,10 +1,11 @@
-"""Marking what became of attempts, and renewing leases: all that a worker writes besides its claims."""
+"""Marking: writing the outcomes of attempts, and renewing leases. All that a worker writes besides its claims."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
+from typing import Any
 
 import psycopg
 from psycopg import Cursor
@@ -17,6 +18,7 @@ from outbox.outage import one_line
 from outbox.postgres import Connection
 from outbox.queries import query
 from worker.attempt import Outcome
+from worker.errors import NoThreadsError, ThreadEndedError
 from worker.leases import Leases, columns
 
 _BATCH = 1000
@@ -28,6 +30,12 @@ _LOOK = 0.2
 SHORTEST_ANSWER_LIMIT = 5.0
 """Seconds that a statement may take, however short the lease: a busy Postgres is not away."""
 
+UNSTORABLE = "the text of the error cannot be stored"
+"""The error of an outcome whose own text Postgres, or its encoding, refuses."""
+
+MOST_REFUSED = 100
+"""Outcomes that Postgres refuses, one by one, at which the worker takes no more rows: it is not the rows' fault."""
+
 
 class Marker:
     """A thread with a connection of its own that writes outcomes in batches and keeps the leases of what runs.
@@ -36,36 +44,72 @@ class Marker:
     meanwhile, the fence decides, and the late outcome is dropped.
     """
 
-    def __init__(self, database_url: str, leases: Leases, *, pooled: bool = False) -> None:
+    def __init__(
+        self,
+        database_url: str,
+        leases: Leases,
+        *,
+        pooled: bool = False,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         """Makes the thread.
 
         Args:
             database_url: where to.
             leases: of the rows whose outcomes will come; what is written is let go.
             pooled: whether that leads through a pooler in transaction mode.
+            on_end: called in the thread should it end without having been asked to.
         """
         self._database_url = database_url
         self._pooled = pooled
         self.leases = leases
+        self._on_end = on_end
         self._failures = 0
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
-        self._unwritten: list[Outcome] = []
-        self._locked: list[Outcome] = []
+        self._unwritten: dict[Delivery, Outcome] = {}
+        """The latest of each row: a handler may have ended after all when its row was already given back."""
+        self._locked: dict[Delivery, Outcome] = {}
         """Outcomes whose rows somebody else had locked at the last try."""
+        self._refused: dict[Delivery, Outcome] = {}
+        """Outcomes that Postgres refuses for a reason of its own, a trigger for one; tried again with each renewal."""
         self._told: set[Delivery] = set()
-        """Those of them that the log has named."""
+        """The rows of those that the log has named."""
+        self._unanswered: set[Delivery] = set()
+        """Rows whose outcome was sent, and no answer came: it may have been written."""
         self._closing = Event()
         self._connected = Event()
+        self._is_blocked = False
+        """Whether the last write waited in vain for a lock of the whole table."""
         self._asked_at: float | None = None
         """When the statements began that have not been answered."""
         self._thread = Thread(target=self._run, name="marker", daemon=True)
         self._is_started = False
+        self._failure: BaseException | None = None
+        """What has ended the thread."""
 
     def start(self) -> None:
-        """Starts the thread, unless it was started before."""
+        """Starts the thread, unless it was started before.
+
+        Raises:
+            NoThreadsError: the system lets this process start none.
+        """
         if not self._is_started:
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise NoThreadsError(f"no thread can be started to mark rows: {one_line(error)}") from error
             self._is_started = True
-            self._thread.start()
+
+    def check(self) -> None:
+        """Checks that the thread lives, if it was started: without it, nothing is marked and no lease is renewed.
+
+        Raises:
+            ThreadEndedError: it has ended.
+        """
+        if self._failure is not None:
+            raise ThreadEndedError(
+                f"the thread that marks rows ended ({one_line(self._failure)}): start another worker"
+            ) from self._failure
 
     def put(self, outcome: Outcome) -> None:
         """Takes an outcome; it is written at once on a quiet system, and in batches on a busy one."""
@@ -77,24 +121,35 @@ class Marker:
         As far as is known: a Postgres that has not answered for a third of a lease may let the leases run out.
         """
         deadline = time.monotonic() + timeout
-        while not (self._connected.wait(max(0.0, deadline - time.monotonic())) and self._is_answered()):
+        while not (self._connected.wait(max(0.0, deadline - time.monotonic())) and self._is_writing()):
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
         return True
 
-    def _is_answered(self) -> bool:
+    def _is_writing(self) -> bool:
         asked_at = self._asked_at
-        return asked_at is None or time.monotonic() - asked_at < self.leases.seconds / 3
+        is_answered = asked_at is None or time.monotonic() - asked_at < self.leases.seconds / 3
+        return is_answered and not self._is_blocked and len(self._refused) < MOST_REFUSED
 
     def close(self, timeout: float) -> list[Delivery]:
         """Writes what is there and ends the thread, in `timeout` seconds; returns what could not be written by then."""
         self._closing.set()
         if self._is_started:
             self._thread.join(timeout)
-        return self.leases.held() if self._thread.is_alive() else []
+        is_done = not self._thread.is_alive() and self._failure is None
+        return sorted(self._refused) if is_done else sorted(self.leases.held())
 
     def _run(self) -> None:
+        try:
+            self._write_until_closed()
+        except BaseException as error:  # noqa: BLE001 - whatever ends this thread ends the worker
+            self._failure = error
+            self._on_end()
+        finally:
+            self._connected.clear()
+
+    def _write_until_closed(self) -> None:
         while not self._is_over():
             try:
                 with postgres.connect(
@@ -111,8 +166,9 @@ class Marker:
             except postgres.AWAY as error:
                 if self._failures == 0:
                     logs.get().warning("marks wait for Postgres", error=one_line(error), unwritten=self._kept())
-            except psycopg.Error as error:  # this thread must not end: without it, no row of this worker would
-                logs.get().error("marks cannot be written", error=one_line(error), unwritten=self._kept())
+            except Exception as error:  # noqa: BLE001 - short of memory, say: it may pass, and outcomes are kept
+                if self._failures == 0:
+                    logs.get().error("marks cannot be written", error=one_line(error), exc_info=error)
             self._connected.clear()
             self._failures += 1
             time.sleep(reconnect_delay(self._failures))
@@ -127,21 +183,28 @@ class Marker:
         renew_at = try_again_at = 0.0
         while not self._is_over():
             now = time.monotonic()
-            if now >= renew_at:
-                self._renew(connection)
-                renew_at = now + self.leases.seconds / 3
-            if now >= try_again_at:
-                self._unwritten[:0], self._locked = self._locked, []
-                with self._asking():
-                    self.leases.renew_missed(connection)
-                try_again_at = now + _LOOK
-            if not self._unwritten:
-                self._unwritten += self._collect(min(max(renew_at - time.monotonic(), 0.001), _LOOK))
-            if self._unwritten:
-                is_alone = len(self._unwritten) == 1
-                self._write(connection)
-                if not is_alone and not self._closing.is_set():
-                    time.sleep(_GATHERING)
+            try:
+                if now >= renew_at:
+                    self._renew(connection)
+                    renew_at = now + self.leases.seconds / 3
+                    self._unwritten = {**self._refused, **self._unwritten}
+                if now >= try_again_at:
+                    self._unwritten, self._locked = {**self._locked, **self._unwritten}, {}
+                    with self._asking():
+                        self.leases.renew_missed(connection)
+                    try_again_at = now + _LOOK
+                if not self._unwritten:
+                    self._collect(min(max(renew_at - time.monotonic(), 0.001), _LOOK))
+                if self._unwritten:
+                    is_alone = len(self._unwritten) == 1
+                    self._write(connection)
+                    if not is_alone and not self._closing.is_set():
+                        time.sleep(_GATHERING)
+                self._is_blocked = False
+            except psycopg.errors.LockNotAvailable:  # the whole table: single rows are passed over
+                if not self._is_blocked:
+                    logs.get().warning("marks wait for a lock", rows="all")
+                self._is_blocked = True
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -151,15 +214,13 @@ class Marker:
         finally:
             self._asked_at = None
 
-    def _collect(self, timeout: float) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        try:
-            outcomes.append(self._outcomes.get(timeout=timeout))
-            while len(outcomes) < _BATCH:
-                outcomes.append(self._outcomes.get_nowait())
-        except Empty:
-            return outcomes
-        return outcomes
+    def _collect(self, timeout: float) -> None:
+        with suppress(Empty):
+            outcome = self._outcomes.get(timeout=timeout)
+            self._unwritten[outcome.delivery] = outcome
+            while len(self._unwritten) < _BATCH:
+                outcome = self._outcomes.get_nowait()
+                self._unwritten[outcome.delivery] = outcome
 
     def _renew(self, connection: Connection) -> None:
         with self._asking():
@@ -168,48 +229,104 @@ class Marker:
             self._failures = 0
 
     def _write(self, connection: Connection) -> None:
-        # The latest of each: a handler may have ended after all when its row was already given back.
-        outcomes = {outcome.delivery: outcome for outcome in self._unwritten}
         cursor = connection.cursor(row_factory=tuple_row)
         with self._asking():
+            self._write_or_halve(cursor, list(self._unwritten.values()))
+
+    def _write_or_halve(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
+        """Writes outcomes; of a batch that cannot be written, all but those that are the reason.
+
+        That may be a text that cannot be encoded, or a trigger that refuses a row.
+        """
+        try:
+            self._write_batch(cursor, outcomes)
+        except postgres.AWAY:
+            raise
+        except Exception as error:
+            # Not the outcomes' fault where Postgres refuses the statement itself: a table is missing, or a right to it.
+            if isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith("42"):
+                raise
+            if len(outcomes) > 1:
+                middle = len(outcomes) // 2
+                self._write_or_halve(cursor, outcomes[:middle])
+                self._write_or_halve(cursor, outcomes[middle:])
+            elif outcomes[0].error is not None and outcomes[0].error != UNSTORABLE:
+                self._write_or_halve(cursor, [outcomes[0]._replace(error=UNSTORABLE)])
+            else:
+                self._refuse(outcomes[0], error)
+
+    def _write_batch(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
+        deliveries = [outcome.delivery for outcome in outcomes]
+        try:
             cursor.execute(
                 query("mark"),
                 {
-                    **columns(outcomes.keys()),
-                    "statuses": [outcome.status for outcome in outcomes.values()],
-                    "delays": [float(outcome.delay) for outcome in outcomes.values()],
-                    "attempts": [outcome.attempts for outcome in outcomes.values()],
-                    "errors": [outcome.error for outcome in outcomes.values()],
+                    **columns(deliveries),
+                    "worker": self.leases.worker,
+                    "statuses": [outcome.status for outcome in outcomes],
+                    "delays": [float(outcome.delay) for outcome in outcomes],
+                    "attempts": [outcome.attempts for outcome in outcomes],
+                    "errors": [outcome.error for outcome in outcomes],
                 },
             )
-            written = {Delivery(*row) for row in cursor}
-            self._failures = 0
-            self.leases.let_go(written)
-            self._told -= written
-            self._unwritten = [outcome for outcome in outcomes.values() if outcome.delivery not in written]
-            if self._unwritten:
-                self._sort_out(cursor)
+        except psycopg.OperationalError:
+            if cursor.connection.closed:
+                self._unanswered.update(deliveries)
+            raise
+        written = {Delivery(*row) for row in cursor}
+        self._failures = 0
+        self._settle(written)
+        if len(written) < len(outcomes):
+            self._sort_out(cursor, [outcome for outcome in outcomes if outcome.delivery not in written])
 
-    def _sort_out(self, cursor: Cursor[tuple[int, int]]) -> None:
-        """Puts off what could not be written because somebody has the row locked, and drops what is no longer ours."""
-        deliveries = [outcome.delivery for outcome in self._unwritten]
-        running = set(cursor.execute(query("still_running"), columns(deliveries)))
-        self._put_off([outcome for outcome in self._unwritten if outcome.delivery in running])
-        for outcome in self._unwritten:
-            if outcome.delivery not in running:
-                self.leases.let_go([outcome.delivery])
-                self._told.discard(outcome.delivery)
-                logs.get().warning(
-                    "dropped outcome",
-                    row=outcome.delivery.row,
-                    delivery=outcome.delivery.number,
-                    status=outcome.status,
-                    why="the row was taken from this worker meanwhile",
-                )
-        self._unwritten = []
+    def _settle(self, deliveries: set[Delivery]) -> None:
+        """Forgets rows whose outcome is written, or no longer ours to write."""
+        self.leases.let_go(deliveries)
+        self._told -= deliveries
+        self._unanswered -= deliveries
+        for delivery in deliveries:
+            self._unwritten.pop(delivery, None)
+            self._refused.pop(delivery, None)
 
-    def _put_off(self, outcomes: list[Outcome]) -> None:
-        self._locked += outcomes
-        if untold := {outcome.delivery for outcome in outcomes} - self._told:
+    def _sort_out(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
+        """Puts off what could not be written because somebody has the row locked, and drops what is no longer ours.
+
+        What an earlier try has written, though its answer was lost, is neither.
+        """
+        found = cursor.execute(
+            query("unmarked"), {**columns([outcome.delivery for outcome in outcomes]), "worker": self.leases.worker}
+        )
+        statuses = {Delivery(row, number): status for row, number, status in found}
+        locked = {outcome.delivery: outcome for outcome in outcomes if statuses.get(outcome.delivery) == "running"}
+        self._locked |= locked
+        for delivery in locked:
+            self._unwritten.pop(delivery, None)
+        if untold := locked.keys() - self._told:
             logs.get().warning("marks wait for a lock", rows=sorted(delivery.row for delivery in untold))
             self._told |= untold
+        over = [outcome for outcome in outcomes if outcome.delivery not in locked]
+        for outcome in over:
+            if outcome.delivery not in self._unanswered:
+                why = "the row was taken from this worker meanwhile"
+            elif statuses.get(outcome.delivery) == outcome.status:
+                continue
+            else:
+                why = "an earlier write of it had no answer, and the row has gone on since"
+            logs.get().warning(
+                "dropped outcome",
+                row=outcome.delivery.row,
+                delivery=outcome.delivery.number,
+                status=outcome.status,
+                why=why,
+            )
+        self._settle({outcome.delivery for outcome in over})
+
+    def _refuse(self, outcome: Outcome, error: Exception) -> None:
+        """Keeps an outcome, and the row's lease: given to another worker, the row would be done again in vain."""
+        if outcome.delivery not in self._refused:
+            row, delivery = outcome.delivery
+            logs.get().error(
+                "outcome cannot be written", row=row, delivery=delivery, status=outcome.status, error=one_line(error)
+            )
+        self._refused[outcome.delivery] = outcome
+        self._unwritten.pop(outcome.delivery, None)

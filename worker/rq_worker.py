@@ -58,7 +58,11 @@ class RQWorker(BaseWorker):
     def request_stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's arguments
         """Takes nothing new and lets handlers end; asked again a second later or more, gives them up at once."""
         # In a thread: the signal may have struck inside an event's own lock.
-        Thread(target=self._stop_or_hurry, args=(time.monotonic(),)).start()
+        now = time.monotonic()
+        try:
+            Thread(target=self._stop_or_hurry, args=(now,)).start()
+        except RuntimeError:  # no thread can be started
+            self._stop_or_hurry(now)
 
     def _stop_or_hurry(self, now: float) -> None:
         if self.stopping.is_set() and now - self._stop_requested_at > 1:

@@ -6,19 +6,27 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Condition, Thread
 
+from outbox import logs
 from outbox.jobs import Delivery
-from worker.attempt import Outcome, given_back
+from outbox.outage import one_line
+from worker.attempt import Attempted, Outcome, cut_short
 from worker.claim import Claim
-from worker.leases import OVERTIME
+from worker.errors import NoThreadsError, ThreadEndedError
 
 LOOKAHEAD = 0.2
-"""Seconds of work that are claimed ahead, at the pace of late: no thread should be idle while the next claim is under
-way. Where handlers take long, that is no row at all."""
+"""Seconds of work that are claimed ahead, at the recent completion rate: no thread should be idle while the next claim
+is under way. Where handlers take long, that is no row at all."""
 MOST_AHEAD = 2000
-"""Rows that are claimed ahead at the most."""
+"""Upper bound of rows claimed ahead."""
 PATIENCE = 1.0
 """Seconds after which rows that no thread has begun are given back: handlers have become slow, and another worker may
 have threads to spare."""
+OVERTIME = 5.0
+"""Seconds past its time limit after which an attempt is overdue: its handler is not expected to end any more."""
+BROKEN_DELAY = 15.0
+"""Seconds until a row is tried again whose attempt raised where no handler's error can."""
+_PUTTING_TIME = 1.0
+"""Seconds that a handler's thread may take to put an outcome that it has."""
 
 
 class Slots:
@@ -28,17 +36,19 @@ class Slots:
     make all others wait for it, and from then on they would wait for one another at every row.
     """
 
-    def __init__(self, count: int, handle: Callable[[Claim], Outcome], put: Callable[[Outcome], None]) -> None:
-        """Takes what runs a claimed row, and what then gets the outcome; neither may raise."""
+    def __init__(self, count: int, handle: Callable[[Claim], Attempted], put: Callable[[Outcome], None]) -> None:
+        """Takes what runs a claimed row, and what then gets the outcome."""
         self._count = count
         self._handle = handle
         self._put = put
-        self._threads = 0
+        self._threads: list[Thread] = []
         self._waiting: SimpleQueue[tuple[Claim, float]] = SimpleQueue()
         self._held: dict[Delivery, Claim] = {}
         """The rows whose outcome has not been put."""
         self._undecided: dict[Delivery, Claim] = {}
         """The same, but for those whose outcome is being put."""
+        self._begun_at: dict[Delivery, float] = {}
+        """When their handlers began, for those whose handlers have."""
         self._pace = _Pace(count)
         self._begun = 0
         self._changed = Condition()
@@ -69,6 +79,9 @@ class Slots:
         Returns:
             Rows that it did not take, because no thread is free for them: they are at their last attempt, and would be
             dead without having begun if this worker were killed.
+
+        Raises:
+            NoThreadsError: there is no thread to run them, and none can be started.
         """
         now = time.monotonic()
         self._moved_at = now
@@ -84,34 +97,70 @@ class Slots:
         self._begun += len(by_delivery)
         self._held.update(by_delivery)
         self._undecided.update(by_delivery)
-        while self._threads < min(self._count, len(self._held)):
-            self._threads += 1
-            Thread(target=self._work, name=f"handler-{self._threads}", daemon=True).start()
         for claimed in claims:
             self._waiting.put((claimed, now))
+        self._start_threads()
         return not_taken
+
+    def _start_threads(self) -> None:
+        wanted = min(self._count, len(self._held))
+        if len(self._threads) >= wanted:
+            return
+        try:
+            while len(self._threads) < wanted:
+                thread = Thread(target=self._work, name=f"handler-{len(self._threads) + 1}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except (RuntimeError, MemoryError) as error:  # a limit of processes, or no memory for its stack
+            if not self._threads:
+                raise NoThreadsError(f"no thread can be started to run handlers: {one_line(error)}") from error
+            logs.get().warning("handlers run in fewer threads", threads=len(self._threads), why=one_line(error))
+
+    def check(self) -> None:
+        """Checks that every thread lives: a row that one had in hand would stay `running` for ever.
+
+        Raises:
+            ThreadEndedError: one has ended.
+        """
+        if dead := [thread.name for thread in self._threads if not thread.is_alive()]:
+            raise ThreadEndedError(f"handler threads ended ({', '.join(dead)}): start another worker")
 
     def _work(self) -> None:
         while True:
             claimed, since = self._waiting.get()
             self._moved_at = now = time.monotonic()
             self._is_late = now - since > PATIENCE
-            # The lease of one that has waited long may end before its handler would.
-            outcome = self._handle(claimed) if now - since < OVERTIME else given_back(claimed)
+            self._begun_at[claimed.delivery] = now
+            try:
+                outcome, report = self._handle(claimed)
+            except BaseException as error:  # noqa: BLE001 - out of memory, say: the thread and the row live on
+                outcome, report = _broken(claimed, error)
             self._undecided.pop(claimed.delivery, None)
             self._put(outcome)
+            self._begun_at.pop(claimed.delivery, None)
             self._held.pop(claimed.delivery, None)
             if len(self._held) <= self._wake_at:
                 with self._changed:
                     if len(self._held) <= self._wake_at:
                         self._wake_at = -1  # or every thread would notify, until who waits has the interpreter
                         self._changed.notify()
+            with suppress(BaseException):  # no log line is worth a thread
+                report()
 
     @property
     def are_stuck(self) -> bool:
         """Whether rows wait for a thread for longer than `PATIENCE`."""
         is_late = self._is_late or time.monotonic() - self._moved_at > PATIENCE
         return is_late and not self._waiting.empty()
+
+    def overdue(self) -> list[Claim]:
+        """Returns the rows whose handlers run for longer than their time limit and `OVERTIME`."""
+        now = time.monotonic()
+        return [
+            claimed
+            for delivery, claimed in list(self._undecided.items())
+            if now - self._begun_at.get(delivery, now) > claimed.timeout + OVERTIME
+        ]
 
     def take_back(self) -> list[Claim]:
         """Returns the rows that no thread has begun, and forgets them."""
@@ -121,19 +170,14 @@ class Slots:
             while True:
                 back.append(self._waiting.get_nowait()[0])
         for claimed in back:
-            del self._undecided[claimed.delivery]
-            del self._held[claimed.delivery]
+            self._undecided.pop(claimed.delivery, None)
+            self._held.pop(claimed.delivery, None)
         self._begun -= len(back)
         return back
 
     def wait_until_empty(self, timeout: float) -> None:
         """Waits up to `timeout` seconds until no handler runs."""
         self._await(0, timeout)
-
-    @property
-    def undecided(self) -> list[Delivery]:
-        """The rows whose handlers have not ended, or not begun."""
-        return list(self._undecided)
 
     @property
     def unfinished(self) -> list[Claim]:
@@ -150,9 +194,26 @@ class Slots:
             if claimed := self._undecided.pop(delivery, None):
                 self._put(outcome_of(claimed))
                 given_up[delivery] = claimed
-        while self._held.keys() - given_up.keys():  # their threads are about to put what became of them
+        # The others' threads are about to put what became of them, unless they ended over that.
+        limit = time.monotonic() + _PUTTING_TIME
+        while (left := self._held.keys() - given_up.keys()) and time.monotonic() < limit:
             time.sleep(0.001)
+        for delivery in left:
+            if claimed := self._held.pop(delivery, None):
+                self._put(outcome_of(claimed))
+                given_up[delivery] = claimed
         return list(given_up.values())
+
+
+def _broken(claimed: Claim, error: BaseException) -> Attempted:
+    outcome = cut_short(claimed, BROKEN_DELAY, f"the attempt broke its thread: {type(error).__name__}")
+
+    def report() -> None:
+        logs.get().error(
+            "attempt broke its thread", row=claimed.delivery.row, error=type(error).__name__, exc_info=error
+        )
+
+    return Attempted(outcome, report)
 
 
 class _Pace:

@@ -26,8 +26,7 @@ class Together(Generic[Wanted, Made]):
         Args:
             wanted: its part.
             make: makes all that is wanted at the moment, in the same order; called in the thread of whoever comes
-                first, and never in two at once. Where the time limit of that thread's attempt ends it, it is called
-                anew for the others: it must do no harm twice.
+                first, and never in two at once.
 
         Raises:
             Exception: what `make` has raised, in whoever's thread that was.
@@ -43,7 +42,7 @@ class Together(Generic[Wanted, Made]):
 
     def _lead(self, own: "_Call[Wanted, Made]", make: Callable[[Sequence[Wanted]], Sequence[Made]]) -> None:
         waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        calls = [own, *(call for call in waiting if call is not own)]  # a leader that was struck may have taken it out
+        calls = [own, *(call for call in waiting if call is not own)]
         try:
             made = make([call.wanted for call in calls])
         except Exception as error:  # noqa: BLE001 - it is raised where it belongs

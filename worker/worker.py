@@ -1,28 +1,30 @@
 """The worker's loop: it takes jobs, claims their rows, runs them, and gives back what it cannot end."""
 
 import time
+from contextlib import suppress
 from threading import Thread
 
 import psycopg
 
 from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
+from outbox.backoff import retry_delay
 from outbox.context import Context
-from outbox.errors import OutboxError
 from outbox.jobs import Delivery
 from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
-from worker.attempt import Outcome, attempt, given_back
+from worker.attempt import Attempted, Outcome, attempt, cut_short, given_back
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
-from worker.leases import OVERTIME, Leases
+from worker.errors import OverdueError
+from worker.leases import Leases
 from worker.mail import Mailer
 from worker.mark import Marker
 from worker.rq_worker import RQWorker
-from worker.slots import Slots
+from worker.slots import OVERTIME, Slots
 from worker.take import Queues, Suspended
 
 MARKING_TIME = 5.0
@@ -34,10 +36,6 @@ SIGNING_OFF_TIME = 1.0
 LEAVING_TIME = MARKING_TIME + 1
 """Seconds after which a row that was given back may be handed over again: by then this process has exited, and with
 it the handler that did not end."""
-
-
-class StuckError(OutboxError):
-    """Every handler blocks in the system, long past its time limit; their rows are other workers' by now."""
 
 
 class OutboxWorker(RQWorker):
@@ -56,10 +54,10 @@ class OutboxWorker(RQWorker):
         self._is_suspended = False
         self._mailer = Mailer(settings)
         self._postgres = Outage("Postgres")
-        # The time limit strikes an attempt after a step with the mail server or with Postgres, not within.
-        overtime = OVERTIME + max(settings.smtp_timeout, postgres.ANSWER_LIMIT)
-        self._leases = Leases(settings.lease, overtime)
-        self._marker = Marker(settings.database_url, self._leases, pooled=settings.transaction_pooling)
+        self._leases = Leases(settings.lease, self.name)
+        self._marker = Marker(
+            settings.database_url, self._leases, pooled=settings.transaction_pooling, on_end=self.stopping.set
+        )
         self._database = HandlerPool(settings.database_url, pooled=settings.transaction_pooling)
         self._slots = Slots(settings.concurrency, self._handle, self._marker.put)
 
@@ -71,13 +69,15 @@ class OutboxWorker(RQWorker):
             NotMigratedError: it lacks migrations.
             SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
             UnsupportedRedisError: Redis is one that cannot serve.
-            StuckError: no handler ends any more.
+            OverdueError: a handler does not end any more.
+            NoThreadsError, ThreadEndedError: it has no threads to work with.
         """
         self._install_signal_handlers()
         self._database.open()
         logs.get().info("started", worker=self.name, queues=self._settings.queues, tasks=sorted(self._registry))
         try:
             self._work()
+            self._marker.check()
         finally:
             self._finish()
 
@@ -104,6 +104,8 @@ class OutboxWorker(RQWorker):
 
     def _serve(self, connection: Connection, taken: list[Delivery]) -> None:
         while not self.stopping.is_set():
+            self._slots.check()
+            self._wait_for_overdue()
             if not taken:
                 taken += self._take()
             if taken:
@@ -115,20 +117,58 @@ class OutboxWorker(RQWorker):
 
     def _claim(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
         try:
-            return claim(connection, taken, self.name, self._settings.lease)
+            return claim(connection, taken, self.name, self._settings.lease, self._leases.held())
         except psycopg.errors.LockNotAvailable as error:
             # The sweep hands them over again, but for those that are still locked: nobody need wait for these.
-            logs.get().warning("claims given up for a lock", error=one_line(error), jobs=len(taken))
+            logs.get().warning("claim timed out waiting for a row lock", error=one_line(error), jobs=len(taken))
             return []
+
+    def _wait_for_overdue(self) -> None:
+        """Takes nothing new while a handler is overdue, and lets the others end.
+
+        A thread cannot be ended, so only the end of the process makes sure that no attempt of the row begins while this
+        one runs.
+
+        Raises:
+            OverdueError: only overdue handlers are left, and none has ended meanwhile.
+        """
+        told: set[Delivery] = set()
+        while overdue := self._slots.overdue():
+            for claimed in overdue:
+                if claimed.delivery not in told:
+                    self._tell_of_overdue(claimed)
+            told.update(claimed.delivery for claimed in overdue)
+            self._give_back_waiting()
+            if len(overdue) >= len(self._slots.unfinished):
+                self.hurry.set()  # there is nothing to wait for
+                rows = ", ".join(str(claimed.delivery.row) for claimed in overdue)
+                raise OverdueError(f"the handlers of rows {rows} do not end: start another worker")
+            if self.stopping.is_set():
+                return
+            self._marker.check()
+            self._slots.wait_until_empty(0.2)
+
+    @staticmethod
+    def _tell_of_overdue(claimed: Claim) -> None:
+        row, delivery = claimed.delivery
+        logs.get().error(
+            "attempt is overdue",
+            type=claimed.task,
+            row=row,
+            delivery=delivery,
+            attempt=claimed.attempt,
+            timeout=claimed.timeout,
+            request_id=claimed.request_id,
+        )
 
     def _take(self) -> list[Delivery]:
         if self._slots.are_stuck:
             self._give_back_waiting()
+        self._marker.check()
         # Without marks and renewed leases, what is done here would be done again elsewhere.
         if not self._marker.is_healthy(1):
             return []
         if not (room := self._slots.wait_for_room(1)):
-            self._check_that_a_handler_may_end()
             return []
         try:
             self.beat(busy=self.has_unfinished)
@@ -146,13 +186,6 @@ class OutboxWorker(RQWorker):
         self._tell_of_suspension(is_suspended=False)
         return deliveries
 
-    def _check_that_a_handler_may_end(self) -> None:
-        if self._leases.overrun(self._slots.undecided) >= self._settings.concurrency:
-            self.hurry.set()  # there is nothing to wait for
-            raise StuckError(
-                f"all {self._settings.concurrency} handlers hang where no time limit reaches them: start another worker"
-            )
-
     def _tell_of_suspension(self, *, is_suspended: bool) -> None:
         if is_suspended and not self._is_suspended:
             logs.get().warning("suspended", why="'rq suspend' was given, or somebody has set its key; see 'rq resume'")
@@ -160,10 +193,11 @@ class OutboxWorker(RQWorker):
             logs.get().info("resumed")
         self._is_suspended = is_suspended
 
-    def _handle(self, claimed: Claim) -> Outcome:
+    def _handle(self, claimed: Claim) -> Attempted:
         context = Context(
             row=claimed.delivery.row,
             attempt=claimed.attempt,
+            deadline=time.monotonic() + claimed.timeout,
             database=self._database,
             send=self._mailer.send,
             settings=self._settings,
@@ -172,8 +206,9 @@ class OutboxWorker(RQWorker):
 
     def _sign_off_in_time(self) -> None:
         signing_off = Thread(target=self.sign_off, daemon=True)
-        signing_off.start()
-        signing_off.join(SIGNING_OFF_TIME)
+        with suppress(RuntimeError):  # no thread can be started: the registration runs out by itself
+            signing_off.start()
+            signing_off.join(SIGNING_OFF_TIME)
 
     def _give_back_waiting(self) -> None:
         for claimed in self._slots.take_back():
@@ -187,19 +222,19 @@ class OutboxWorker(RQWorker):
             self._slots.wait_until_empty(0.2)
         self._sign_off_in_time()
         # Last, so that a handler that is given up has no time left to end all the same while its row is another's.
-        unfinished = self._slots.give_up(
-            lambda claimed: Outcome(
-                claimed.delivery,
-                "pending",
-                claimed.attempt - 1,
-                LEAVING_TIME,
-                "given back: the worker was stopped",
-            )
-        )
+        overdue = {claimed.delivery for claimed in self._slots.overdue()}
+        unfinished = self._slots.give_up(lambda claimed: _cut_short(claimed, is_overdue=claimed.delivery in overdue))
         last_marks = MARKING_TIME if unfinished else max(MARKING_TIME, deadline - time.monotonic())
         if unmarked := self._marker.close(last_marks):
             # Their leases run out, and they are done again.
-            logs.get().warning("marks are lost", rows=[delivery.row for delivery in unmarked])
+            logs.get().warning("outcomes lost at shutdown", rows=[delivery.row for delivery in unmarked])
         if not unfinished:  # else there is an exit to hurry to
             self._database.close(timeout=1)
         logs.get().info("stopped", worker=self.name, given_back=len(unfinished))
+
+
+def _cut_short(claimed: Claim, *, is_overdue: bool) -> Outcome:
+    if is_overdue:
+        error = f"the attempt did not end within {OVERTIME:.0f} s past its {claimed.timeout} s, and its worker ended"
+        return cut_short(claimed, LEAVING_TIME + retry_delay(claimed.attempt), error)
+    return cut_short(claimed, LEAVING_TIME, "the worker was stopped before the attempt ended")

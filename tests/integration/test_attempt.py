@@ -1,22 +1,23 @@
 """One attempt: what a handler may do, and what becomes of its row."""
 
 import json
-import os
-import subprocess
-import sys
-import threading
+import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Literal, NoReturn
 
 import pytest
 import structlog
-from psycopg_pool import ConnectionPool, PoolTimeout
+from psycopg_pool import ConnectionPool
 from pydantic import BaseModel
 from structlog.testing import capture_logs
 
+import outbox
 from outbox import Context, Handler, SkipRetry, Task, logs
+from outbox.errors import TimeLimitError
 from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
 from tests.conftest import Connection
@@ -25,7 +26,6 @@ from worker.attempt import UNKNOWN_TASK_DELAY, Outcome, attempt
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
 from worker.leases import Leases
-from worker.limit import TimeLimitReached, call_within
 from worker.mark import Marker
 
 
@@ -54,7 +54,9 @@ def context() -> Context:
         }
     )
     pool: ConnectionPool[Any] = ConnectionPool(settings.database_url, min_size=0, max_size=1, open=False)
-    return Context(row=1, attempt=1, database=pool, send=lambda _: None, settings=settings)
+    return Context(
+        row=1, attempt=1, deadline=time.monotonic() + 30, database=pool, send=lambda _: None, settings=settings
+    )
 
 
 def claim_of(**changes: Any) -> Claim:
@@ -73,8 +75,10 @@ def claim_of(**changes: Any) -> Claim:
 
 
 def tried(function: Function, context: Context, **changes: Any) -> Outcome:
-    """Makes one attempt with a handler."""
-    return attempt(claim_of(**changes), {"noted": Handler(NOTED, function)}, context)
+    """Makes one attempt with a handler, and has it reported."""
+    outcome, report = attempt(claim_of(**changes), {"noted": Handler(NOTED, function)}, context)
+    report()
+    return outcome
 
 
 def raising(error: BaseException) -> Function:
@@ -160,7 +164,7 @@ def test_a_payload_that_does_not_fit_is_dead(context: Context) -> None:
         MemoryError(),
         RecursionError("deep"),
         Unspeakable(),
-        TimeLimitReached(),
+        TimeLimitError(),
     ],
 )
 def test_whatever_a_handler_raises_is_tried_again(error: BaseException, context: Context) -> None:
@@ -194,9 +198,9 @@ def test_errors_can_be_stored_and_read(connection: Connection, database_url: str
     texts = ["a\0b", "lone \ud800", "x" * 100_000, "two\nlines"]
     functions = [raising(kind(text)) for kind in (ValueError, SkipRetry) for text in texts]
     claims = claim(connection, [add_row(connection) for _ in functions], "me", 15)
-    marker = Marker(database_url, Leases(15))
+    marker = Marker(database_url, Leases(15, "me"))
     for claimed, function in zip(claims, functions, strict=True):
-        marker.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context))
+        marker.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context).outcome)
     marker.start()
     assert marker.close(5) == []
     rows = [read_row(connection, claimed.delivery) for claimed in claims]
@@ -204,111 +208,6 @@ def test_errors_can_be_stored_and_read(connection: Connection, database_url: str
     for row in rows:
         assert 0 < len(row["last_error"]) <= 500
         assert row["last_error"].isprintable()
-
-
-def spin(payload: Note, context: Context) -> NoReturn:
-    """Never ends, and swallows every Exception."""
-    while True:
-        with suppress(Exception):
-            threading.Event().wait(0.01)
-
-
-def test_the_time_limit_says_so(context: Context) -> None:
-    """A handler that takes too long is stopped, even one that swallows exceptions, and tried again."""
-    started = time.monotonic()
-    outcome = tried(spin, context, timeout=1)
-    assert time.monotonic() - started < 3
-    assert (outcome.status, outcome.error) == ("pending", "the attempt took longer than its 1 s")
-
-
-STRIKES = """
-import sys, time
-from worker.limit import TimeLimitReached, call_within
-
-def busy_until(end):
-    while time.monotonic() < end:
-        pass
-
-sys.setswitchinterval(0.00001)
-struck = 0
-for n in range(300):
-    until = time.monotonic() + 0.002 + (n % 40 - 20) / 20_000
-    try:
-        call_within(0.002, busy_until, until)
-    except TimeLimitReached:
-        struck += 1
-    busy_until(time.monotonic() + 0.0005)  # where a late strike would end the test
-print(struck)
-"""
-
-
-def test_the_time_limit_strikes_nobody_else() -> None:
-    """However closely calls end at their limit, the exception comes out of the call or not at all."""
-    # Not traced: a strike inside the tracer would leave its lock held, and every later test waiting for it.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    done = subprocess.run(
-        [sys.executable, "-c", STRIKES], env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.stderr == ""
-    assert 0 < int(done.stdout) < 300, "some did and some did not"
-
-
-def busy_until(end: float) -> None:
-    """Computes until a time."""
-    while time.monotonic() < end:
-        pass
-
-
-def test_the_time_limit_strikes_its_own_thread() -> None:
-    """Of two calls at once, the one with the shorter limit ends."""
-    results: dict[str, str] = {}
-
-    def work(name: str, limit: float) -> None:
-        until = time.monotonic() + 0.4
-        try:
-            call_within(limit, busy_until, until)
-            results[name] = "returned"
-        except TimeLimitReached:
-            results[name] = "struck"
-
-    threads = [threading.Thread(target=work, args=args) for args in (("short", 0.1), ("long", 5))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(5)
-    assert results == {"short": "struck", "long": "returned"}
-
-
-def test_the_time_limit_tears_no_connection_out_of_the_pool(database_url: str) -> None:
-    """Attempts whose limit strikes while they wait for a connection, or give one back, cost the pool none."""
-    pool = HandlerPool(database_url)
-    pool.open()
-    free = threading.Event()
-
-    def hold() -> None:
-        with pool.connection():
-            free.wait(10)
-
-    holders = [threading.Thread(target=hold) for _ in range(pool.max_size)]
-    for holder in holders:
-        holder.start()
-
-    def want() -> None:
-        with pool.connection(timeout=0.5):
-            pass
-
-    try:
-        for _ in range(3):
-            with pytest.raises((TimeLimitReached, PoolTimeout)):
-                call_within(0.1, want)
-        free.set()
-        for holder in holders:
-            holder.join()
-        for _ in range(2 * pool.max_size):
-            want()
-    finally:
-        free.set()
-        pool.close()
 
 
 def test_what_a_handler_binds_to_its_log_ends_with_it(context: Context, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,3 +236,170 @@ def test_of_a_large_payload_the_log_shows_the_beginning(context: Context) -> Non
     with capture_logs() as lines:
         assert tried(lambda *_: None, context, payload=f'{{"text": "{"x" * 1_000_000}"}}').status == "done"
     assert lines[0]["payload"] == '{"text": "' + "x" * (logs.PAYLOAD_LIMIT - 10)
+
+
+async def work() -> None:
+    """Would be done if it were awaited."""
+
+
+def generate() -> Iterator[int]:
+    """Would be done if it were iterated over."""
+    yield 1
+
+
+async def generate_later() -> AsyncIterator[int]:
+    """Would be done if it were iterated over."""
+    yield 1
+
+
+@pytest.mark.parametrize("unfinished", [work, generate, generate_later, Future])
+def test_work_that_nobody_does_is_a_failure(unfinished: Callable[[], Any], context: Context) -> None:
+    """A lambda or a decorator may hide what a handler returns: it is never taken for done."""
+    with capture_logs() as lines:
+        outcome = tried(lambda *_: unfinished(), context)
+    assert outcome.status == "pending"
+    assert "nobody does the work in it" in str(outcome.error)
+    assert [line["event"] for line in lines] == ["process task failed"]
+
+
+def test_a_handlers_error_is_logged_with_its_traceback(context: Context, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it was raised; not for what says in a sentence what is wrong. Secret codes in it are masked."""
+
+    code = "0123456789abcdef" * 4
+
+    def fail_here(payload: Note, context: Context) -> NoReturn:
+        raise ValueError(f"secret_code={code}")
+
+    logs.configure("worker", "info", "json")
+    try:
+        tried(fail_here, context)
+        tried(raising(SkipRetry("the user is gone")), context)
+    finally:
+        logs.reset()
+    failed, dead = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "in fail_here" in failed["exception"]
+    assert "0123456789abcdef" not in failed["exception"]
+    assert "exception" not in dead
+
+
+def test_error_trackers_see_a_handlers_error(context: Context) -> None:
+    """They listen to the standard library's logging, and want the exception itself."""
+    seen: list[logging.LogRecord] = []
+
+    class Tracker(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record)
+
+    tracker = Tracker()
+    logs.configure("worker", "info", "json")
+    logging.getLogger().addHandler(tracker)
+    try:
+        tried(raising(ValueError("no luck")), context)
+        tried(raising(ValueError("no luck")), context, attempt=4)
+    finally:
+        logging.getLogger().removeHandler(tracker)
+        logs.reset()
+    assert [(record.getMessage(), record.levelname) for record in seen] == [
+        ("process task failed", "WARNING"),
+        ("process task failed", "ERROR"),
+    ]
+    assert all(record.exc_info and isinstance(record.exc_info[1], ValueError) for record in seen)
+    assert vars(seen[0])["fields"]["row"] == 1
+
+
+def test_a_bound_object_that_cannot_be_shown_costs_its_line_a_field(
+    context: Context, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever logging meets there, the attempt's outcome is what it was."""
+
+    class Mute:
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+        __repr__ = __str__
+
+    def bind(_: Note, __: Context) -> NoReturn:
+        structlog.contextvars.bind_contextvars(customer=Mute())
+        raise ValueError("no luck")
+
+    formats: list[Literal["json", "console"]] = ["json", "console"]
+    for log_format in formats:
+        logs.configure("worker", "info", log_format)
+        try:
+            assert tried(bind, context).error == "ValueError: no luck"
+        finally:
+            logs.reset()
+        line = capsys.readouterr().out
+        assert "process task failed" in line
+        assert "ZeroDivisionError" in line
+
+
+def test_the_time_that_is_left_is_told(context: Context) -> None:
+    """A handler takes it as its time-out for what it calls; it never is less than nothing."""
+    told: list[float] = []
+    tried(lambda _, given: told.append(given.remaining), context)
+    tried(lambda _, given: told.append(given.remaining), replace(context, deadline=time.monotonic() - 5))
+    assert 29 < told[0] <= 30
+    assert told[1] == 0
+
+
+@pytest.fixture
+def pool(database_url: str) -> Iterator[HandlerPool]:
+    """What a worker lends its handlers as `context.database`."""
+    with HandlerPool(database_url) as opened:
+        yield opened
+
+
+def test_a_block_of_a_connection_is_one_transaction(
+    connection: Connection, pool: HandlerPool, context: Context
+) -> None:
+    """What a handler wrote and added in it is undone by an exception, and else committed."""
+
+    def write(payload: Note, context: Context) -> None:
+        with context.database.connection() as lent:
+            lent.execute("INSERT INTO users VALUES (%s, 'hash', 'A User', %s)", [payload.text, f"{payload.text}@x.org"])
+            outbox.add(lent, NOTED, {"text": payload.text})
+            if payload.text == "fails":
+                raise ZeroDivisionError
+
+    context = replace(context, database=pool)
+    assert tried(write, context, payload='{"text": "fails"}').status == "pending"
+    assert connection.execute("SELECT FROM users").fetchall() == []
+    assert connection.execute("SELECT FROM outbox").fetchall() == []
+    assert tried(write, context, payload='{"text": "works"}').status == "done"
+    assert len(connection.execute("SELECT FROM users").fetchall()) == 1
+    assert len(connection.execute("SELECT FROM outbox").fetchall()) == 1
+
+
+def test_a_statement_takes_no_longer_than_the_attempt(pool: HandlerPool, context: Context) -> None:
+    """It is given up when the attempt's time is over; none is begun after that. The pool loses nothing over it."""
+
+    def sleep(_: Note, context: Context) -> None:
+        with context.database.connection() as lent:
+            lent.execute("SELECT pg_sleep(30)")
+
+    context = replace(context, database=pool, deadline=time.monotonic() + 0.2)
+    started = time.monotonic()
+    assert tried(sleep, context, timeout=1).status == "pending"
+    assert time.monotonic() - started < 3
+    late = tried(sleep, context, timeout=1)
+    assert (late.status, late.error) == ("pending", "the attempt took longer than its 1 s")
+    for _ in range(2 * pool.max_size):
+        with pool.connection() as lent:
+            lent.execute("SELECT 1")
+
+
+def test_waiting_for_a_connection_takes_no_longer_than_the_attempt(pool: HandlerPool, context: Context) -> None:
+    """With every connection lent, an attempt waits for its own time and not for the pool's."""
+    with ExitStack() as lent:
+        for _ in range(pool.max_size):
+            lent.enter_context(pool.connection())
+        started = time.monotonic()
+
+        def want(_: Note, context: Context) -> None:
+            with context.database.connection():
+                raise AssertionError("there is none")
+
+        context = replace(context, database=pool, deadline=started + 0.3)
+        assert tried(want, context).status == "pending"
+        assert 0.2 < time.monotonic() - started < 2

@@ -159,3 +159,23 @@ def test_of_two_workers_one_wins(connection: Connection, database_url: str) -> N
     assert sorted(claimed[0] + claimed[1]) == sorted(deliveries)
     assert len(lines) == 20
     assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
+
+
+def test_a_claim_that_is_repeated_finds_its_own(connection: Connection) -> None:
+    """Its answer was lost, and it was committed: the row is this worker's, and the attempt counts once."""
+    delivery = add_row(connection)
+    first = claim(connection, [delivery], "me", 15)
+    with capture_logs() as lines:
+        assert claim(connection, [delivery], "me", 15) == first
+        assert claim(connection, [delivery], "another", 15) == []
+    assert (read_row(connection, delivery)["attempts"], read_row(connection, delivery)["worker"]) == (1, "me")
+    assert [line["why"] for line in lines] == ["the row is running"]
+
+
+def test_a_delivery_that_this_worker_holds_is_not_begun_again(connection: Connection) -> None:
+    """Nor is a row that bears it after a restore, while the earlier one's handler may run: it is left to the sweep."""
+    delivery = add_row(connection)
+    with capture_logs() as lines:
+        assert claim(connection, [delivery], "me", 15, held={delivery}) == []
+    assert read_row(connection, delivery)["status"] == "enqueued"
+    assert [line["why"] for line in lines] == ["this worker holds that delivery already"]

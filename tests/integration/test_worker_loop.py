@@ -25,10 +25,11 @@ from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import Process, Stack, frozen, take_down
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
+from worker.errors import OverdueError
 from worker.leases import Leases
 from worker.mark import Marker
 from worker.take import Queues, Suspended
-from worker.worker import LEAVING_TIME, OutboxWorker, StuckError
+from worker.worker import LEAVING_TIME, OutboxWorker
 
 HANDLERS = '''
 """Handlers of a test."""
@@ -211,25 +212,91 @@ def waiting(stack: Stack, connection: Connection, client: redis.Redis, **environ
     return worker, row, flag.with_name("begun.go")
 
 
-def test_a_worker_whose_handlers_all_hang_ends(
+def overdue_worker(
+    worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, function: Callable[[Nothing, Context], None]
+) -> OutboxWorker:
+    """Returns a worker of two threads that knows the task `hang`, and takes it for overdue half a second late."""
+    monkeypatch.setattr("worker.slots.OVERTIME", 0.5)
+    settings = worker_settings.model_copy(update={"concurrency": 2})
+    return OutboxWorker(settings, {"hang": Handler(Task("hang", Nothing), function)})
+
+
+def waiting_for(may_end: threading.Event) -> Callable[[Nothing, Context], None]:
+    """Returns a handler that ends when it may."""
+
+    def wait(_: Nothing, __: Context) -> None:
+        may_end.wait(30)
+
+    return wait
+
+
+def test_a_handler_that_hangs_ends_its_worker_once_the_others_have_ended(
     worker_settings: WorkerSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No time limit reaches a handler that blocks in the system. If no thread is left, a supervisor must start anew."""
-    # Half a second after they have begun, and long before a time limit would strike: an exception that cannot be felt
-    # stops CPython 3.11 in its tracks under coverage's tracer.
-    monkeypatch.setattr("worker.worker.OVERTIME", 0.5 - 30 - postgres.ANSWER_LIMIT)
-    may_end = threading.Event()
+    """Nothing can end a thread. Its lease is kept, the others end first, and the attempt counts."""
+    may_end, ended = threading.Event(), threading.Event()
 
-    def hang(_: Nothing, __: Context) -> None:
-        may_end.wait()
+    def hang(_: Nothing, context: Context) -> None:
+        if context.row == hanging.row:
+            may_end.wait(30)
+        else:
+            time.sleep(3)
+            ended.set()
 
-    settings = worker_settings.model_copy(update={"concurrency": 2, "smtp_timeout": 0.1})
-    worker = OutboxWorker(settings, {"hang": Handler(Task("hang", Nothing), hang)})
-    offer(worker._client, *[add_row(connection, task="hang", timeout=30).job_id for _ in range(2)])
-    with pytest.raises(StuckError, match="all 2 handlers hang"):
+    worker = overdue_worker(worker_settings, monkeypatch, hang)
+    hanging, slow = add_row(connection, task="hang", timeout=1), add_row(connection, task="hang", timeout=30)
+    offer(worker._client, hanging.job_id, slow.job_id)
+    with capture_logs() as lines, pytest.raises(OverdueError, match=f"rows {hanging.row} do not end"):
         worker._work()
-    assert worker.hurry.is_set(), "it does not wait for them"
+    assert ended.is_set(), "it has waited for the other"
+    assert read_row(connection, hanging)["status"] == "running", "the lease is kept while the handler runs"
+    worker._finish()
     may_end.set()
+    row = read_row(connection, hanging)
+    assert (row["status"], row["attempts"]) == ("pending", 1)
+    assert "did not end within" in row["last_error"]
+    assert row["waits"] > LEAVING_TIME + 10, "it waits as after a failure"
+    assert is_done(connection, slow)
+    assert [line["row"] for line in lines if line["event"] == "attempt is overdue"] == [hanging.row]
+
+
+def test_a_handler_that_hangs_at_every_attempt_is_dead_in_the_end(
+    worker_settings: WorkerSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attempts count, so one worker after the other is not lost to it for ever."""
+    may_end = threading.Event()
+    row = add_row(connection, task="hang", timeout=1, max_retries=1)
+    for attempts, status in ((1, "pending"), (2, "dead")):
+        worker = overdue_worker(worker_settings, monkeypatch, waiting_for(may_end))
+        offer(worker._client, row.job_id)
+        with pytest.raises(OverdueError):
+            worker._work()
+        worker._finish()
+        assert (read_row(connection, row)["status"], read_row(connection, row)["attempts"]) == (status, attempts)
+        connection.execute("UPDATE outbox SET status = 'enqueued', run_at = now() WHERE status = 'pending'")
+    may_end.set()
+
+
+def test_a_handler_that_ends_late_costs_the_worker_nothing(
+    worker_settings: WorkerSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it did is done. The worker takes new rows again afterwards."""
+    may_end = threading.Event()
+    worker = overdue_worker(worker_settings, monkeypatch, waiting_for(may_end))
+    row, later = add_row(connection, task="hang", timeout=1), add_row(connection, task="hang", timeout=30)
+    offer(worker._client, row.job_id)
+    other = add_row(connection, task="hang", timeout=30)
+    offer(worker._client, other.job_id)
+    working = threading.Thread(target=worker._work)
+    working.start()
+    eventually(worker._slots.overdue, 10, "it is overdue")
+    offer(worker._client, later.job_id)
+    time.sleep(0.5)
+    assert read_row(connection, later)["status"] == "enqueued", "nothing new is taken"
+    may_end.set()
+    eventually(lambda: all(is_done(connection, each) for each in (row, other, later)), 10, "all are done")
+    worker.stopping.set()
+    working.join(10)
     worker._finish()
 
 
@@ -253,7 +320,7 @@ def test_a_long_handler_keeps_its_row(stack: Stack, connection: Connection, redi
 
 
 def test_a_second_sigterm_gives_the_row_back(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
-    """More than a second after the first, it ends the worker at once; the row is pending and uncounted.
+    """More than a second after the first, it ends the worker at once; the row is pending, and its attempt counts.
 
     It may be had when the worker has exited, and not before: its handler still runs until then.
     """
@@ -272,9 +339,9 @@ def test_a_second_sigterm_gives_the_row_back(stack: Stack, connection: Connectio
     worker.send(signal.SIGTERM)
     assert worker.wait(5) == 0
     now = read_row(connection, row)
-    assert (now["status"], now["attempts"], now["lease"]) == ("pending", 0, None)
+    assert (now["status"], now["attempts"], now["lease"]) == ("pending", 1, None)
     assert LEAVING_TIME - (time.monotonic() - asked) < now["waits"] <= LEAVING_TIME
-    assert "given back" in now["last_error"]
+    assert now["last_error"] == "the worker was stopped before the attempt ended"
 
 
 def test_redis_away_at_the_start_and_later(stack: Stack, connection: Connection, own_redis: EmbeddedServer) -> None:
@@ -306,7 +373,7 @@ def test_a_redis_that_hangs_is_away_and_holds_up_no_end(
         worker.send(signal.SIGTERM)
         assert worker.wait(12 + 5) == 0, worker.text()
     assert read_row(connection, row)["status"] == "pending"
-    assert read_row(connection, row)["attempts"] == 0
+    assert read_row(connection, row)["attempts"] == 1
 
 
 def test_a_claim_that_waits_for_a_lock_holds_up_no_other(
@@ -321,7 +388,7 @@ def test_a_claim_that_waits_for_a_lock_holds_up_no_other(
         stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row])
         offer(redis_client, locked.job_id, behind.job_id)
         worker = stack.run("worker")
-        worker.await_event("claims given up for a lock")
+        worker.await_event("claim timed out waiting for a row lock")
         offer(redis_client, later.job_id)
         eventually(lambda: is_done(connection, later), 5, "the row that came later")
     assert [read_row(connection, row)["status"] for row in (locked, behind)] == ["enqueued"] * 2
@@ -363,7 +430,7 @@ def test_nothing_is_claimed_that_could_not_be_marked(worker_settings: WorkerSett
     """A worker that can claim and not mark would send mail after mail; it takes nothing until it can."""
     row = add_row(connection)
     worker = OutboxWorker(worker_settings, {})
-    healthy, worker._marker = worker._marker, Marker("postgresql://nobody@/none?host=/nowhere", Leases(15))
+    healthy, worker._marker = worker._marker, Marker("postgresql://nobody@/none?host=/nowhere", Leases(15, "me"))
     offer(worker._client, row.job_id)
     worker._marker.start()
     eventually(lambda: worker._marker._failures > 1, 5, "the marker has tried")

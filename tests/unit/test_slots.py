@@ -8,8 +8,9 @@ import pytest
 
 from outbox.jobs import Delivery
 from tests.support.waiting import eventually
-from worker.attempt import Outcome
+from worker.attempt import Attempted, Outcome
 from worker.claim import Claim
+from worker.errors import NoThreadsError, ThreadEndedError
 from worker.slots import MOST_AHEAD, PATIENCE, Slots
 
 COUNT = 4
@@ -25,12 +26,12 @@ class Crew:
         self.put: list[Outcome] = []
         self.slots = Slots(COUNT, self._handle, self.put.append)
 
-    def _handle(self, claimed: Claim) -> Outcome:
+    def _handle(self, claimed: Claim) -> Attempted:
         self.begun.append(claimed.delivery.row)
         ends = time.monotonic() + 10
         while not self.may_end.is_set() and not self._ends.acquire(timeout=0.01) and time.monotonic() < ends:
             pass
-        return Outcome(claimed.delivery, "done", claimed.attempt)
+        return Attempted(Outcome(claimed.delivery, "done", claimed.attempt), lambda: None)
 
     def end(self, count: int) -> None:
         """Lets so many handlers end."""
@@ -117,17 +118,6 @@ def test_rows_that_wait_long_are_stuck_although_threads_begin_others(crew: Crew)
     assert not crew.slots.are_stuck
 
 
-def test_a_row_that_waited_too_long_is_not_begun(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lease could end before its handler does: it is given back, and the attempt does not count."""
-    monkeypatch.setattr("worker.slots.OVERTIME", 0.1)
-    crew.begin(*range(1, COUNT + 2))
-    eventually(lambda: len(crew.begun) == COUNT, 5)
-    time.sleep(0.2)
-    crew.end(1)
-    eventually(lambda: Outcome(Delivery(COUNT + 1, 1), "pending", 0) in crew.put, 5)
-    assert COUNT + 1 not in crew.begun
-
-
 def test_rows_that_no_thread_begins_are_taken_back(crew: Crew) -> None:
     """Handlers have become slow: what waits for a thread goes to another worker, what runs stays."""
     crew.begin(*range(1, 11))
@@ -170,3 +160,111 @@ def test_a_handler_that_ends_after_it_was_given_up_has_its_say(crew: Crew) -> No
     crew.may_end.set()
     eventually(lambda: [outcome.status for outcome in crew.put] == ["pending"] * 2 + ["done"] * 2, 5)
     assert not crew.slots.unfinished
+
+
+class Trouble:
+    """Slots whose handlers do what the test says."""
+
+    def __init__(self, handle: Callable[[Claim], Attempted]) -> None:
+        self.put: list[Outcome] = []
+        self.slots = Slots(1, handle, self.put.append)
+
+    def begin(self, row: int) -> None:
+        """Gives one row to the thread."""
+        self.slots.begin([Claim(Delivery(row, 1), "t", "{}", "default", 1, 3, 30, None)])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), SystemExit(1), ValueError("a fault of ours")])
+def test_a_thread_outlives_whatever_an_attempt_raises(error: BaseException) -> None:
+    """Its row is tried again, the attempt counts, and the next row is handled by the same thread."""
+
+    def handle(claimed: Claim) -> Attempted:
+        if claimed.delivery.row == 1:
+            raise error
+        return Attempted(Outcome(claimed.delivery, "done", 1), lambda: None)
+
+    trouble = Trouble(handle)
+    trouble.begin(1)
+    trouble.begin(2)
+    eventually(lambda: len(trouble.put) == 2, 5)
+    broken, done = trouble.put
+    assert (broken.status, broken.attempts, done.status) == ("pending", 1, "done")
+    assert type(error).__name__ in str(broken.error)
+    trouble.slots.check()
+
+
+def test_the_outcome_is_put_before_the_log_is_written() -> None:
+    """A log that blocks or raises holds up no outcome, and ends no thread."""
+    may_go_on = Event()
+
+    def report() -> None:
+        may_go_on.wait(10)
+        raise ZeroDivisionError
+
+    trouble = Trouble(lambda claimed: Attempted(Outcome(claimed.delivery, "done", 1), report))
+    trouble.begin(1)
+    eventually(lambda: trouble.put, 5, "it is put while its log is being written")
+    eventually(lambda: not trouble.slots.unfinished, 5, "nothing is held any more")
+    trouble.begin(2)
+    may_go_on.set()
+    eventually(lambda: len(trouble.put) == 2, 5, "the thread goes on")
+    trouble.slots.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ended_is_noticed_and_its_row_given_up() -> None:
+    """What it had in hand has an outcome all the same when the worker ends."""
+
+    def put(outcome: Outcome) -> None:
+        if not given_up:
+            raise SystemExit
+        given_up.append(outcome)
+
+    given_up: list[Outcome] = []
+    slots = Slots(1, lambda claimed: Attempted(Outcome(claimed.delivery, "done", 1), lambda: None), put)
+    claimed = Claim(Delivery(1, 1), "t", "{}", "default", 1, 3, 30, None)
+    slots.begin([claimed])
+    eventually(lambda: not slots._threads[0].is_alive(), 5)
+    with pytest.raises(ThreadEndedError, match="handler-1"):
+        slots.check()
+    given_up.append(Outcome(Delivery(9, 9), "done", 1))
+    assert slots.give_up(lambda one: Outcome(one.delivery, "pending", 1)) == [claimed]
+    assert given_up[1:] == [Outcome(Delivery(1, 1), "pending", 1)]
+
+
+def test_where_no_thread_can_be_started_the_worker_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With some threads it goes on; with none it must end, and what it was given can be taken back."""
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    slots = Slots(2, lambda claimed: Attempted(Outcome(claimed.delivery, "done", 1), lambda: None), lambda _: None)
+    claimed = Claim(Delivery(1, 1), "t", "{}", "default", 1, 3, 30, None)
+    with monkeypatch.context() as patched:
+        patched.setattr("threading.Thread.start", refuse)
+        with pytest.raises(NoThreadsError, match="can't start new thread"):
+            slots.begin([claimed])
+        assert slots.take_back() == [claimed]
+    crew = Crew()
+    crew.begin(1)
+    with monkeypatch.context() as patched:
+        patched.setattr("threading.Thread.start", refuse)
+        crew.begin(2)
+    crew.may_end.set()
+    eventually(lambda: len(crew.put) == 2, 5, "the one thread does both")
+
+
+def test_an_attempt_is_overdue_past_its_limit_and_a_grace(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from when its handler began, however long it had waited for a thread."""
+    monkeypatch.setattr("worker.slots.OVERTIME", 0.3)
+    slow = Claim(Delivery(1, 1), "t", "{}", "default", 1, 3, 1, None)
+    crew.slots.begin([slow])
+    crew.begin(2, 3, 4)
+    waiting = Claim(Delivery(5, 1), "t", "{}", "default", 1, 3, 1, None)
+    crew.slots.begin([waiting])
+    started = time.monotonic()
+    eventually(crew.slots.overdue, 5)
+    assert time.monotonic() - started > 1.2
+    assert crew.slots.overdue() == [slow]
+    crew.may_end.set()
+    eventually(lambda: not crew.slots.overdue(), 5)

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.support.waiting import eventually
-from worker.limit import TimeLimitReached, call_within
 from worker.together import Together
 
 
@@ -68,31 +67,3 @@ def test_an_error_is_everybodys_and_ends_there(doubling: Doubling) -> None:
             with pytest.raises(ValueError, match="unlucky"):
                 each.result(5)
     assert together(12, doubling) == 24
-
-
-def test_a_leader_that_is_struck_costs_the_others_nothing() -> None:
-    """The time limit of the thread that makes it for all ends its own attempt; the others make theirs."""
-    together: Together[int, int] = Together()
-    may_lead = threading.Event()
-    taken: list[list[int]] = []
-
-    def make(numbers: Sequence[int]) -> list[int]:
-        taken.append(list(numbers))
-        ends = time.monotonic() + 5
-        while (0 in numbers or not may_lead.is_set()) and time.monotonic() < ends:
-            time.sleep(0.001)
-        return list(numbers)
-
-    with ThreadPoolExecutor(4) as threads:
-        first = threads.submit(together, 9, make)
-        eventually(lambda: taken == [[9]])
-        struck = threads.submit(call_within, 0.5, together, 0, make)
-        eventually(lambda: len(together._waiting) == 1)
-        others = [threads.submit(together, number, make) for number in (1, 2)]
-        eventually(lambda: len(together._waiting) == 3)
-        may_lead.set()
-        assert first.result(5) == 9
-        with pytest.raises(TimeLimitReached):
-            struck.result(10)
-        assert [each.result(5) for each in others] == [1, 2]
-    assert sorted(taken[1]) == [0, 1, 2], "it had them in its hands"
