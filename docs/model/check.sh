@@ -148,9 +148,12 @@ breaks alone -DFAULTS=1 -DNO_FENCE
 breaks alone -DFAULTS=0 -DHASTY_RESCUE
 breaks alone -DFAULTS=1 -DGIVE_BACK_AT_ONCE
 breaks alone -DFAULTS=2 -DIGNORE_TIME
+breaks alone -DFAULTS=0 -DLET_GO_OVERDUE
+breaks alone -DFAULTS=1 -DREVIVALS=1 -DRETRY_AT_ONCE
 breaks never_two -DFAULTS=1
 breaks final -DFAULTS=0 -DNO_RECHECK
 breaks truthful -DFAULTS=1 -DMARK_FIRST
+breaks bounded -DFAULTS=0 -DUNCOUNTED
 breaks bounded -DFAULTS=0 -DHASTY_SWEEP
 breaks bounded -DFAULTS=2 -DENDLESS_RESCUE
 breaks ours -DCHAOS=1 -DTRUST_REDIS

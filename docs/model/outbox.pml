@@ -83,6 +83,7 @@ bool lapsed[2];  /* since the claim its lease has passed, and was not renewed: i
 
 /* Seen by properties alone. */
 bool handled;  /* a handler has returned */
+byte starts;   /* how often a handler has begun */
 bool refused;  /* a handler has raised SkipRetry */
 mtype ended;   /* done or dead, once the row has been so */
 
@@ -150,12 +151,33 @@ bool has_looked[2], saw_mine[2];
 #define GIVES_BACK_AT_ONCE false
 #endif
 
+#ifdef UNCOUNTED
+#define COUNTED (attempt - 1)
+#else
+#define COUNTED attempt
+#endif
+
+#ifdef RETRY_AT_ONCE
+#define RETRIES_AT_ONCE true
+#else
+#define RETRIES_AT_ONCE false
+#endif
+
+#ifdef LET_GO_OVERDUE
+#define LETS_GO_OVERDUE true
+#else
+#define LETS_GO_OVERDUE false
+#endif
+
 /* ---- The properties ---- */
 
 /* A committed row is eventually done or dead. */
 ltl eventually { [] (status != absent -> <> (status == done || status == dead)) }
 
-/* Two handlers of one row never run at the same time, unless the lease of one has passed. */
+/*
+ * No handler of a row begins while an earlier one runs, unless the lease of one has passed: in a worker that lives and
+ * reaches Postgres it never does, however long the handler takes.
+ */
 #define ALONE !(runs[0] && runs[1] && !lapsed[0] && !lapsed[1])
 ltl alone { [] ALONE }
 
@@ -170,8 +192,11 @@ ltl final { [] FINAL }
 #define TRUTHFUL ((status != done || handled) && (status != dead || attempts > RETRIES || refused))
 ltl truthful { [] TRUTHFUL }
 
-/* There are no more attempts than max_retries allows, and no more hand-overs than attempts and faults explain. */
-#define BOUNDED (attempts <= 1 + RETRIES && delivery <= HANDOVERS)
+/*
+ * There are no more attempts than max_retries allows, no handler begins more often, and there are no more hand-overs
+ * than attempts and faults explain.
+ */
+#define BOUNDED (attempts <= 1 + RETRIES && starts <= (1 + RETRIES) * (1 + REVIVALS) && delivery <= HANDOVERS)
 ltl bounded { [] BOUNDED }
 
 /* A row that was never committed is not handled, whatever Redis says. */
@@ -297,7 +322,7 @@ proctype Worker(bit me) {
     }
 
   /* A thread is free for the row; or none is for so long that it is given back unbegun, at once and for nothing. */
-  :: d_step { WAITS -> runs[me] = true }
+  :: d_step { WAITS -> runs[me] = true; starts++ }
   :: d_step {
       WAITS && lock == 0 && MAY_FAIL ->
       FAIL;
@@ -335,16 +360,16 @@ proctype Worker(bit me) {
       FORGET
     }
 
-  /* The worker is stopped and its handler does not end in time: it gives the row back, and then exits. */
+  /* The handler is overdue, or the worker is stopped before it ends: the worker writes that, and then exits. */
   :: d_step {
-      HANDLES && lock == 0 && MAY_FAIL ->
-      FAIL;
+      HANDLES && lock == 0 ->
       if
       :: IS_RUNNING_MINE ->
-        status = pending;
-        attempts = attempt - 1;
+        status = (COUNTED > RETRIES -> dead : pending);
+        attempts = COUNTED;
         lease = false;
-        due = GIVES_BACK_AT_ONCE
+        due = GIVES_BACK_AT_ONCE;  /* where the row is dead, an operator's retry waits for the exit as well */
+        ended = (status == dead -> dead : ended)
       :: else
       fi;
       claimed[me] = false;
@@ -377,6 +402,7 @@ proctype Time() {
       lease && (HOLDS(0) || HOLDS(1)) && MAY_FAIL ->
       FAIL; lease = false; lapsed[0] = lapsed[0] || HOLDS(0); lapsed[1] = lapsed[1] || HOLDS(1)
     }
+  :: d_step { LETS_GO_OVERDUE && lease && ((HOLDS(0) && runs[0]) || (HOLDS(1) && runs[1])) -> lease = false }
   /* idle_in_transaction_session_timeout, or a connection that broke. */
   :: d_step { lock != 0 && MAY_FAIL -> FAIL; lock = 0 }
   od
@@ -410,7 +436,7 @@ proctype Operator() {
   do
   :: d_step {
       status == dead && left > 0 ->
-      left--; status = pending; attempts = 0; due = true; ended = 0; refused = false
+      left--; status = pending; attempts = 0; due = (due || RETRIES_AT_ONCE); ended = 0; refused = false
     }
   od
 }
