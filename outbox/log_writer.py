@@ -2,6 +2,7 @@
 
 import atexit
 import io
+import os
 import time
 from collections import deque
 from contextlib import suppress
@@ -18,10 +19,12 @@ class LogWriter(io.TextIOBase):
     """Where lines go. Any thread writes to it, and none waits; its own thread passes them on, many at a time."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Takes the stream, which is this writer's alone from now on."""
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what cannot be shown would take other lines along
+        """Takes the stream: its descriptor, where it has one.
+
+        Past its buffer: the interpreter flushes that as it ends, and would wait for a write that nobody reads.
+        """
         self._stream = stream
+        self._descriptor = _descriptor(stream)
         self._lines: deque[str] = deque(maxlen=MOST_LINES)
         self._arrived = Event()
         self._is_writing = False
@@ -73,7 +76,22 @@ class LogWriter(io.TextIOBase):
                 while True:
                     lines.append(self._lines.popleft())
             with suppress(OSError, ValueError):  # a line that cannot be written is lost, and no work with it
-                self._stream.write("".join(lines))
-                self._stream.flush()
+                self._pass_on("".join(lines))
         finally:
             self._is_writing = False
+
+    def _pass_on(self, text: str) -> None:
+        if self._descriptor is None:
+            self._stream.write(text)
+            return
+        # What the encoding does not have would take other lines along.
+        left = text.encode(self._stream.encoding or "utf-8", errors="backslashreplace")
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import psycopg
 
+from outbox import logs
 from outbox.errors import OutboxError, SettingsError, UsageError
 from outbox.outage import one_line
 
@@ -43,6 +44,7 @@ def run_process(name: str, main: Callable[[], object]) -> None:
 
 
 def fail(sentence: str, code: int) -> None:
-    """Says what is wrong and exits."""
+    """Says what is wrong, after all that was logged before, and exits."""
+    logs.drain()
     sys.stderr.write(f"{sentence}\n")
     sys.exit(code)

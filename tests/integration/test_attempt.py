@@ -264,7 +264,6 @@ def test_work_that_nobody_does_is_a_failure(unfinished: Callable[[], Any], conte
 
 def test_a_handlers_error_is_logged_with_its_traceback(context: Context, capsys: pytest.CaptureFixture[str]) -> None:
     """Where it was raised; not for what says in a sentence what is wrong. Secret codes in it are masked."""
-
     code = "0123456789abcdef" * 4
 
     def fail_here(payload: Note, context: Context) -> NoReturn:

@@ -3,9 +3,12 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import Process, Stack, frozen, take_down
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
-from worker.errors import OverdueError
+from worker.errors import OverdueError, ThreadEndedError
 from worker.leases import Leases
 from worker.mark import Marker
 from worker.take import Queues, Suspended
@@ -35,6 +38,7 @@ HANDLERS = '''
 """Handlers of a test."""
 import sys, threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydantic import BaseModel
 from outbox import Context, Task, handler
@@ -462,3 +466,47 @@ def test_a_worker_that_must_fail_ends_what_it_runs(
     assert is_done(connection, row)
     assert [line["given_back"] for line in worker.events("stopped")] == [0]
     assert not redis_client.smembers("rq:workers"), "it is off RQ's list"
+
+
+def test_a_worker_whose_marker_has_ended_ends(
+    worker_settings: WorkerSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a second it takes nothing new and ends with an error, so that its supervisor starts another."""
+    worker = OutboxWorker(worker_settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)})
+    first, second = add_row(connection), add_row(connection)
+
+    def end(_: Connection) -> None:
+        if worker._marker.leases.held():
+            raise SystemExit("no memory for it")
+
+    monkeypatch.setattr(worker._marker, "_write", end)
+    offer(worker._client, first.job_id)
+    with capture_logs() as lines, ThreadPoolExecutor(1) as thread:
+        monkeypatch.setattr(worker, "_install_signal_handlers", lambda: None)  # of the main thread alone
+        running = thread.submit(worker.run)
+        eventually(lambda: worker._marker._failure, 10, "the marker's thread has ended")
+        ended = time.monotonic()
+        offer(worker._client, second.job_id)
+        with pytest.raises(ThreadEndedError, match="no memory for it"):
+            running.result(20)
+        assert time.monotonic() - ended < 3
+    assert read_row(connection, second)["status"] == "enqueued"
+    assert [line["rows"] for line in lines if line["event"] == "outcomes lost at shutdown"] == [[first.row]]
+
+
+def test_a_log_that_nobody_reads_holds_up_no_row(
+    stack: Stack, connection: Connection, redis_client: redis.Redis
+) -> None:
+    """Its pipe is full after some hundred lines: rows are marked and leases renewed all the same."""
+    rows = [add_row(connection, payload=f'{{"path": "{"x" * 500}"}}') for _ in range(1000)]
+    environment = {**os.environ, **stack.environment, "LOG_FORMAT": "json"}
+    offer(redis_client, *[row.job_id for row in rows])
+    with subprocess.Popen([sys.executable, "-m", "worker"], env=environment, stdout=subprocess.PIPE) as worker:
+        try:
+            undone = "SELECT FROM outbox WHERE status <> 'done' LIMIT 1"
+            eventually(lambda: not connection.execute(undone).fetchall(), 30, "all rows are done")
+            worker.terminate()
+            assert worker.wait(15) == 0
+        finally:
+            worker.kill()
+    assert connection.execute("SELECT max(attempts) AS most FROM outbox").fetchone() == {"most": 1}
