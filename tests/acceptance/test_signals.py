@@ -107,7 +107,7 @@ def test_the_worker_finishes_what_runs(stack: Stack, connection: Connection, mai
     assert worker.stop() == 0, worker.text()
     assert time.monotonic() - started < 5
     assert worker.events("stopped")[0]["given_back"] == 0
-    assert not worker.events("marks are lost")
+    assert not worker.events("outcomes lost at shutdown")
     assert mailbox.taking == len(mailbox.mails), "every handler that was begun has ended"
     assert 8 < len(mailbox.mails) < 40
     counts = connection.execute("SELECT status, count(*) AS rows FROM outbox GROUP BY status").fetchall()
