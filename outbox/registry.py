@@ -22,10 +22,19 @@ HandlerFunction = Callable[[P, Context], Mapping[str, object] | None]
 
 @dataclass(frozen=True)
 class Handler(Generic[P]):
-    """A task together with the function that does it. It can be called as that function can."""
+    """A task together with the function that does it. It can be called as that function can.
+
+    Raises:
+        TaskError: see `handler`.
+    """
 
     task: Task[P]
     function: HandlerFunction[P]
+
+    def __post_init__(self) -> None:
+        if wrong := _what_is_wrong(self.function):
+            name = getattr(self.function, "__qualname__", repr(self.function))
+            raise TaskError(f"the handler of {self.task.name}, {name}, {wrong}")
 
     def __call__(self, payload: P, context: Context) -> Mapping[str, object] | None:
         """Calls the function, as a test of it would."""
@@ -44,9 +53,6 @@ def handler(task: Task[P]) -> Callable[[HandlerFunction[P]], Handler[P]]:
     """
 
     def declare(function: HandlerFunction[P]) -> Handler[P]:
-        if wrong := _what_is_wrong(function):
-            name = getattr(function, "__qualname__", repr(function))
-            raise TaskError(f"the handler of {task.name}, {name}, {wrong}")
         return Handler(task, function)
 
     return declare

@@ -62,7 +62,10 @@ class Drain:
         assert room is not None
         if self._second is None:
             return self._publish_all(connection, queue, room["rows"])
-        other = self._thread.submit(self._publish_all, self._second, queue, room["rows"])
+        try:
+            other = self._thread.submit(self._publish_all, self._second, queue, room["rows"])
+        except RuntimeError:  # no thread can be started: the relay's own goes on alone
+            return self._publish_all(connection, queue, room["rows"])
         try:
             more = self._publish_all(connection, queue, room["rows"])
         finally:

@@ -96,7 +96,10 @@ class RQWorker(BaseWorker):
                 if isinstance(failure, Exception):  # a stranger's key: the relay mends it, and work goes on unlisted
                     logs.get().warning("registered in part", error=one_line(failure))
         if self._commands is None or not self._commands.is_alive():
-            self.subscribe()
+            try:
+                self.subscribe()
+            except RuntimeError as error:  # no thread can be started: signals are heard all the same
+                logs.get().warning("RQ commands cannot be heard", error=one_line(error))
         self._beat_at = time.monotonic() + HEARTBEAT_INTERVAL
 
     def forget(self) -> None:

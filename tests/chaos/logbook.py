@@ -6,7 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-_EVENTS = frozenset({"swept row", "rescued row", "process task failed", "outcomes lost at shutdown", "dropped outcome", "stopped"})
+_EVENTS = frozenset(
+    {"swept row", "rescued row", "process task failed", "outcomes lost at shutdown", "dropped outcome", "stopped"}
+)
 """The judge's reading; the rest stays in the files."""
 
 
