@@ -9,6 +9,8 @@ from functools import partial
 from inspect import isasyncgen, isawaitable, iscoroutine, isgenerator
 from typing import Any, Literal, NamedTuple, cast
 
+import psycopg
+
 from outbox import deadline, logs
 from outbox.backoff import retry_delay
 from outbox.context import Context
@@ -166,8 +168,8 @@ def _dead(claim: Claim, text: str, error: BaseException) -> Attempted:
 
 
 def _traced(error: BaseException) -> dict[str, Any]:
-    """Returns the traceback's field for a fault of the handler; errors of ours say in a sentence what is wrong."""
-    return {} if isinstance(error, OutboxError) else {"exc_info": error}
+    """Returns the traceback's field for a fault of the handler; errors of ours, and outages, are a sentence."""
+    return {} if isinstance(error, (OutboxError, psycopg.OperationalError)) else {"exc_info": error}
 
 
 def _text(error: BaseException) -> str:

@@ -43,9 +43,8 @@ class Mailer:
 
         Raises:
             SkipRetry: the server refuses this address for good.
-            MailError: the server does not take the mail now, or does not like us.
+            MailError: the server does not take the mail now, or does not like us, or the connection broke.
             TimeLimitError: the attempt's time is over; the mail is not sent.
-            OSError, smtplib.SMTPException: the connection failed.
         """
         if isinstance(message, EmailMessage):
             recipient = _envelope_address(str(message["To"]))
@@ -58,6 +57,9 @@ class Mailer:
         except (SkipRetry, MailError):
             self._reset()
             raise
+        except (OSError, smtplib.SMTPException) as error:
+            self._drop()
+            raise self._broken(error) from error
         except BaseException:  # what was said so far is unknown
             self._drop()
             raise
@@ -177,6 +179,10 @@ class Mailer:
             self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
         except (OSError, UnicodeError) as error:
             raise self._unreachable(error) from error
+
+    def _broken(self, error: Exception) -> MailError:
+        server = self._server
+        return MailError(f"the connection to the mail server {server.host}:{server.port} broke: {one_line(error)}")
 
     def _unreachable(self, error: Exception) -> MailError:
         server = self._server

@@ -40,7 +40,7 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
     Raises:
         SkipRetry: the user is gone, or the mail server refuses the address for good.
         VerificationError: another row has taken this one's verification.
-        MailError, OSError, smtplib.SMTPException: the mail server does not take the mail now.
+        MailError: the mail server does not take the mail now.
     """
     verification = _open_verification(Recipient(context.row, payload.username), context)
     if verification is None:
