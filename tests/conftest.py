@@ -17,6 +17,7 @@ from outbox import redis as outbox_redis
 from outbox.migrate import migrate
 from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
+from tests.support import faked_clock
 from tests.support.databases import Databases
 from tests.support.mailbox import Mailbox, serve_mailbox
 from tests.support.processes import SECRET_KEY, Stack
@@ -178,6 +179,16 @@ def own_postgres() -> Iterator[EmbeddedServer]:
     with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
         migrate(server.url)
         yield server
+
+
+@pytest.fixture
+def clocked_postgres() -> Iterator[faked_clock.ClockedPostgres]:
+    """A migrated Postgres of the test's own whose clock the test sets."""
+    if missing := faked_clock.why_missing():
+        pytest.skip(missing)
+    with short_folder() as folder, faked_clock.clocked_postgres(folder, settings=["fsync=off"]) as postgres:
+        migrate(postgres.url)
+        yield postgres
 
 
 @pytest.fixture
