@@ -13,12 +13,15 @@ from rich.console import Console
 
 from tests.chaos import kinds
 from tests.chaos.evidence import Evidence
+from tests.chaos.faults import Kind
 from tests.chaos.folder import ForeignFolderError, emptied
 from tests.chaos.judge import Failure, judge
 from tests.chaos.observer import Observer
 from tests.chaos.picture import draw
 from tests.chaos.report import as_json, report, summary, table
 from tests.chaos.run import Options, run
+from tests.chaos.server_faults import CLOCK_JUMP
+from tests.support import faked_clock
 
 _SHOWN = 5
 """Failures of one check that are printed; all are in the JSON."""
@@ -54,9 +57,15 @@ def main(
         folder = emptied(folder)
     except (kinds.UnknownKindError, ForeignFolderError) as error:
         raise click.UsageError(str(error)) from None
+    if missing := _missing(chosen):
+        chosen = tuple(kind for kind in chosen if kind.name != CLOCK_JUMP)
+        if not chosen:
+            raise click.UsageError(missing)
     seed = random.SystemRandom().randrange(1_000_000) if seed is None else seed
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # Postgres is away on purpose
     console = Console()
+    if missing:
+        console.print(missing, markup=False, highlight=False)
     console.print(f"Seed {seed}; {len(chosen)} kinds of faults; results go to {folder}")
     counts = {"service": services, "relay": relays, "worker": workers}
     options = Options(minutes, rate, seed, counts, chosen, lanes, gap, folder)
@@ -68,6 +77,12 @@ def main(
     failures = judge(evidence)
     _show(console, evidence, failures, observer, folder)
     sys.exit(1 if failures else 0)
+
+
+def _missing(chosen: tuple[Kind, ...]) -> str:
+    """Says which of the kinds this machine cannot do, and what to install."""
+    reason = faked_clock.why_missing() if any(kind.name == CLOCK_JUMP for kind in chosen) else ""
+    return f"Without {CLOCK_JUMP}: {reason}" if reason else ""
 
 
 async def _stoppable(options: Options) -> tuple[Evidence, Observer]:

@@ -1,6 +1,7 @@
 """Looking at the database from outside: how many rows are in which state, and in the end all of them."""
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -21,9 +22,15 @@ FROM outbox
 GROUP BY state
 """
 
+# By Postgres' clock throughout: it may not be ours.
 _WAITING = """
-SELECT count(*), coalesce(extract(epoch FROM max(run_at)), 0)::float8
-FROM outbox WHERE status IN ('pending', 'enqueued', 'running')
+SELECT count(*), coalesce(max(due_in), 0)
+FROM (
+    SELECT extract(epoch FROM CASE status WHEN 'running' THEN lease_until ELSE run_at END - now())::float8 AS due_in
+    FROM outbox
+    WHERE status IN ('pending', 'enqueued', 'running')
+) AS waiting
+WHERE due_in < %s
 """
 
 _USERS = "SELECT username, email, extract(epoch FROM created_at)::float8 FROM users"
@@ -65,10 +72,14 @@ class Observer:
                 self.samples.append((time.time(), None))
                 await asyncio.sleep(INTERVAL)
 
-    async def waiting(self) -> tuple[int, float]:
-        """Returns how many rows still have to be worked on, and when the last of them is due."""
+    async def waiting(self, within: float = math.inf) -> tuple[int, float]:
+        """Returns how many rows still have to be worked on, and in how many seconds the last of them is due.
+
+        Args:
+            within: seconds; rows that are due later are left out.
+        """
         async with self.postgres.connection() as connection:
-            cursor = await connection.execute(_WAITING)
+            cursor = await connection.execute(_WAITING, [within])
             row = await cursor.fetchone()
         assert row is not None
         return row[0], row[1]

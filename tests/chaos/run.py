@@ -16,6 +16,7 @@ from tests.chaos.load import Load
 from tests.chaos.observer import Observer
 from tests.chaos.progress import tell
 from tests.chaos.pulse import Pulse
+from tests.chaos.server_faults import CLOCK_JUMP, LONGEST_JUMP
 from tests.chaos.stage import LEASE, Stage, open_stage
 
 _WARM_UP = 2.0
@@ -42,7 +43,9 @@ class Options:
 async def run(options: Options) -> tuple[Evidence, Observer]:
     """Runs it, and returns what it left behind."""
     evidence = Evidence(options.seed, (), LEASE)
-    async with open_stage(options.folder, options.counts, options.seed) as stage, AsyncExitStack() as stack:
+    has_faked_clock = any(kind.name == CLOCK_JUMP for kind in options.kinds)
+    opened = open_stage(options.folder, options.counts, options.seed, has_faked_clock=has_faked_clock)
+    async with opened as stage, AsyncExitStack() as stack:
         evidence.delays = stage.delays
         observer, pulse = Observer(stage.postgres), Pulse()
         ports = [proxy.port for proxy in stage.proxies["service"]]
@@ -54,7 +57,7 @@ async def run(options: Options) -> tuple[Evidence, Observer]:
         _run_beside(stack, tell(lambda: _line(load, stage, injector, observer)))
         await _cause_chaos(options, stage, load, injector)
         evidence.calm = time.time()
-        await _await_calm(observer)
+        await _await_calm(stage, observer)
         evidence.users, evidence.rows = await observer.snapshot()
     # The processes have ended by now, and their ends count.
     evidence.attempts, evidence.faults = load.attempts, injector.faults
@@ -79,15 +82,25 @@ async def _cause_chaos(options: Options, stage: Stage, load: Load, injector: Inj
     await stage.restore()
 
 
-async def _await_calm(observer: Observer) -> None:
-    """Waits until every row is done or dead, as long as that may take; what is not by then, the judge will name."""
+async def _await_calm(stage: Stage, observer: Observer) -> None:
+    """Waits until every row is done or dead, as long as that may take; what is not by then, the judge will name.
+
+    What was written while Postgres' clock was ahead is due when the true time has got there: it jumps there at last.
+    """
+    await _await_done(observer)
+    if stage.postgres.clock is not None and (await observer.waiting())[0]:
+        stage.postgres.clock.set_ahead(LONGEST_JUMP)
+        await _await_done(observer)
+
+
+async def _await_done(observer: Observer) -> None:
     longest = time.time() + _LONGEST_CALM
     limit = time.time() + _LATEST
     while time.time() < min(limit, longest):
-        rows, due = await observer.waiting()
+        rows, due_in = await observer.waiting(_LONGEST_CALM)
         if not rows:
             return
-        limit = max(limit, due + _LATEST)
+        limit = max(limit, time.time() + due_in + _LATEST)
         await asyncio.sleep(0.5)
 
 

@@ -11,12 +11,22 @@ from typing import Any, LiteralString
 
 from tests.chaos.faults import Act, Kind
 from tests.chaos.mailserver import Misbehaviour
+from tests.chaos.stage import LEASE
 
 _AWAY = (0.0, 6.0)
 """Seconds that a server is away."""
 _QUEUES = ("rq:queue:critical", "rq:queue:default")
 _SCHEDULED = "rq:scheduler:scheduled_jobs"
 _SOME = "SELECT FROM outbox WHERE status IN ('enqueued', 'running') ORDER BY random() LIMIT 5"
+_TABLE_LOCKS: tuple[LiteralString, ...] = (
+    "LOCK TABLE outbox IN SHARE MODE",
+    "LOCK TABLE outbox IN SHARE ROW EXCLUSIVE MODE",
+)
+"""As `CREATE INDEX` and `CREATE TRIGGER` take them."""
+_JUMPS = (20.0, 3600.0)
+"""Seconds: a lease and some more, and a wrong time zone."""
+LONGEST_JUMP = max(_JUMPS)
+CLOCK_JUMP = "postgres.clock-jump"
 _LOCKS: dict[str, LiteralString] = {
     "update": f"{_SOME} FOR UPDATE SKIP LOCKED",
     "foreign key": f"{_SOME} FOR KEY SHARE SKIP LOCKED",
@@ -62,6 +72,38 @@ async def _lock_rows(act: Act) -> None:
             mail.misbehaviour = None
             await act.hold(5, 25)
     finally:
+        mail.misbehaviour = None
+
+
+async def _lock_table(act: Act) -> None:
+    """Locks the table against writes for longer than a lease, in the middle of mails: who reads it sees nothing."""
+    mail, lock = act.stage.mail, act.draw.choice(_TABLE_LOCKS)
+    act.fault.note = lock
+    mail.misbehaviour = Misbehaviour("dot", "slow")
+    try:
+        await act.hold(0.5, 1.5)
+        async with act.stage.postgres.connection() as connection, connection.transaction():
+            await connection.execute(lock)
+            mail.misbehaviour = None
+            await act.hold(LEASE + 10, LEASE + 10)
+    finally:
+        mail.misbehaviour = None
+
+
+async def _jump_clock(act: Act) -> None:
+    """Lets Postgres' clock jump forward in the middle of mails, and back: all leases pass, and their workers live."""
+    mail, clock, ahead = act.stage.mail, act.stage.postgres.clock, act.draw.choice(_JUMPS)
+    assert clock is not None
+    act.fault.note = f"{ahead:g} s"
+    mail.misbehaviour = Misbehaviour("dot", "slow")
+    try:
+        await act.hold(0.5, 1.5)
+        clock.set_ahead(ahead)
+        await act.hold(2, 3)
+        mail.misbehaviour = None
+        await act.hold(0, LEASE + 5)
+    finally:
+        clock.set_ahead(0)
         mail.misbehaviour = None
 
 
@@ -160,6 +202,8 @@ KINDS = (
     Kind("postgres.pause", _pause_postgres),
     Kind("postgres.pause-beyond-lease", _pause_postgres_beyond_lease, further=("mail",)),
     Kind("postgres.lock-rows", _lock_rows, weight=2, further=("mail",)),
+    Kind("postgres.lock-table", _lock_table, further=("mail",)),
+    Kind(CLOCK_JUMP, _jump_clock, further=("mail",)),
     Kind("postgres.terminate", _terminate_connections, weight=2),
     Kind("redis.kill", _stop_redis(signal.SIGKILL, _AWAY[1]), weight=2),
     Kind("redis.restart", _stop_redis(signal.SIGTERM, 0.2)),

@@ -13,6 +13,7 @@ import psycopg
 import redis.asyncio
 
 from outbox.up.embedded import EmbeddedServer
+from tests.support.faked_clock import FakedClock
 
 OBSERVER = "chaos"
 """The name of our own connections to Postgres, which no fault ends."""
@@ -24,8 +25,10 @@ _START_LIMIT = 60.0
 class Postgres:
     """The server, and direct connections to it."""
 
-    def __init__(self, server: EmbeddedServer) -> None:
+    def __init__(self, server: EmbeddedServer, clock: FakedClock | None = None) -> None:
         self._server = server
+        self.clock = clock
+        """The server's; None where it has the true time."""
         self.url = server.url
         folder = parse_qs(urlsplit(server.url).query)["host"][0]
         self.socket = Path(folder, ".s.PGSQL.5432")

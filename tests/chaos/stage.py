@@ -16,6 +16,7 @@ from tests.chaos.ports import free_port
 from tests.chaos.processes import ROOT, Processes, Slot, clean_environment
 from tests.chaos.proxy import Proxy
 from tests.chaos.servers import Postgres, Redis
+from tests.support.faked_clock import clocked_postgres
 
 DELAYS = (2.0, 0.0)
 """`VERIFY_EMAIL_DELAY` of the services in turn: rq-scheduler's set has a part in some mails, and none in others."""
@@ -43,6 +44,8 @@ class Stage:
     async def restore(self) -> None:
         """Ends whatever a fault may have left in force, and waits until all is up."""
         self.postgres.resume()
+        if self.postgres.clock is not None:
+            self.postgres.clock.set_ahead(0)
         self.redis.send(signal.SIGCONT)
         self.mail.misbehaviour = None
         for proxy in self.all_proxies():
@@ -65,7 +68,12 @@ class Stage:
 
 @asynccontextmanager
 async def open_stage(
-    folder: Path, counts: dict[str, int], seed: int, delays: tuple[float, ...] = DELAYS
+    folder: Path,
+    counts: dict[str, int],
+    seed: int,
+    delays: tuple[float, ...] = DELAYS,
+    *,
+    has_faked_clock: bool = False,
 ) -> AsyncGenerator[Stage]:
     """Starts everything, and ends it when the block is left.
 
@@ -74,9 +82,10 @@ async def open_stage(
         counts: how many of each process.
         seed: of whatever is random in it.
         delays: `VERIFY_EMAIL_DELAY` of the services in turn, in seconds.
+        has_faked_clock: whether Postgres' clock can be made to jump.
     """
     async with AsyncExitStack() as stack:
-        postgres = Postgres(stack.enter_context(embedded_postgres(folder / "postgres")))
+        postgres = _postgres(stack, folder / "postgres", has_faked_clock=has_faked_clock)
         stack.callback(postgres.resume)
         redis = Redis(stack.enter_context(embedded_redis(folder / "redis")))
         stack.callback(redis.send, signal.SIGCONT)
@@ -121,6 +130,13 @@ async def open_stage(
         yield stage
         watching.cancel()
         await processes.close()
+
+
+def _postgres(stack: AsyncExitStack, folder: Path, *, has_faked_clock: bool) -> Postgres:
+    if has_faked_clock:
+        clocked = stack.enter_context(clocked_postgres(folder))
+        return Postgres(clocked.server, clocked.clock)
+    return Postgres(stack.enter_context(embedded_postgres(folder)))
 
 
 def _environment(module: str, number: int, proxies: dict[str, list[Proxy]], authority: Path) -> dict[str, str]:
