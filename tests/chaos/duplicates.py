@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tests.chaos.evidence import Evidence, Fault, Mail
+from tests.chaos.evidence import SHORTAGES, Evidence, Fault, Mail
 from tests.chaos.intervals import covered
 
 MARKING_LIMIT = 2.0
@@ -68,28 +68,32 @@ def _lost_reply(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
 
 
 def _killed(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
-    """The worker was killed between the 250 and the mark."""
+    """The worker was killed, or ended by a shortage, between the 250 and the mark."""
     slot = f"worker-{mail.worker}"
     for end in evidence.exits:
-        if end.slot != slot or end.cause != "SIGKILL" or end.at < mail.accepted - _CUT_MARGIN:
+        if end.slot != slot or end.cause not in ("SIGKILL", *SHORTAGES) or end.at < mail.accepted - _CUT_MARGIN:
             continue
         away = [(fault.start, fault.end) for fault in evidence.faults if "postgres" in fault.targets]
         lived = end.at - mail.accepted - covered((mail.accepted, end.at), away)
         if lived < MARKING_LIMIT:
-            return f"its worker was killed {end.at - mail.accepted:.2f} s later", _kind_at(evidence, end.at, "worker")
+            return f"its worker ended {end.at - mail.accepted:.2f} s later", _kind_at(evidence, end.at, "worker")
         return None
     return None
 
 
 def _parted(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
-    """The worker alone could not reach Postgres for longer than its lease: to all others it was dead."""
+    """The worker alone could not reach Postgres for longer than its lease: to all others it was dead.
+
+    One that can open no connection may have renewed its leases a third of their length before that.
+    """
     slot = f"worker-{mail.worker}"
     for fault in evidence.faults:
-        if (
-            fault.kind == "worker.part-from-postgres"
-            and slot in fault.slots
-            and fault.start - MARKING_LIMIT < mail.accepted < fault.end + MARKING_LIMIT
-        ):
+        end = fault.end
+        if fault.kind == "worker.few-descriptors" and fault.relieved - fault.start > evidence.lease * 2 / 3:
+            end = fault.relieved
+        elif fault.kind != "worker.part-from-postgres":
+            continue
+        if slot in fault.slots and fault.start - MARKING_LIMIT < mail.accepted < end + MARKING_LIMIT:
             return "its worker was parted from Postgres for longer than the lease", fault.kind
     return None
 

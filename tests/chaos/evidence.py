@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+SHORTAGES = frozenset({"worker.few-descriptors", "worker.little-memory"})
+"""Faults that leave a process short of what it needs: it may end by itself, and says so by its code."""
+
 
 @dataclass
 class Attempt:
@@ -79,6 +82,8 @@ class Fault:
     note: str = ""
     slots: tuple[str, ...] = ()
     """The processes that it struck, as in `worker-0`."""
+    relieved: float = 0.0
+    """When a shortage was over; what it struck comes back after that."""
     crash: str = ""
     """Why it could not be injected, or why what it struck did not come back."""
 
@@ -92,9 +97,11 @@ class Exit:
     at: float
     code: int
     cause: str
-    """`SIGKILL` or `SIGTERM` where it was injected, else empty."""
+    """`SIGKILL` or `SIGTERM` where it was injected; one of `SHORTAGES` where the process ended under it; else empty."""
     tail: str = ""
     """The end of its log, where it was not to end like that."""
+    log: str = ""
+    """The name of its log."""
 
 
 @dataclass(frozen=True)

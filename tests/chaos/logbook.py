@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 _EVENTS = frozenset(
-    {"swept row", "rescued row", "process task failed", "outcomes lost at shutdown", "dropped outcome", "stopped"}
+    {
+        "enqueued task",
+        "swept row",
+        "rescued row",
+        "process task failed",
+        "outcomes lost at shutdown",
+        "dropped outcome",
+        "stopped",
+    }
 )
 """The judge's reading; the rest stays in the files."""
 

@@ -2,7 +2,12 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import psutil
 
 from tests.chaos.faults import Act, Kind
 from tests.chaos.mailserver import Misbehaviour
@@ -14,6 +19,12 @@ _START_LIMIT = 60.0
 _HANDED_ON = 25.0
 """Seconds until another worker must have what one held that cannot be reached: the lease, and some more."""
 _LOOK = 0.02
+_WORKS_AGAIN = 60.0
+"""Seconds after a shortage by which its worker sends mails again, or another one has been started in its place."""
+_ENOUGH = 20
+"""Mails of other workers that show that there was something to do."""
+_MEMORY = 8 * 1024 * 1024
+"""Bytes that a worker may still get, at most."""
 _STOP_LIMIT = 45.0
 """Seconds for an end in order: the product's grace of 25 s, its 10 s for the last marks, and some more."""
 
@@ -102,6 +113,78 @@ async def _await_another(act: Act, held: set[str], slot: Slot) -> None:
         await asyncio.sleep(_LOOK)
 
 
+async def _take_descriptors(act: Act) -> None:
+    """Lets one worker open next to no files or sockets, and cuts its connections to Postgres: it must connect anew."""
+    slot = await _one_that_works(act)
+    proxy, spare = act.stage.proxies["postgres"][slot.number + 1], act.draw.randrange(3)
+    kept = _descriptors(slot.pid, but_to=proxy.port)
+    act.fault.note = f"{spare} spare"
+    free = [number for number in range(max(kept) + spare + 2) if number not in kept]
+    async with _short_of(act, slot, psutil.RLIMIT_NOFILE, free[spare]):
+        proxy.cut()
+        await act.hold(5, 20)
+
+
+async def _take_memory(act: Act) -> None:
+    """Lets one worker have next to no more memory."""
+    slot = await _one_that_works(act)
+    spare = act.draw.randrange(_MEMORY)
+    act.fault.note = f"{spare // 1024} KiB spare"
+    async with _short_of(act, slot, psutil.RLIMIT_AS, psutil.Process(slot.pid).memory_info().vms + spare):
+        await act.hold(5, 15)
+
+
+async def _one_that_works(act: Act) -> Slot:
+    slot = act.draw.choice(act.stage.processes.of("worker"))
+    await _await_ready([slot])
+    act.strikes([slot])
+    return slot
+
+
+def _descriptors(pid: int, but_to: int) -> set[int]:
+    """Returns all that a process has open, but for its connections to a port."""
+    connections = psutil.Process(pid).net_connections("tcp")
+    left_out = {one.fd for one in connections if tuple(one.raddr)[1:] == (but_to,)}
+    return {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()} - left_out
+
+
+@asynccontextmanager
+async def _short_of(act: Act, slot: Slot, resource: int, limit: int) -> AsyncGenerator[None]:
+    """Lowers one of a process' limits for a while, and waits until it, or another in its place, works again."""
+    pid, process = slot.pid, psutil.Process(slot.pid)
+    soft, hard = process.rlimit(resource)
+    slot.shortage = act.fault.kind
+    try:
+        process.rlimit(resource, (limit, hard))
+        try:
+            yield
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                process.rlimit(resource, (soft, hard))
+            act.fault.relieved = time.time()
+        await _await_work(act, slot, pid)
+    finally:
+        if slot.pid == pid:
+            slot.shortage = ""
+
+
+async def _await_work(act: Act, slot: Slot, pid: int) -> None:
+    """Waits for a mail by it; or for the next process of its slot, where it has ended."""
+    since, mails = time.time(), act.stage.mail.mails
+    first = len(mails)
+    while not act.over.is_set():
+        senders = [mail.worker for mail in mails[first:]]
+        if slot.pid != pid:
+            act.fault.note += f"; ended, code {act.stage.processes.last_code(slot)}"
+            await _await_ready([slot])
+            return
+        if slot.number in senders:
+            return
+        if time.time() > since + _WORKS_AGAIN and len(senders) >= _ENOUGH:
+            raise AssertionError(f"{slot.name} lives and has sent nothing for {_WORKS_AGAIN:g} s")
+        await asyncio.sleep(_LOOK)
+
+
 async def _await_ready(slots: list[Slot], further: float = 0.0) -> None:
     async with asyncio.timeout(_START_LIMIT + further):
         for slot in slots:
@@ -120,5 +203,7 @@ KINDS = (
     Kind("relay.pause", _pause("relay", 12)),
     # Well below the lease, of which a pause may find two thirds: a worker that was held up must not cost a mail.
     Kind("worker.pause", _pause("worker", 7)),
+    Kind("worker.few-descriptors", _take_descriptors),
+    Kind("worker.little-memory", _take_memory),
     Kind("worker.part-from-postgres", _part_from_postgres, weight=2, further=("postgres", "mail")),
 )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from tests.chaos.evidence import Exit
+from tests.chaos.evidence import SHORTAGES, Exit
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: what runs is what lies beside these tests."""
@@ -31,6 +31,8 @@ class Slot:
         self.process: subprocess.Popen[bytes] | None = None
         self.cause = ""
         """The signal that was sent to end it."""
+        self.shortage = ""
+        """The kind of the fault, one of `SHORTAGES`, by which it may end."""
         self.pause = _UNASKED_PAUSE
         """Seconds until it is started again."""
         self.ready = asyncio.Event()
@@ -38,9 +40,15 @@ class Slot:
         self._environment = environment
         self._folder = folder
 
+    @property
+    def pid(self) -> int:
+        """Of the process that runs, or of the last one that did."""
+        assert self.process is not None
+        return self.process.pid
+
     def start(self) -> None:
         """Starts the process."""
-        self.cause, self.pause = "", _UNASKED_PAUSE
+        self.cause, self.shortage, self.pause = "", "", _UNASKED_PAUSE
         self.ready.clear()
         log = self._folder / f"{self.name}.{len(self.logs)}.log"
         self.logs.append(log)
@@ -89,6 +97,10 @@ class Processes:
         """Returns the slots of one module."""
         return [slot for slot in self.slots if slot.module == module]
 
+    def last_code(self, slot: Slot) -> int | None:
+        """Returns the code with which a slot's last process ended."""
+        return next((end.code for end in reversed(self.exits) if end.slot == slot.name), None)
+
     async def watch(self) -> None:
         """Starts what has ended again, until it is cancelled."""
         due: dict[Slot, float] = {}
@@ -131,9 +143,10 @@ class Processes:
     def _record(self, slot: Slot) -> None:
         assert slot.process is not None
         code = slot.process.returncode
-        was_right = (slot.cause, code) in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0))
+        cause = slot.cause or slot.shortage
+        was_right = (cause, code) in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0)) or (cause in SHORTAGES and code > 0)
         tail = "" if was_right else slot.tail()
-        self.exits.append(Exit(slot.name, slot.module, time.time(), code, slot.cause, tail))
+        self.exits.append(Exit(slot.name, slot.module, time.time(), code, cause, tail, slot.logs[-1].name))
 
 
 def clean_environment() -> dict[str, str]:

@@ -160,6 +160,57 @@ def test_a_duplicate_because_the_worker_was_killed(at: float, slot: str, cause: 
     assert failed(made) == checks
 
 
+@pytest.mark.parametrize("kind", ["worker.little-memory", "worker.few-descriptors"])
+@pytest.mark.parametrize(
+    ("at", "slot", "checks"),
+    [
+        (102.5, "worker-0", []),
+        (103.5, "worker-0", ["unexplained duplicates"]),
+        (102.5, "worker-1", ["unexplained duplicates"]),
+    ],
+    ids=["in the window", "long after the mark", "another worker"],
+)
+def test_a_duplicate_because_a_shortage_ended_the_worker(kind: str, at: float, slot: str, checks: list[str]) -> None:
+    """As if it had been killed; the shortage alone is no excuse."""
+    made = evidence()
+    made.faults.append(Fault(0, kind, ("worker",), 100.5, 108.0, slots=(slot,), relieved=106.0))
+    made.mails.append(mail(1, 120.0))
+    assert failed(made) == ["unexplained duplicates"]
+    made.exits.append(Exit(slot, "worker", at, 1, kind))
+    assert failed(made) == checks
+
+
+@pytest.mark.parametrize(
+    ("relieved", "accepted", "slot", "checks"),
+    [
+        (112.0, 101.0, "worker-0", []),
+        (108.0, 101.0, "worker-0", ["unexplained duplicates"]),
+        (112.0, 115.0, "worker-0", ["unexplained duplicates"]),
+        (112.0, 101.0, "worker-1", ["unexplained duplicates"]),
+    ],
+    ids=["beyond the lease", "too short", "after the relief", "another worker"],
+)
+def test_a_duplicate_because_the_worker_could_not_connect(
+    relieved: float, accepted: float, slot: str, checks: list[str]
+) -> None:
+    """A worker that can open no connection to Postgres for as long as a lease may last is as good as parted from it."""
+    made = evidence()
+    kind = "worker.few-descriptors"
+    made.faults.append(Fault(0, kind, ("worker",), 100.5, 118.0, slots=(slot,), relieved=relieved))
+    made.mails[0].accepted = made.mails[0].answered = accepted
+    made.mails.append(mail(1, 120.0))
+    assert failed(made) == checks
+
+
+@pytest.mark.parametrize("kind", ["postgres.lock-table", "postgres.clock-jump"])
+def test_neither_a_locked_table_nor_a_clock_excuses_a_duplicate(kind: str) -> None:
+    """The worker lives and reaches Postgres."""
+    made = evidence()
+    made.mails.append(mail(1, 120.0))
+    made.faults.append(Fault(0, kind, ("mail", "postgres"), 100.5, 119.0))
+    assert failed(made) == ["unexplained duplicates"]
+
+
 def test_a_killed_worker_could_not_mark_while_postgres_was_away() -> None:
     """That time does not count."""
     made = evidence()
@@ -248,6 +299,17 @@ def test_a_process_that_ended_by_itself() -> None:
     assert [(failure.check, "what it said" in failure.text) for failure in judge(made)] == [("unasked exits", True)]
 
 
+def test_a_traceback_of_a_process_that_a_shortage_ended() -> None:
+    """It says why; one of a process that lives on, or that ended by itself, is a failure."""
+    made = evidence()
+    made.crashes.append("worker-0.0.log: Traceback … MemoryError")
+    assert failed(made) == ["tracebacks"]
+    made.exits.append(Exit("worker-0", "worker", 100.0, 1, "worker.little-memory", log="worker-0.0.log"))
+    assert failed(made) == []
+    made.crashes.append("worker-0.1.log: Traceback … MemoryError")
+    assert failed(made) == ["tracebacks"]
+
+
 def test_a_fault_that_failed() -> None:
     """What could not be injected, or did not come back, is no proof of anything."""
     made = evidence()
@@ -291,11 +353,33 @@ def test_a_lost_job_may_be_noticed_late_while_relays_are_away() -> None:
     assert failed(made) == []
 
 
+def test_a_lost_job_may_be_noticed_late_where_the_clock_jumped() -> None:
+    """Its hand-over was dated by a clock that was ahead; another delivery of the row was not."""
+    made = evidence()
+    made.lines.append({"event": "enqueued task", "row": 1, "delivery": 1, "at": 100.7})
+    made.lines.append({"event": "swept row", "row": 1, "delivery": 1, "at": 140.0})
+    assert failed(made) == ["lost jobs"]
+    made.faults.append(Fault(0, "postgres.clock-jump", ("mail", "postgres"), 100.5, 110.0))
+    assert failed(made) == []
+    made.lines.append({"event": "swept row", "row": 1, "delivery": 2, "at": 150.0})
+    assert failed(made) == ["lost jobs"]
+
+
 def test_an_early_mail() -> None:
     """Before its user's delay is over."""
     made = evidence()
     made.delays = (2.0,)
     assert failed(made) == ["early mails"]
+
+
+def test_a_mail_is_not_early_where_the_clock_jumped() -> None:
+    """Its row was due by Postgres' clock, or was dated by it; any other mail is judged."""
+    made = evidence()
+    made.delays = (2.0,)
+    made.faults.append(Fault(0, "postgres.clock-jump", ("mail", "postgres"), 102.0, 110.0))
+    assert failed(made) == ["early mails"]
+    made.faults.append(Fault(1, "postgres.clock-jump", ("mail", "postgres"), 100.5, 100.8))
+    assert failed(made) == []
 
 
 def test_a_pickle_that_was_loaded() -> None:
