@@ -1,6 +1,7 @@
 """Faults of the three processes."""
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -153,19 +154,16 @@ async def _short_of(act: Act, slot: Slot, resource: int, limit: int) -> AsyncGen
     """Lowers one of a process' limits for a while, and waits until it, or another in its place, works again."""
     pid, process = slot.pid, psutil.Process(slot.pid)
     soft, hard = process.rlimit(resource)
-    slot.shortage = act.fault.kind
+    slot.shortage, slot.shortage_until = act.fault.kind, math.inf
     try:
         process.rlimit(resource, (limit, hard))
-        try:
-            yield
-        finally:
-            with suppress(psutil.NoSuchProcess):
-                process.rlimit(resource, (soft, hard))
-            act.fault.relieved = time.time()
-        await _await_work(act, slot, pid)
+        yield
     finally:
-        if slot.pid == pid:
-            slot.shortage = ""
+        with suppress(psutil.NoSuchProcess):
+            process.rlimit(resource, (soft, hard))
+        act.fault.relieved = time.time()
+        slot.shortage_until = time.monotonic() + _STOP_LIMIT  # it may have been about to end, and ends in order
+    await _await_work(act, slot, pid)
 
 
 async def _await_work(act: Act, slot: Slot, pid: int) -> None:

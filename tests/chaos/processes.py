@@ -33,6 +33,8 @@ class Slot:
         """The signal that was sent to end it."""
         self.shortage = ""
         """The kind of the fault, one of `SHORTAGES`, by which it may end."""
+        self.shortage_until = 0.0
+        """Until when it may, by the monotonic clock."""
         self.pause = _UNASKED_PAUSE
         """Seconds until it is started again."""
         self.ready = asyncio.Event()
@@ -143,8 +145,9 @@ class Processes:
     def _record(self, slot: Slot) -> None:
         assert slot.process is not None
         code = slot.process.returncode
-        cause = slot.cause or slot.shortage
-        was_right = (cause, code) in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0)) or (cause in SHORTAGES and code > 0)
+        is_short = time.monotonic() < slot.shortage_until
+        cause = slot.shortage if slot.shortage and is_short and code > 0 else slot.cause
+        was_right = (cause, code) in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0)) or cause in SHORTAGES
         tail = "" if was_right else slot.tail()
         self.exits.append(Exit(slot.name, slot.module, time.time(), code, cause, tail, slot.logs[-1].name))
 
