@@ -18,6 +18,8 @@ _AFTERMATH = 3.0
 """Seconds after such a fault for which a job may still be missed: two sweeps."""
 _HORIZON = 60.0
 """Seconds ahead of its time that a job may be in rq-scheduler's set: what a stranger did to it may show as late."""
+_LOGGED = 1.0
+"""Seconds after it is dated by which a hand-over is in the log."""
 _EARLY = 0.25
 """Seconds that two clocks and the way here may differ."""
 
@@ -194,7 +196,7 @@ def _misdated(evidence: Evidence) -> set[tuple[int, int]]:
     return {
         (line["row"], line["delivery"])
         for line in logbook.of(evidence.lines, "enqueued task")
-        if any(overlaps((line["at"], line["at"]), span) for span in jumps)
+        if any(overlaps((line["at"] - _LOGGED, line["at"]), span) for span in jumps)
     }
 
 
