@@ -19,9 +19,10 @@ from relay.loop import Relay
 from relay.rescue import Rescue
 from tests.conftest import Connection, short_folder
 from tests.integration.test_claim import add_row, read_row
+from tests.support.faked_clock import ClockedPostgres
 from tests.support.waiting import eventually
 from worker.attempt import Outcome
-from worker.claim import claim
+from worker.claim import Claim, claim
 from worker.leases import Leases
 from worker.mark import Marker
 
@@ -100,10 +101,48 @@ def test_a_living_workers_row_stays_its_own(
     case: str, own_postgres: EmbeddedServer, connection: Connection, redis_client: redis.Redis, redis_url: str
 ) -> None:
     """However long nothing could be written: it renews and marks once it can, and the relay waits for that."""
-    settings = RelaySettings(database_url=own_postgres.url, redis_url=redis_url, lease=LEASE, poll_interval=0.2)
+    with lives(own_postgres.url, redis_url, connection) as (mine, dead, lines):
+        with CASES[case](own_postgres):
+            began = time.monotonic()
+            eventually(lambda: time.monotonic() - began > HELD, 20, "all leases have passed")
+        eventually(lambda: rescued(lines) == [dead], 20, "the row of a worker that died is taken")
+        row = read_row(connection, mine.delivery)
+        assert (row["status"], row["worker"], row["delivery"], row["attempts"]) == ("running", "me", 1, 1)
+
+
+@pytest.mark.parametrize("jump", [20.0, 3600.0, -3600.0])
+def test_a_clock_that_jumps_takes_no_row_from_a_living_worker(
+    clocked_postgres: ClockedPostgres, redis_client: redis.Redis, redis_url: str, jump: float
+) -> None:
+    """Every lease has passed at once, or none passes for an hour: the row of a dead worker is taken all the same."""
+    with (
+        postgres.connect(clocked_postgres.url, "test") as connection,
+        lives(clocked_postgres.url, redis_url, connection) as (mine, dead, lines),
+    ):
+        clocked_postgres.clock.set_ahead(jump)
+        eventually(lambda: [line for line in lines if line["event"] == "Postgres' clock jumped"], 5)
+        eventually(lambda: rescued(lines) == [dead], 20, "the row of a worker that died is taken")
+        row = read_row(connection, mine.delivery)
+        assert (row["status"], row["worker"], row["delivery"]) == ("running", "me", 1)
+        clocked_postgres.clock.set_ahead(0)
+        began = time.monotonic()
+        eventually(lambda: time.monotonic() - began > 2 * LEASE, 10, "back again")
+        assert rescued(lines) == [dead]
+
+
+@contextmanager
+def lives(database_url: str, redis_url: str, connection: Connection) -> Iterator[tuple[Claim, int, Sequence[Any]]]:
+    """Runs a relay past its first wait, and a marker that holds a row.
+
+    Yields that row's claim, the id of another whose worker is dead, and all that is logged. In the end the marker must
+    be able to mark its row.
+    """
+    settings = RelaySettings(database_url=database_url, redis_url=redis_url, lease=LEASE, poll_interval=0.2)
     mine, dead = claim(connection, [add_row(connection), add_row(connection)], "me", LEASE)
-    connection.execute("UPDATE outbox SET worker = 'another' WHERE id = %s", [dead.delivery.row])
-    marker = Marker(own_postgres.url, Leases(LEASE, "me"))
+    # Of a living one, until the relay has waited.
+    lease = "UPDATE outbox SET worker = 'another', lease_until = now() + make_interval(secs => %s) WHERE id = %s"
+    connection.execute(lease, [2 * LEASE, dead.delivery.row])
+    marker = Marker(database_url, Leases(LEASE, "me"))
     marker.leases.hold([mine])
     marker.start()
     stop = Event()
@@ -113,12 +152,7 @@ def test_a_living_workers_row_stays_its_own(
         try:
             began = time.monotonic()
             eventually(lambda: time.monotonic() - began > LEASE + 0.2, 10, "the relay's own first wait")
-            with CASES[case](own_postgres):
-                began = time.monotonic()
-                eventually(lambda: time.monotonic() - began > HELD, 20, "all leases have passed")
-            eventually(lambda: rescued(lines) == [dead.delivery.row], 20, "the row of a worker that died is taken")
-            row = read_row(connection, mine.delivery)
-            assert (row["status"], row["worker"], row["delivery"], row["attempts"]) == ("running", "me", 1, 1)
+            yield mine, dead.delivery.row, lines
             marker.put(Outcome(mine.delivery, "done", 1))
             eventually(lambda: read_row(connection, mine.delivery)["status"] == "done", 10)
         finally:
