@@ -13,6 +13,7 @@ from outbox.jobs import OutboxJob, deliver, queue_key
 from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
+from relay.repair import CANARY
 from relay.schedule import SCHEDULED_JOBS
 
 HASH_TTL = 86_400
@@ -128,6 +129,9 @@ def write_jobs(client: redis.Redis, rows: list[Row]) -> None:
 
     RQ itself writes one job, and a script in Redis fills in what differs: building an RQ job costs more than all else
     that is done for a row.
+
+    The write that goes first makes a server that is full refuse them all. Redis refuses to queue anything then; Valkey
+    9 queues a script, and once the script has deleted a key it may write past `maxmemory`.
     """
     queue = rows[0]["queue"]
     shared = _shared_fields(client, queue)
@@ -136,6 +140,7 @@ def write_jobs(client: redis.Redis, rows: list[Row]) -> None:
     keys = [Queue.redis_queues_keys, queue_key(queue), SCHEDULED_JOBS, f"{prefix}template"]
     given: list[Any] = [prefix, HASH_TTL, called, len(fields)]
     with client.pipeline(transaction=True) as pipeline:
+        pipeline.set(CANARY, 1, ex=60)
         for start in range(0, len(rows), _SLICE):
             own: list[Any] = [part for row in rows[start : start + _SLICE] for part in _own_parts(row)]
             pipeline.eval(_WRITE, len(keys), *keys, *given, *fields, *own)

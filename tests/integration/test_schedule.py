@@ -1,6 +1,7 @@
 """Moving due jobs to their queues, whatever else is in rq-scheduler's set."""
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -10,7 +11,9 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from structlog.testing import capture_logs
 
+from outbox import redis as outbox_redis
 from outbox.settings import RelaySettings
+from outbox.up.embedded import EmbeddedServer
 from relay.clock import Clock
 from relay.publish import publish
 from relay.schedule import SCHEDULED_JOBS, Schedule
@@ -66,6 +69,21 @@ def test_any_number_is_moved_at_once(redis_client: redis.Redis, schedule: Schedu
         pipeline.execute()
     assert schedule.move_due(5000) is None
     assert len(_queued(redis_client)) == 1300
+
+
+@pytest.mark.parametrize(("foreign", "moved"), [([], 0), (["not an id of ours"], 2)])
+def test_a_full_redis_moves_all_jobs_or_none(own_redis: EmbeddedServer, foreign: list[str], moved: int) -> None:
+    """The script stops at its first write, or at none: a key that was freed before lets it go on over `maxmemory`."""
+    with outbox_redis.connect(own_redis.url, "test") as client:
+        for row in (1, 2):
+            client.hset(f"rq:job:{row}-1", "origin", "default")
+            client.zadd(SCHEDULED_JOBS, {f"{row}-1": row})
+        client.zadd(SCHEDULED_JOBS, dict.fromkeys(foreign, 0) | {"3-1": 5000})
+        client.config_set("maxmemory", 1)
+        with suppress(redis.RedisError):
+            Schedule(client, QUEUES).move_due(1000)
+        assert len(_queued(client)) == moved
+        assert client.zcount(SCHEDULED_JOBS, 1, 2) == 2 - moved
 
 
 def test_hostile_members_stop_nothing(
