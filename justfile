@@ -1,8 +1,12 @@
-# Everything runs in .venv; the first recipe that needs it sets it up.
+# Everything runs in .venv, or in the folder that VENV names; the first recipe that needs it sets it up.
 
 set shell := ["sh", "-euc"]
 
-bin := ".venv/bin"
+venv := env("VENV", ".venv")
+bin := venv / "bin"
+
+# What makes that folder: another interpreter wants another folder, as in `PYTHON=python3.13 VENV=.venv-3.13 just test`.
+python := env("PYTHON", "python3")
 
 # Tests start a hundred processes: where bytecode is not kept, each one compiles everything again.
 export PYTHONDONTWRITEBYTECODE := ""
@@ -96,19 +100,19 @@ image:
 # The locks are complete, so pip need not look for dependencies: where it does, it takes the newest coverage for
 # pytest-cov's coverage[toml], whatever the lock has pinned, and fails for want of its hash.
 
-# Install what requirements.lock pins into .venv, unless that is done
+# Install what requirements.lock pins into that folder, unless that is done
 setup:
-    @if [ ! -x {{ bin }}/python ]; then python3 -m venv .venv; fi
-    @if [ -z "$(find .venv/.installed -newer requirements.lock -newer pyproject.toml 2>/dev/null)" ]; then \
-        echo "Installing the pinned dependencies into .venv …"; \
+    @if [ ! -x {{ bin }}/python ]; then {{ python }} -m venv {{ venv }}; fi
+    @if [ -z "$(find {{ venv }}/.installed -newer requirements.lock -newer pyproject.toml 2>/dev/null)" ]; then \
+        echo "Installing the pinned dependencies into {{ venv }} …"; \
         {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements.lock; \
         {{ bin }}/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .; \
-        touch .venv/.installed; \
+        touch {{ venv }}/.installed; \
     fi
 
 # Install the peers of the bench on top
 setup-bench: setup
-    @if [ -z "$(find .venv/.bench-installed -newer .venv/.installed -newer requirements-bench.lock 2>/dev/null)" ]; then \
+    @if [ -z "$(find {{ venv }}/.bench-installed -newer {{ venv }}/.installed -newer requirements-bench.lock 2>/dev/null)" ]; then \
         {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements-bench.lock; \
-        touch .venv/.bench-installed; \
+        touch {{ venv }}/.bench-installed; \
     fi
