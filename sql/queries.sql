@@ -24,8 +24,10 @@ LISTEN outbox;
 
 -- name: limit_session
 -- What the server may do to this session: whoever vanishes in the middle of a transaction must not hold its locks
--- until TCP notices, and whoever waits for them must not wait for ever.
-SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false);
+-- until TCP notices, and whoever waits for them must not wait for ever. And what it may not: keep a plan. One that was
+-- made for a table of a few rows is used, after a bulk insert, until the next ANALYZE: marks took 7 s.
+SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false),
+       set_config('plan_cache_mode', 'force_custom_plan', false);
 
 
 -- name: limit_lock_wait
@@ -314,10 +316,12 @@ RETURNING outbox.id, outbox.delivery;
 -- name: unmarked
 -- What rows are that a mark has not written, as far as they are still this worker's last: `running` where somebody has
 -- them locked, and the outcome itself where an earlier mark, whose answer was lost, has written it.
+WITH found AS MATERIALIZED (
+    SELECT id, delivery, status, worker FROM outbox WHERE id = ANY (%(ids)s)
+)
 SELECT id, delivery, status
-FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery)
-JOIN outbox USING (id, delivery)
-WHERE id = ANY (%(ids)s) AND worker = %(worker)s;
+FROM found JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
+WHERE worker = %(worker)s;
 
 
 -- name: count_dead
@@ -393,11 +397,13 @@ SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 -- one at every attempt, open for its full time from the latest. And Postgres' time, which the mails bear.
 -- Ids of outbox rows come again, after a restore for one: a verification that is found under one is taken only if it is
 -- this user's, for the address that the user has now, and not used. Else the row gets none here.
-WITH wanted AS (
-    SELECT outbox_id, username
+-- OFFSET 0 has each user looked up by name: for some hundred names, the planner would read all users.
+WITH recipient AS MATERIALIZED (
+    SELECT outbox_id, username, full_name, email, is_email_verified
     FROM unnest(%(outbox_ids)s::bigint[], %(usernames)s::text[]) AS row (outbox_id, username)
-), recipient AS (
-    SELECT outbox_id, username, full_name, email, is_email_verified FROM wanted JOIN users USING (username)
+    CROSS JOIN LATERAL (
+        SELECT full_name, email, is_email_verified FROM users WHERE users.username = row.username OFFSET 0
+    ) AS found
 ), opened AS (
     INSERT INTO verify_emails (outbox_id, username, email, expired_at)
     SELECT outbox_id, username, email, now() + make_interval(secs => %(lifetime)s)
