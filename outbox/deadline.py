@@ -2,8 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 from outbox.errors import TimeLimitError
@@ -12,14 +10,9 @@ _deadline: ContextVar[float] = ContextVar("_deadline", default=math.inf)
 """By the monotonic clock. A context variable, because a pool and its connections know nothing of attempts."""
 
 
-@contextmanager
-def until(deadline: float) -> Iterator[None]:
-    """Limits the steps of this thread inside the block; `deadline` is in seconds of the monotonic clock."""
-    token = _deadline.set(deadline)
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
+def limit(deadline: float) -> None:
+    """Limits all further steps in the current context; `deadline` is in seconds of the monotonic clock."""
+    _deadline.set(deadline)
 
 
 def remaining() -> float:

@@ -185,6 +185,11 @@ _writers: list[LogWriter] = []
 """What writes its lines."""
 
 
+def bind(**fields: object) -> None:
+    """Adds fields to every line that is logged in the current context from now on, whoever logs it."""
+    _bound.set({**_bound.get(), **fields})
+
+
 @contextmanager
 def bound(**fields: object) -> Iterator[None]:
     """Adds fields to every line that this thread or task logs inside the block, whoever logs it."""

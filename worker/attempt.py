@@ -40,8 +40,8 @@ class Attempted(NamedTuple):
     """An attempt that has ended."""
 
     outcome: Outcome
-    report: Callable[[], None]
-    """Logs it. To be called after the outcome is on its way: a log may block or fail, and costs no row anything."""
+    report: Callable[[], None] | None
+    """Logs it, if there is anything to log. To be called once the outcome is on its way: a log may fail."""
 
 
 def given_back(claim: Claim) -> Outcome:
@@ -67,26 +67,13 @@ def attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
     """Runs the row's handler and returns what became of it; whatever the handler raises ends here."""
     # In a context of its own: what a handler binds there, for the log or otherwise, is no other row's.
     own = copy_context()
-    outcome, report = own.run(_attempt_in_context, claim, registry, context)
-    return Attempted(outcome, partial(own.run, _report, claim, report))
-
-
-def _report(claim: Claim, report: Callable[[], None]) -> None:
-    row, delivery = claim.delivery
-    with logs.bound(type=claim.task, row=row, delivery=delivery, request_id=claim.request_id):
-        report()
-
-
-def _attempt_in_context(claim: Claim, registry: Registry, context: Context) -> Attempted:
-    row, delivery = claim.delivery
-    with (
-        logs.bound(type=claim.task, row=row, delivery=delivery, request_id=claim.request_id),
-        deadline.until(context.deadline),
-    ):
-        return _attempt(claim, registry, context)
+    outcome, report = own.run(_attempt, claim, registry, context)
+    return Attempted(outcome, report and partial(own.run, report))
 
 
 def _attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
+    logs.bind(type=claim.task, row=claim.delivery.row, delivery=claim.delivery.number, request_id=claim.request_id)
+    deadline.limit(context.deadline)
     handler = registry.get(claim.task)
     if handler is None:
         return _unknown(claim)
@@ -98,8 +85,10 @@ def _attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
         return _dead(claim, _text(error).removeprefix(f"{type(error).__name__}: "), error)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler must end neither the thread nor the row
         return _failed(claim, error)
-    duration = round(time.monotonic() - started, 6)
-    return Attempted(Outcome(claim.delivery, "done", claim.attempt), partial(_report_done, claim, fields, duration))
+    outcome = Outcome(claim.delivery, "done", claim.attempt)
+    if not logs.get().is_enabled_for(logging.INFO):
+        return Attempted(outcome, None)
+    return Attempted(outcome, partial(_report_done, claim, fields, round(time.monotonic() - started, 6)))
 
 
 def _call(handler: Handler[Any], claim: Claim, context: Context) -> Mapping[str, object] | None:
@@ -128,8 +117,6 @@ def _unknown(claim: Claim) -> Attempted:
 
 def _report_done(claim: Claim, fields: Mapping[str, object] | None, duration: float) -> None:
     log = logs.get()
-    if not log.is_enabled_for(logging.INFO):
-        return
     own = {"payload": logs.stored(claim.payload), "duration": duration}
     try:
         further = {name: value for name, value in (fields or {}).items() if name != "event"}

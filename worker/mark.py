@@ -282,11 +282,13 @@ class Marker:
     def _settle(self, deliveries: set[Delivery]) -> None:
         """Forgets rows whose outcome is written, or no longer ours to write."""
         self.leases.let_go(deliveries)
-        self._told -= deliveries
-        self._unanswered -= deliveries
         for delivery in deliveries:
             self._unwritten.pop(delivery, None)
-            self._refused.pop(delivery, None)
+        # Nearly always empty, and each look for a row in them costs as much as one in the others.
+        if self._told or self._unanswered or self._refused:
+            self._told -= deliveries
+            self._unanswered -= deliveries
+            self._refused = {delivery: kept for delivery, kept in self._refused.items() if delivery not in deliveries}
 
     def _sort_out(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
         """Puts off what could not be written because somebody has the row locked, and drops what is no longer ours.

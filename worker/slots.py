@@ -144,8 +144,9 @@ class Slots:
                     if len(self._held) <= self._wake_at:
                         self._wake_at = -1  # or every thread would notify, until who waits has the interpreter
                         self._changed.notify()
-            with suppress(BaseException):  # no log line is worth a thread
-                report()
+            if report is not None:
+                with suppress(BaseException):  # no log line is worth a thread
+                    report()
 
     @property
     def are_stuck(self) -> bool:

@@ -77,7 +77,8 @@ def claim_of(**changes: Any) -> Claim:
 def tried(function: Function, context: Context, **changes: Any) -> Outcome:
     """Makes one attempt with a handler, and has it reported."""
     outcome, report = attempt(claim_of(**changes), {"noted": Handler(NOTED, function)}, context)
-    report()
+    if report is not None:
+        report()
     return outcome
 
 
