@@ -28,6 +28,8 @@ class LogWriter(io.TextIOBase):
         self._lines: deque[str] = deque(maxlen=MOST_LINES)
         self._arrived = Event()
         self._is_writing = False
+        self._is_stuck = False
+        """Whether somebody has waited in vain for the lines to be written."""
         self._starting = Lock()
         self._thread: Thread | None = None
         atexit.register(self.drain)
@@ -45,9 +47,11 @@ class LogWriter(io.TextIOBase):
         """Does nothing: to wait for each line is what this is there to avoid; see `drain`."""
 
     def drain(self, seconds: float = DRAINING_TIME) -> None:
-        """Waits until all is written that was there, for `seconds` at most."""
+        """Waits until all is written that was there, for `seconds` at most, and not again if that was in vain."""
         limit = time.monotonic() + seconds
-        while (self._lines or self._is_writing) and time.monotonic() < limit:
+        while (self._lines or self._is_writing) and not self._is_stuck:
+            if time.monotonic() > limit:
+                self._is_stuck = True
             time.sleep(0.001)
 
     def _start(self) -> None:
@@ -78,7 +82,7 @@ class LogWriter(io.TextIOBase):
             with suppress(OSError, ValueError):  # a line that cannot be written is lost, and no work with it
                 self._pass_on("".join(lines))
         finally:
-            self._is_writing = False
+            self._is_writing = self._is_stuck = False
 
     def _pass_on(self, text: str) -> None:
         if self._descriptor is None:

@@ -157,11 +157,8 @@ class Slots:
     def overdue(self) -> list[Claim]:
         """Returns the rows whose handlers run for longer than their time limit and `OVERTIME`."""
         now = time.monotonic()
-        return [
-            claimed
-            for delivery, claimed in list(self._undecided.items())
-            if now - self._begun_at.get(delivery, now) > claimed.timeout + OVERTIME
-        ]
+        begun = [(self._undecided.get(delivery), began) for delivery, began in list(self._begun_at.items())]
+        return [claimed for claimed, began in begun if claimed and now - began > claimed.timeout + OVERTIME]
 
     def take_back(self) -> list[Claim]:
         """Returns the rows that no thread has begun, and forgets them."""

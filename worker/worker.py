@@ -11,6 +11,7 @@ from outbox import redis as outbox_redis
 from outbox.backoff import retry_delay
 from outbox.context import Context
 from outbox.jobs import Delivery
+from outbox.log_writer import DRAINING_TIME
 from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
 from outbox.queries import query
@@ -33,9 +34,9 @@ MARKING_TIME = 5.0
 SIGNING_OFF_TIME = 1.0
 """Seconds that Redis may take to hear that the worker is gone; if it does not, the registration runs out by itself."""
 
-LEAVING_TIME = MARKING_TIME + 1
-"""Seconds after which a row that was given back may be handed over again: by then this process has exited, and with
-it the handler that did not end."""
+LEAVING_TIME = MARKING_TIME + DRAINING_TIME + 1
+"""Seconds after which a row whose attempt was cut short may be handed over again: by then the last marks and log lines
+are written, and this process has exited, and with it the handler that did not end."""
 
 
 class OutboxWorker(RQWorker):
