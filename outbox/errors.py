@@ -54,7 +54,7 @@ class TimeLimitError(OutboxError):
 
 
 class HandlerError(OutboxError):
-    """A handler returned work that nobody does: a coroutine, a generator, a future."""
+    """A handler returned an awaitable, a generator or a future: work that nobody does."""
 
 
 class SkipRetry(OutboxError):  # noqa: N818 - the field's own word for it, as in asynq

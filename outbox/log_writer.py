@@ -1,8 +1,9 @@
-"""The thread that writes log lines: output that nobody reads blocks it, and no work."""
+"""The thread that writes log lines: it alone blocks where the output is not read."""
 
 import atexit
 import io
 import os
+import select
 import time
 from collections import deque
 from contextlib import suppress
@@ -10,13 +11,13 @@ from threading import Event, Lock, Thread
 from typing import TextIO
 
 MOST_LINES = 10_000
-"""Lines that wait to be written; of more, the oldest are lost."""
+"""Lines that wait to be written; of more, the oldest are dropped."""
 DRAINING_TIME = 2.0
 """Seconds that a process waits at its end for its last lines to be written."""
 
 
 class LogWriter(io.TextIOBase):
-    """Where lines go. Any thread writes to it, and none waits; its own thread passes them on, many at a time."""
+    """Buffers lines, which one thread writes in batches. Those who log never block."""
 
     def __init__(self, stream: TextIO) -> None:
         """Takes the stream: its descriptor, where it has one.
@@ -29,13 +30,18 @@ class LogWriter(io.TextIOBase):
         self._arrived = Event()
         self._is_writing = False
         self._is_stuck = False
-        """Whether somebody has waited in vain for the lines to be written."""
+        """Whether a drain has timed out, and nothing was written since."""
+        self.lost = 0
+        """Lines that were dropped because too many were waiting."""
         self._starting = Lock()
         self._thread: Thread | None = None
         atexit.register(self.drain)
+        os.register_at_fork(after_in_child=self._begin_anew)
 
     def write(self, text: str) -> int:
         """Takes a line, or several."""
+        if len(self._lines) == MOST_LINES:
+            self.lost += 1
         self._lines.append(text)
         if not self._arrived.is_set():
             self._arrived.set()
@@ -54,20 +60,28 @@ class LogWriter(io.TextIOBase):
                 self._is_stuck = True
             time.sleep(0.001)
 
+    def _begin_anew(self) -> None:
+        """Leaves the lines of the process that was forked to that process, and its thread and locks as well."""
+        self._lines.clear()
+        self._arrived = Event()
+        self._is_writing = self._is_stuck = False
+        self._starting = Lock()
+        self._thread = None
+
     def _start(self) -> None:
         with self._starting:
             if self._thread is None:
                 thread = Thread(target=self._run, name="log", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:  # no thread can be started
+                except (RuntimeError, MemoryError):  # no thread can be started
                     self._write_lines()
                 else:
                     self._thread = thread
 
     def _run(self) -> None:
         while True:
-            with suppress(Exception):  # short of memory, say: the next lines may be luckier
+            with suppress(Exception):  # such as a shortage of memory: goes on with the next lines
                 self._arrived.wait()
                 self._arrived.clear()
                 self._write_lines()
@@ -88,10 +102,13 @@ class LogWriter(io.TextIOBase):
         if self._descriptor is None:
             self._stream.write(text)
             return
-        # What the encoding does not have would take other lines along.
+        # An unencodable character would fail the whole batch.
         left = text.encode(self._stream.encoding or "utf-8", errors="backslashreplace")
         while left:
-            left = left[os.write(self._descriptor, left) :]
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except BlockingIOError:
+                select.select([], [self._descriptor], [], 1.0)
 
 
 def _descriptor(stream: TextIO) -> int | None:

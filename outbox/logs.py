@@ -71,6 +71,8 @@ class _Counts:
         elif event["event"] == "stopped":
             with self._lock:
                 event["warnings"] = dict(self._logged)
+            if lost := sum(writer.lost for writer in _writers):
+                event["lost_lines"] = lost
         return event
 
 
@@ -104,12 +106,12 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         )
     else:
         renderer = structlog.processors.JSONRenderer(_to_json)
-    final: list[Processor] = [structlog.processors.format_exc_info, _shorten_traceback, _rendered_whatever(renderer)]
+    final: list[Processor] = [structlog.processors.format_exc_info, _shorten_traceback, _never_failing(renderer)]
 
     drain()
     output = LogWriter(sys.stdout)
     structlog.configure(
-        processors=[*counted, _tell_trackers, *final],
+        processors=[*counted, _forward_to_trackers, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: _Lines(output),
         cache_logger_on_first_use=True,
@@ -140,7 +142,7 @@ _FAILURES = logging.getLogger("outbox")
 printed: the event's line is."""
 
 
-def _tell_trackers(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+def _forward_to_trackers(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     error = event.get("exc_info")
     if isinstance(error, BaseException):
         fields = {name: value for name, value in event.items() if name not in ("event", "exc_info")}
@@ -164,8 +166,8 @@ def _shorten_traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict
     return event
 
 
-def _rendered_whatever(render: Processor) -> Processor:
-    """Returns a renderer that never raises: a field whose text cannot be had must cost no more than its line."""
+def _never_failing(render: Processor) -> Processor:
+    """Returns a renderer that never raises: where a field cannot be rendered, it renders the known ones alone."""
 
     def rendered(logger: WrappedLogger, method: str, event: EventDict) -> Any:
         known = {

@@ -22,6 +22,15 @@ AWAY = (
 """What psycopg raises when the server is away, cuts the connection, is a standby for the moment, or took us for gone
 because this process was paused in the middle of a transaction."""
 
+
+def is_outage(error: BaseException) -> bool:
+    """Returns whether an error says that Postgres cannot be reached or shuts down, and nothing of the statement."""
+    if not isinstance(error, AWAY):
+        return False
+    state = error.sqlstate or ""
+    return not state or state.startswith(("08", "57P", "25"))
+
+
 Connection = psycopg.Connection[dict[str, Any]]
 """A connection whose rows are dictionaries."""
 
@@ -76,7 +85,7 @@ class LimitedConnection(psycopg.Connection[dict[str, Any]]):
 
 
 def refused_by_system(error: OSError) -> psycopg.OperationalError:
-    """Returns what it means that the system lets psycopg not wait for a socket: to its user, an outage like any other.
+    """Converts an OSError into the error of an outage.
 
     psycopg lets the bare OSError through where this process is short of descriptors.
     """

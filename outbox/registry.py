@@ -67,9 +67,12 @@ def _what_is_wrong(function: Callable[..., object]) -> str | None:
     if any(map(inspect.isgeneratorfunction, called)) or any(map(inspect.isasyncgenfunction, called)):
         return "is a generator function, which nobody iterates over: make it a plain function"
     try:
-        inspect.signature(function).bind("payload", "context")
+        # What a decorator wraps may take more: the decorator gives it that.
+        inspect.signature(function, follow_wrapped=False).bind("payload", "context")
     except TypeError as error:
         return f"cannot be called with a payload and a context, in this order: {error}"
+    except ValueError:  # written in C, without a signature
+        pass
     return None
 
 

@@ -7,6 +7,7 @@ import psycopg
 
 from outbox import logs
 from outbox.errors import OutboxError, SettingsError, UsageError
+from outbox.log_writer import LogWriter
 from outbox.outage import one_line
 
 EXIT_SETTINGS = 2
@@ -46,5 +47,12 @@ def run_process(name: str, main: Callable[[], object]) -> None:
 def fail(sentence: str, code: int) -> None:
     """Says what is wrong, after all that was logged before, and exits."""
     logs.drain()
-    sys.stderr.write(f"{sentence}\n")
+    write_to_stderr(f"{sentence}\n")
     sys.exit(code)
+
+
+def write_to_stderr(text: str) -> None:
+    """Writes a text, and waits no longer for somebody to read it than for log lines: the process must end."""
+    writer = LogWriter(sys.stderr)
+    writer.write(text)
+    writer.drain()

@@ -65,6 +65,8 @@ class Drain:
         try:
             other = self._thread.submit(self._publish_all, self._second, queue, room["rows"])
         except RuntimeError:  # no thread can be started: the relay's own goes on alone
+            self._thread.shutdown(wait=False, cancel_futures=True)  # it would do later what was refused now
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="drain")
             return self._publish_all(connection, queue, room["rows"])
         try:
             more = self._publish_all(connection, queue, room["rows"])

@@ -230,7 +230,7 @@ class Relay:
         ).fetchone()
         assert found is not None
         self._clock.set(found["now"])
-        self._rescue.looked(found["now"], RESCUE_INTERVAL)
+        self._rescue.looked(found["now"], begun, RESCUE_INTERVAL)
         rescue_in = RESCUE_INTERVAL
         if found["expired"]:
             rescue_in = min(rescue_in, self._rescue.step(connection))

@@ -1,16 +1,19 @@
-"""Taking rows from workers that died, and never from one that lives and only could not write for a while."""
+"""Takes rows from dead workers, and not from live ones that could not write for a while."""
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import psycopg
 
 from outbox import logs
 from outbox.backoff import retry_delay
+from outbox.errors import OutboxError
+from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
 from outbox.outage import one_line
-from outbox.postgres import AWAY, Connection
+from outbox.postgres import Connection
 from outbox.queries import query
 
 BATCH = 1000
@@ -24,11 +27,14 @@ LATE = 1.0
 SHORTEST_IMPOSSIBLE_LEASE = 300.0
 """Seconds ahead at which no lease can end, however long leases are: the server's clock was set back since."""
 
+REFUSED_PAUSE = 60.0
+"""Seconds until a row is tried again whose rescue Postgres has refused."""
+
 _MARGIN = 0.05
 """Seconds by which the second look may come early."""
 
 
-class LateError(Exception):
+class LateError(OutboxError):
     """The transaction of a rescue took too long; it is rolled back."""
 
 
@@ -41,38 +47,47 @@ class Rescue:
     """
 
     def __init__(self, lease: float) -> None:
-        """Takes the seconds of a lease. Nothing is taken at first: this relay does not know what was before it."""
+        """Takes the seconds of a lease. Nothing is taken at first: what was before the start is unknown."""
         self._lease = lease
         self.settling = min(SETTLING_TIME, SETTLING_PART * lease)
         self._seen_at: dict[Delivery, float] = {}
         self._from = -math.inf
         self._looked_at = -math.inf
-        self._clock_offset = 0.0
+        self._clock_offset = (0.0, 0.0)
+        """At least and at most: Postgres' clock less the monotonic one."""
+        self._batch = BATCH
+        self._refused: dict[Delivery, float] = {}
+        """Rows whose rescue Postgres has refused, as by a trigger, and when."""
 
     @property
     def longest_lease(self) -> float:
         """Seconds ahead at which no lease can end."""
         return max(SHORTEST_IMPOSSIBLE_LEASE, 10 * self._lease)
 
-    def looked(self, postgres_time: float, interval: float) -> None:
-        """Takes note of a look at Postgres, and pauses where something was wrong since the one before.
+    def looked(self, postgres_time: float, began: float, interval: float) -> None:
+        """Records a look at Postgres, and pauses where something was wrong since the one before.
 
         A look that is late: Postgres was away, or stalled, or this process was paused, and workers may not have been
-        able to renew. They renew every third of a lease: what is shorter than another third has cost none of them its
-        lease. The same goes for a clock that jumped.
+        able to renew. They renew every third of a lease, so a gap of less than another third expires no lease. The same
+        goes for a clock that jumped.
 
         Args:
-            postgres_time: what it said, in seconds since the epoch.
+            postgres_time: what it answered, in seconds since the epoch.
+            began: when it was asked, by the monotonic clock.
             interval: seconds between two looks.
         """
         now, tolerance = time.monotonic(), self._lease / 3
-        offset = postgres_time - now
         is_late = now - self._looked_at > interval + tolerance
-        has_jumped = self._looked_at > -math.inf and abs(offset - self._clock_offset) > tolerance
-        if has_jumped:
-            logs.get().warning("Postgres' clock jumped", seconds=round(offset - self._clock_offset, 1))
+        # Postgres read its clock at some time between the question and the answer.
+        offset = (postgres_time - now, postgres_time - began)
+        jump = 0.0
+        if self._looked_at > -math.inf:
+            before = self._clock_offset
+            jump = max(0.0, offset[0] - before[1]) - max(0.0, before[0] - offset[1])
         self._looked_at, self._clock_offset = now, offset
-        if is_late or has_jumped:
+        if abs(jump) > tolerance:
+            logs.get().warning("Postgres' clock jumped", seconds=round(jump, 1))
+        if is_late or abs(jump) > tolerance:
             self.pause()
 
     def pause(self) -> None:
@@ -96,31 +111,43 @@ class Rescue:
             psycopg.OperationalError: Postgres is away.
         """
         now = time.monotonic()
+        is_paused = now < self._from
+        batch = 1 if is_paused else self._batch
+        expired: list[dict[str, Any]] = []
         try:
             with connection.transaction():
                 connection.execute(query("limit_rescue"))
-                if now < self._from:
-                    expired, taken = self._expired(connection, 1), []
-                    _touch(connection, expired)
-                else:
-                    expired = self._expired(connection, BATCH)
-                    taken = self._take_settled(connection, expired, now)
+                expired = self._expired(connection, batch, now)
+                taken = [] if is_paused else self._take_settled(connection, expired, now)
+                if is_paused:
+                    self._touch(connection, expired)
                 _check_in_time(now)
-        except (psycopg.errors.LockNotAvailable, LateError):
+        except (psycopg.errors.LockNotAvailable, LateError) as error:
+            if not is_paused:
+                logs.get().warning("rescue paused", why=one_line(error), seconds=self._lease)
+                self._batch = max(1, len(expired) // 2)  # it may have been late because there was so much of it
             self.pause()
             return self._lease
+        if taken:
+            self._batch = min(BATCH, 2 * self._batch)
         if taken:
             connection.execute(query("notify_relays"))
         for row in taken:
             del self._seen_at[_delivery(row)]
             _tell(row)
-        if len(taken) == BATCH:
+        if len(taken) == batch:
             return 0  # a busy worker has left more
         return self.settling + _MARGIN if expired else math.inf
 
-    def _expired(self, connection: Connection, batch: int) -> list[dict[str, Any]]:
-        limits = {"batch": batch, "longest_lease": self.longest_lease}
-        return connection.execute(query("expired"), limits).fetchall()
+    def _expired(self, connection: Connection, batch: int, now: float) -> list[dict[str, Any]]:
+        """Returns expired rows, but for those that Postgres has refused lately: they must not keep others from it."""
+        self._refused = {delivery: at for delivery, at in self._refused.items() if now - at < REFUSED_PAUSE}
+        found = {
+            "batch": batch,
+            "longest_lease": self.longest_lease,
+            "refused": [delivery.row for delivery in self._refused],
+        }
+        return connection.execute(query("expired"), found).fetchall()
 
     def _take_settled(self, connection: Connection, expired: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
         self._seen_at = {_delivery(row): self._seen_at.get(_delivery(row), now) for row in expired}
@@ -129,59 +156,57 @@ class Rescue:
         for row in expired:
             is_settled = now - self._seen_at[_delivery(row)] >= self.settling
             (settled if is_settled else unsettled).append(row)
-        _touch(connection, unsettled)
-        return _give_back(connection, settled) if settled else []
+        self._touch(connection, unsettled)
+        taken: list[dict[str, Any]] = []
+
+        def take(rows: Sequence[dict[str, Any]]) -> None:
+            with connection.transaction():
+                connection.execute(
+                    query("rescue"),
+                    {
+                        "ids": [row["id"] for row in rows],
+                        "statuses": [row["status"] for row in rows],
+                        "delays": [row["delay"] for row in rows],
+                        "errors": [
+                            f"the worker {row['worker']} vanished: it did not renew its lease in time" for row in rows
+                        ],
+                    },
+                )
+            taken.extend(rows)
+
+        for row in settled:
+            _decide(row)
+        if settled:
+            write_by_halves(settled, take, self._refuse)
+        return taken
+
+    def _touch(self, connection: Connection, rows: list[dict[str, Any]]) -> None:
+        """Writes rows as they are, to see whether their workers could have."""
+
+        def touch(some: Sequence[dict[str, Any]]) -> None:
+            with connection.transaction():
+                connection.execute(query("touch_leases"), {"ids": [row["id"] for row in some]})
+
+        if rows:
+            write_by_halves(rows, touch, self._refuse)
+
+    def _refuse(self, row: dict[str, Any], error: Exception) -> None:
+        self._refused[_delivery(row)] = time.monotonic()
+        logs.get().error("row cannot be rescued", row=row["id"], error=one_line(error))
 
 
 def _check_in_time(begun: float) -> None:
     if time.monotonic() - begun > LATE:
-        raise LateError
-
-
-def _touch(connection: Connection, rows: list[dict[str, Any]]) -> None:
-    """Writes rows as they are, to see whether their workers could have."""
-    if not rows:
-        return
-    try:
-        with connection.transaction():
-            connection.execute(query("touch_leases"), {"ids": [row["id"] for row in rows]})
-    except AWAY:
-        raise
-    except psycopg.Error as error:  # a trigger that refuses a row, say: taking it will tell which
-        logs.get().debug("expired rows cannot be touched", error=one_line(error))
+        raise LateError(f"it took longer than {LATE:.0f} s")
 
 
 def _delivery(row: dict[str, Any]) -> Delivery:
     return Delivery(row["id"], row["delivery"])
 
 
-def _give_back(connection: Connection, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Writes rows, and returns those that could be written: one that cannot must not keep the others from it."""
-    for row in rows:
-        row["status"] = "dead" if row["attempts"] > row["max_retries"] else "pending"
-        row["delay"] = _delay(row["attempts"])
-    try:
-        with connection.transaction():
-            connection.execute(
-                query("rescue"),
-                {
-                    "ids": [row["id"] for row in rows],
-                    "statuses": [row["status"] for row in rows],
-                    "delays": [row["delay"] for row in rows],
-                    "errors": [
-                        f"the worker {row['worker']} vanished: it did not renew its lease in time" for row in rows
-                    ],
-                },
-            )
-    except AWAY:
-        raise
-    except psycopg.Error as error:  # a trigger that refuses a row, say
-        if len(rows) > 1:
-            middle = len(rows) // 2
-            return _give_back(connection, rows[:middle]) + _give_back(connection, rows[middle:])
-        logs.get().error("row cannot be rescued", row=rows[0]["id"], error=one_line(error))
-        return []
-    return rows
+def _decide(row: dict[str, Any]) -> None:
+    row["status"] = "dead" if row["attempts"] > row["max_retries"] else "pending"
+    row["delay"] = _delay(row["attempts"])
 
 
 def _delay(attempts: int) -> float:

@@ -57,7 +57,7 @@ _VERIFY_RESPONSES = {
     400: problems.described(400, "The link is not valid.", "this link is not valid: copy it from the mail as a whole"),
     410: problems.described(
         410,
-        "The link was used already, has expired, or is for an address that the user has no more.",
+        "The link was used already, has expired, or is for an address that is no longer the user's.",
         "this link was used already",
     ),
     503: problems.DESCRIBED_AWAY,

@@ -24,8 +24,8 @@ LISTEN outbox;
 
 -- name: limit_session
 -- What the server may do to this session: whoever vanishes in the middle of a transaction must not hold its locks
--- until TCP notices, and whoever waits for them must not wait for ever. And what it may not: keep a plan. One that was
--- made for a table of a few rows is used, after a bulk insert, until the next ANALYZE: marks took 7 s.
+-- until TCP notices, and whoever waits for them must not wait for ever. Also disables cached plans: one that was made for
+-- a table of a few rows is used, after a bulk insert, until the next ANALYZE: marks took 7 s.
 SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false),
        set_config('plan_cache_mode', 'force_custom_plan', false);
 
@@ -180,11 +180,12 @@ SELECT set_config('lock_timeout', '100ms', true);
 
 -- name: expired
 -- Rows whose lease has passed, locked until the end of the rescue's transaction. A row that is being renewed or marked
--- at this moment, or that anybody else has locked, is passed over.
+-- at this moment, or that anybody else has locked, is passed over, as are those that Postgres has refused lately.
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
 FROM outbox
 WHERE status = 'running'
   AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(longest_lease)s))
+  AND id <> ALL (%(refused)s::bigint[])
 ORDER BY lease_until
 LIMIT %(batch)s
 FOR NO KEY UPDATE SKIP LOCKED;
@@ -368,13 +369,14 @@ WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
 
 -- name: retry_dead
 -- Gives dead rows all their attempts again, from now on, or from when their worker has exited with the handler that it
--- could not end. Their delivery goes on counting: it is the fence.
+-- could not end, some seconds after the row's death. Their delivery goes on counting: it is the fence.
 -- Of two operators who retry a row at the same moment, the second waits and then finds it dead no more.
 WITH dead AS (
     SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR NO KEY UPDATE
 )
 UPDATE outbox
-SET status = 'pending', attempts = 0, run_at = greatest(now(), run_at), lease_until = NULL, worker = NULL
+SET status = 'pending', attempts = 0, run_at = least(greatest(now(), run_at), now() + interval '1 minute'),
+    lease_until = NULL, worker = NULL
 WHERE id = ANY (ARRAY(SELECT id FROM dead))
 RETURNING id;
 
@@ -444,10 +446,10 @@ FOR UPDATE OF verification;
 
 
 -- name: verify_user
--- Marks a user's address as verified, if it still is the user's …
+-- Marks an address as verified, if it still is its user's.
 UPDATE users SET is_email_verified = true WHERE username = %(username)s AND email = %(email)s;
 
 
 -- name: use_verification
--- … and spends the link that did so.
+-- Spends the link that has verified an address.
 UPDATE verify_emails SET is_used = true WHERE id = %(id)s;

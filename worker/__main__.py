@@ -27,7 +27,7 @@ def main() -> None:
         if not worker.has_unfinished:
             raise
         if not isinstance(error, SystemExit):
-            traceback.print_exc()
+            start.write_to_stderr(traceback.format_exc())
         logging.shutdown()
         os._exit(start.EXIT_FAILED)
     if worker.has_unfinished:

@@ -9,14 +9,13 @@ from functools import partial
 from inspect import isasyncgen, isawaitable, iscoroutine, isgenerator
 from typing import Any, Literal, NamedTuple, cast
 
-import psycopg
-
 from outbox import deadline, logs
 from outbox.backoff import retry_delay
 from outbox.context import Context
 from outbox.errors import HandlerError, OutboxError, PayloadError, SkipRetry, TimeLimitError
 from outbox.jobs import Delivery
 from outbox.outage import one_line
+from outbox.postgres import is_outage
 from outbox.registry import Handler, Registry
 from worker.claim import Claim
 
@@ -49,18 +48,20 @@ def given_back(claim: Claim) -> Outcome:
     return Outcome(claim.delivery, "pending", claim.attempt - 1)
 
 
-def cut_short(claim: Claim, delay: float, error: str) -> Outcome:
+def cut_short(claim: Claim, error: str, leaving: float, backoff: float = 0.0) -> Outcome:
     """Returns the outcome of a row whose handler has begun and will not end before its worker does.
 
     The attempt counts, or a row whose handler never ends would be tried for ever.
 
     Args:
         claim: the row.
-        delay: seconds until it may be tried again, be it by an operator.
         error: why it was cut short.
+        leaving: seconds until the handler is gone with its process, before which an operator's retry may not begin.
+        backoff: seconds more until the next attempt, if there is one.
     """
-    status: Literal["pending", "dead"] = "dead" if claim.attempt > claim.max_retries else "pending"
-    return Outcome(claim.delivery, status, claim.attempt, delay, error)
+    if claim.attempt > claim.max_retries:
+        return Outcome(claim.delivery, "dead", claim.attempt, leaving, error)
+    return Outcome(claim.delivery, "pending", claim.attempt, leaving + backoff, error)
 
 
 def attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
@@ -155,8 +156,8 @@ def _dead(claim: Claim, text: str, error: BaseException) -> Attempted:
 
 
 def _traced(error: BaseException) -> dict[str, Any]:
-    """Returns the traceback's field for a fault of the handler; errors of ours, and outages, are a sentence."""
-    return {} if isinstance(error, (OutboxError, psycopg.OperationalError)) else {"exc_info": error}
+    """Returns the traceback's field. Errors of ours and outages of Postgres get none: their sentence says it all."""
+    return {} if isinstance(error, OutboxError) or is_outage(error) else {"exc_info": error}
 
 
 def _text(error: BaseException) -> str:

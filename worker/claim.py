@@ -45,17 +45,18 @@ def claim(
         deliveries: what Redis handed out; may repeat, and may be nonsense.
         worker: the name to claim in.
         lease: seconds until the rows are taken away unless renewed.
-        held: what this worker holds already. After a restore of the table a delivery may come again; its row is not
-            begun here while the earlier attempt may still run.
+        held: what this worker holds already. No row of these is begun here, be it a later delivery or, after a restore
+            of the table, another row of that id: its earlier attempt may still run. The sweep offers it again.
 
     Raises:
         psycopg.OperationalError: Postgres is away; what was claimed, another try finds.
     """
     distinct = set(deliveries)
-    if doubled := distinct.intersection(held):
-        for delivery in sorted(doubled):
-            logs.get().warning("dropped job", job=delivery.job_id, why="this worker holds that delivery already")
-    wanted = sorted(distinct - doubled)
+    held_rows = {delivery.row for delivery in held}
+    wanted = sorted(delivery for delivery in distinct if delivery.row not in held_rows)
+    if len(wanted) < len(distinct):
+        for delivery in sorted(distinct.difference(wanted)):
+            logs.get().warning("dropped job", job=delivery.job_id, why="this worker holds that row already")
     if not wanted:
         return []
     rows = (

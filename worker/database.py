@@ -1,13 +1,15 @@
 """The connections to Postgres that all handlers of a worker share."""
 
-from typing import Any
+from typing import Any, Self
 
-from psycopg import Connection
+import psycopg
+from psycopg import Connection, Cursor
 from psycopg.abc import PQGen
 from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
 
 from outbox import deadline, postgres
+from outbox.errors import TimeLimitError
 from outbox.postgres import T
 from outbox.queries import query
 
@@ -18,14 +20,37 @@ FINISHING_TIME = 1.0
 """Seconds that a statement gets at least, even if the attempt's time is nearly over: to commit what was done in it."""
 
 
+class HandlerCursor(Cursor[Any]):
+    """A cursor that begins no statement once the attempt's time is over; what was done may still be committed."""
+
+    def execute(self, *args: Any, **kwargs: Any) -> Self:
+        """Executes a statement.
+
+        Raises:
+            TimeLimitError: the attempt has no time left.
+        """
+        deadline.begin_step(postgres.ANSWER_LIMIT)
+        return super().execute(*args, **kwargs)
+
+
 class HandlerConnection(postgres.LimitedConnection):
     """A connection whose statements take no longer than the attempt has time."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Waits for an answer, `timeout` seconds or else what both limits leave."""
-        if timeout is None:
-            timeout = min(postgres.ANSWER_LIMIT, max(FINISHING_TIME, deadline.remaining()))
-        return super().wait(gen, interval, timeout)
+        """Waits for an answer, `timeout` seconds or else what both limits leave.
+
+        Raises:
+            TimeLimitError: the attempt's time was over before there was one.
+        """
+        if timeout is not None:
+            return super().wait(gen, interval, timeout)
+        timeout = min(postgres.ANSWER_LIMIT, max(FINISHING_TIME, deadline.remaining()))
+        try:
+            return super().wait(gen, interval, timeout)
+        except psycopg.OperationalError as error:
+            if self.closed and not deadline.remaining():
+                raise TimeLimitError("the attempt's time is over") from error
+            raise
 
 
 class HandlerPool(ConnectionPool[Connection[Any]]):
@@ -36,13 +61,14 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
         super().__init__(
             database_url,
             connection_class=HandlerConnection,
-            kwargs={"row_factory": tuple_row, **options},
+            kwargs={"row_factory": tuple_row, "cursor_factory": HandlerCursor, **options},
             min_size=0,
             max_size=SIZE,
             timeout=WAIT,
             reconnect_timeout=postgres.RECONNECT_TIMEOUT,
             configure=None if pooled else _limit_session,
             check=_check,
+            reset=_reset,
             open=False,
         )
 
@@ -60,6 +86,18 @@ def _check(connection: Connection[Any]) -> None:
     """Makes the pool drop a broken connection: an outage must not cost the next handlers an attempt each."""
     if postgres.has_heard(connection):
         ConnectionPool.check_connection(connection)
+
+
+def _reset(connection: Connection[Any]) -> None:
+    """Undoes what a handler may have set on a connection, so that the next one's block is a transaction as ever."""
+    if connection.autocommit:
+        connection.autocommit = False
+    if connection.isolation_level is not None:
+        connection.isolation_level = None
+    if connection.read_only is not None:
+        connection.read_only = None
+    if connection.deferrable is not None:
+        connection.deferrable = None
 
 
 def _limit_session(connection: Connection[Any]) -> None:

@@ -1,11 +1,14 @@
 """The leases of the rows that a worker holds, and their renewal."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from threading import Lock
 
 from psycopg.rows import tuple_row
 
+from outbox import logs
+from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
+from outbox.outage import one_line
 from outbox.postgres import Connection
 from outbox.queries import query
 from worker.claim import Claim
@@ -31,6 +34,8 @@ class Leases:
         self._lock = Lock()
         self._missed: set[Delivery] = set()
         """What the last renewal has passed over: somebody has the row locked, or it is no longer ours."""
+        self._refused: set[Delivery] = set()
+        """Rows whose renewal Postgres has refused, as by a trigger, and the log has named."""
 
     def hold(self, claims: Iterable[Claim]) -> None:
         """Begins to renew the leases of these rows, until they are let go."""
@@ -41,6 +46,7 @@ class Leases:
         """Ends that: their outcome is written, or they are no longer ours."""
         with self._lock:
             self._held.difference_update(deliveries)
+            self._refused &= self._held
 
     def held(self) -> set[Delivery]:
         """Returns all that have not been let go."""
@@ -64,9 +70,21 @@ class Leases:
         if not deliveries:
             return False
         cursor = connection.cursor(row_factory=tuple_row)
-        cursor.execute(query("renew_leases"), {**columns(deliveries), "lease": self.seconds, "worker": self.worker})
-        self._missed.difference_update(Delivery(*renewed) for renewed in cursor)
+
+        def renew(some: Sequence[Delivery]) -> None:
+            cursor.execute(query("renew_leases"), {**columns(some), "lease": self.seconds, "worker": self.worker})
+            self._missed.difference_update(Delivery(*renewed) for renewed in cursor)
+
+        write_by_halves(list(deliveries), renew, self._log_refused)
         return True
+
+    def _log_refused(self, delivery: Delivery, error: Exception) -> None:
+        self._missed.discard(delivery)  # its turn comes with the next renewal of all
+        if delivery not in self._refused:
+            self._refused.add(delivery)
+            logs.get().error(
+                "lease cannot be renewed", row=delivery.row, delivery=delivery.number, error=one_line(error)
+            )
 
 
 def columns(deliveries: Collection[Delivery]) -> dict[str, list[int]]:

@@ -18,6 +18,7 @@ from outbox.message import Message
 from outbox.outage import one_line
 from outbox.settings import WorkerSettings
 from outbox.verification import masked
+from worker.smtp import FINISHING_TIME, Smtp, SmtpOverTls
 
 Reply = tuple[int, bytes]
 """A mail server's answer: its code, and its text."""
@@ -59,18 +60,18 @@ class Mailer:
             raise
         except (OSError, smtplib.SMTPException) as error:
             self._drop()
-            raise self._broken(error) from error
+            raise self._failed("the connection to it broke", error) from error
         except BaseException:  # what was said so far is unknown
             self._drop()
             raise
 
-    def _begin(self, recipient: str, options: list[str]) -> smtplib.SMTP:
+    def _begin(self, recipient: str, options: list[str]) -> Smtp:
         """Returns a connection that has taken the sender.
 
         The kept one is tried first. The server may have closed it meanwhile, or may want no more mails on it:
         whatever it answers but yes, a new one decides.
         """
-        kept: smtplib.SMTP | None = getattr(self._local, "smtp", None)
+        kept: Smtp | None = getattr(self._local, "smtp", None)
         if kept is not None:
             with suppress(OSError, smtplib.SMTPException):
                 if self._offer(kept, recipient, options)[0] == 250:
@@ -86,22 +87,20 @@ class Mailer:
             self._refused("the sender", code, text)
         return smtp
 
-    def _offer(self, smtp: smtplib.SMTP, recipient: str, options: list[str]) -> Reply:
+    def _offer(self, smtp: Smtp, recipient: str, options: list[str]) -> Reply:
         """Says whom the mail is from, and returns the answer.
 
         Where the server lets us, it says in the same breath what `_transfer` would say next, and finds answered
         there: of a mail's four waits for the server, two are left (RFC 2920).
         """
-        self._limit_step(smtp)
         if not _pipelines(smtp):
             return smtp.mail(self._sender, options)
         mail = " ".join([f"MAIL FROM:<{self._sender}>", *options])
         smtp.send(f"{mail}\r\nRCPT TO:<{recipient}>\r\nDATA\r\n".encode())
         return smtp.getreply()
 
-    def _transfer(self, smtp: smtplib.SMTP, content: bytes, recipient: str) -> None:
+    def _transfer(self, smtp: Smtp, content: bytes, recipient: str) -> None:
         pipelines = _pipelines(smtp)
-        self._limit_step(smtp)
         code, text = smtp.getreply() if pipelines else smtp.rcpt(recipient)
         if code not in (250, 251):
             if pipelines:
@@ -109,25 +108,17 @@ class Mailer:
             if _is_final(code, text):
                 raise SkipRetry(f"the mail server refuses {recipient} for good: {_reply(code, text)}")
             self._refused("the recipient", code, text)
-        self._limit_step(smtp)
         code, text = smtp.getreply() if pipelines else smtp.docmd("DATA")
         if code != 354:
             if code < 400:
                 self._drop()  # it is an answer to something else
             self._refused("the mail", code, text)
-        self._limit_step(smtp)
         smtp.send(_with_end(content))
-        code, text = smtp.getreply()
+        code, text = smtp.getreply(FINISHING_TIME)
         if code != 250:
             self._refused("the mail", code, text)
 
-    def _limit_step(self, smtp: smtplib.SMTP) -> None:
-        """Limits how long the next step may wait for the server, by the setting and by the time of the attempt."""
-        seconds = deadline.begin_step(self._timeout)
-        if smtp.sock is not None:  # else the step fails at once
-            smtp.sock.settimeout(seconds)
-
-    def _settle(self, smtp: smtplib.SMTP) -> None:
+    def _settle(self, smtp: Smtp) -> None:
         """Reads the answer to DATA of a refused mail; a server that would take it all the same is left."""
         with suppress(OSError, smtplib.SMTPException):
             if smtp.getreply()[0] != 354:
@@ -141,16 +132,13 @@ class Mailer:
             logs.get().error("mail server refuses us", refused=what, reply=_reply(code, text))
         raise MailError(f"the mail server does not take {what}: {_reply(code, text)}")
 
-    def _connect(self) -> smtplib.SMTP:
+    def _connect(self) -> Smtp:
         server, smtp = self._server, self._open()
         try:
             if server.security == "starttls":
-                self._limit_step(smtp)
                 smtp.starttls(context=self._tls)
-            self._limit_step(smtp)
             smtp.ehlo_or_helo_if_needed()
             if server.user is not None and server.password is not None:
-                self._limit_step(smtp)
                 smtp.login(server.user, server.password)
         except smtplib.SMTPAuthenticationError as error:
             smtp.close()
@@ -163,44 +151,42 @@ class Mailer:
             raise MailError("the user or password in SMTP_URL has characters that no login can carry") from None
         except OSError as error:
             smtp.close()
-            raise self._unreachable(error) from error
+            raise self._failed("it cannot be reached", error) from error
         except BaseException:
             smtp.close()
             raise
         return smtp
 
-    def _open(self) -> smtplib.SMTP:
-        server, timeout = self._server, deadline.begin_step(self._timeout)
+    def _open(self) -> Smtp:
+        server = self._server
         try:
             if server.security == "tls":
-                return smtplib.SMTP_SSL(server.host, server.port, timeout=timeout, context=self._tls)
-            return smtplib.SMTP(server.host, server.port, timeout=timeout)
+                return SmtpOverTls(server.host, server.port, timeout=self._timeout, context=self._tls)
+            return Smtp(server.host, server.port, timeout=self._timeout)
         except smtplib.SMTPConnectError as error:
             self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
         except (OSError, UnicodeError) as error:
-            raise self._unreachable(error) from error
+            raise self._failed("it cannot be reached", error) from error
 
-    def _broken(self, error: Exception) -> MailError:
+    def _failed(self, how: str, error: Exception) -> MailError | TimeLimitError:
+        """Returns what to raise for a connection that failed."""
+        if not deadline.remaining():  # it was given up because of that
+            return TimeLimitError("the attempt's time is over")
         server = self._server
-        return MailError(f"the connection to the mail server {server.host}:{server.port} broke: {one_line(error)}")
-
-    def _unreachable(self, error: Exception) -> MailError:
-        server = self._server
-        return MailError(f"the mail server {server.host}:{server.port} cannot be reached: {one_line(error)}")
+        return MailError(f"the mail server {server.host}:{server.port}: {how}: {one_line(error)}")
 
     def _reset(self) -> None:
-        smtp: smtplib.SMTP | None = getattr(self._local, "smtp", None)
+        smtp: Smtp | None = getattr(self._local, "smtp", None)
         if smtp is None:
             return
         is_reset = False
         with suppress(OSError, smtplib.SMTPException, TimeLimitError):
-            self._limit_step(smtp)
             is_reset = smtp.rset()[0] == 250
         if not is_reset:
             self._drop()
 
     def _drop(self) -> None:
-        smtp: smtplib.SMTP | None = getattr(self._local, "smtp", None)
+        smtp: Smtp | None = getattr(self._local, "smtp", None)
         self._local.smtp = None
         if smtp is not None:
             smtp.close()
@@ -238,7 +224,7 @@ def _with_end(content: bytes) -> bytes:
     return (b"\n" + ended).replace(b"\n.", b"\n..")[1:] + b".\r\n"
 
 
-def _pipelines(smtp: smtplib.SMTP) -> bool:
+def _pipelines(smtp: Smtp) -> bool:
     return smtp.has_extn("pipelining")
 
 

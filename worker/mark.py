@@ -1,4 +1,4 @@
-"""Marking: writing the outcomes of attempts, and renewing leases. All that a worker writes besides its claims."""
+"""Marking: writes the outcomes of attempts, and renews leases."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from psycopg.rows import tuple_row
 
 from outbox import logs, postgres
 from outbox.backoff import reconnect_delay
+from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.postgres import Connection
@@ -24,6 +25,8 @@ from worker.leases import Leases, columns
 _BATCH = 1000
 _GATHERING = 0.005
 """Seconds between two writes on a busy system: each costs Postgres a commit, and the handlers the interpreter."""
+_PAUSE = 0.05
+"""Seconds between two writes that wait for a lock of the whole table: such a wait may end at once."""
 _LOOK = 0.2
 """Seconds between two tries at rows that somebody else has locked, and between two looks whether to end."""
 
@@ -160,7 +163,6 @@ class Marker:
                 ) as connection:
                     if not self._pooled:
                         connection.execute(query("limit_lock_wait"))
-                    self._connected.set()
                     self._serve(connection)
                     return
             except postgres.AWAY as error:
@@ -201,10 +203,12 @@ class Marker:
                     if not is_alone and not self._closing.is_set():
                         time.sleep(_GATHERING)
                 self._is_blocked = False
+                self._connected.set()  # not before: what lets us in may refuse to write
             except psycopg.errors.LockNotAvailable:  # the whole table: single rows are passed over
                 if not self._is_blocked:
                     logs.get().warning("marks wait for a lock", rows="all")
                 self._is_blocked = True
+                time.sleep(_PAUSE)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -230,30 +234,18 @@ class Marker:
 
     def _write(self, connection: Connection) -> None:
         cursor = connection.cursor(row_factory=tuple_row)
-        with self._asking():
-            self._write_or_halve(cursor, list(self._unwritten.values()))
 
-    def _write_or_halve(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
-        """Writes outcomes; of a batch that cannot be written, all but those that are the reason.
-
-        That may be a text that cannot be encoded, or a trigger that refuses a row.
-        """
-        try:
+        def write(outcomes: Sequence[Outcome]) -> None:
             self._write_batch(cursor, outcomes)
-        except postgres.AWAY:
-            raise
-        except Exception as error:
-            # Not the outcomes' fault where Postgres refuses the statement itself: a table is missing, or a right to it.
-            if isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith("42"):
-                raise
-            if len(outcomes) > 1:
-                middle = len(outcomes) // 2
-                self._write_or_halve(cursor, outcomes[:middle])
-                self._write_or_halve(cursor, outcomes[middle:])
-            elif outcomes[0].error is not None and outcomes[0].error != UNSTORABLE:
-                self._write_or_halve(cursor, [outcomes[0]._replace(error=UNSTORABLE)])
+
+        def refuse(outcome: Outcome, error: Exception) -> None:
+            if isinstance(error, (psycopg.DataError, UnicodeError)) and outcome.error not in (None, UNSTORABLE):
+                write_by_halves([outcome._replace(error=UNSTORABLE)], write, refuse)
             else:
-                self._refuse(outcomes[0], error)
+                self._refuse(outcome, error)
+
+        with self._asking():
+            write_by_halves(list(self._unwritten.values()), write, refuse)
 
     def _write_batch(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
         deliveries = [outcome.delivery for outcome in outcomes]
@@ -269,8 +261,8 @@ class Marker:
                     "errors": [outcome.error for outcome in outcomes],
                 },
             )
-        except psycopg.OperationalError:
-            if cursor.connection.closed:
+        except Exception as error:
+            if cursor.connection.closed or not isinstance(error, psycopg.Error):
                 self._unanswered.update(deliveries)
             raise
         written = {Delivery(*row) for row in cursor}

@@ -87,7 +87,7 @@ class RQWorker(BaseWorker):
             self.birth_date = self.last_heartbeat
         with self._client.pipeline() as pipeline:
             # The whole registration every time: Redis may have been emptied since the last.
-            pipeline.delete(self.key)  # whatever a stranger made of it
+            pipeline.delete(self.key)  # in case the key was overwritten by another client
             worker_registration.register(self, pipeline)
             pipeline.hset(self.key, mapping=self.serialize())
             self.set_state(WorkerStatus.BUSY if busy else WorkerStatus.IDLE, pipeline)

@@ -24,8 +24,8 @@ have threads to spare."""
 OVERTIME = 5.0
 """Seconds past its time limit after which an attempt is overdue: its handler is not expected to end any more."""
 BROKEN_DELAY = 15.0
-"""Seconds until a row is tried again whose attempt raised where no handler's error can."""
-_PUTTING_TIME = 1.0
+"""Seconds until a row is tried again whose attempt failed in our own code."""
+PUTTING_TIME = 1.0
 """Seconds that a handler's thread may take to put an outcome that it has."""
 
 
@@ -133,7 +133,7 @@ class Slots:
             self._begun_at[claimed.delivery] = now
             try:
                 outcome, report = self._handle(claimed)
-            except BaseException as error:  # noqa: BLE001 - out of memory, say: the thread and the row live on
+            except BaseException as error:  # noqa: BLE001 - out of memory, say: the thread goes on, the row is retried
                 outcome, report = _broken(claimed, error)
             self._undecided.pop(claimed.delivery, None)
             self._put(outcome)
@@ -145,7 +145,7 @@ class Slots:
                         self._wake_at = -1  # or every thread would notify, until who waits has the interpreter
                         self._changed.notify()
             if report is not None:
-                with suppress(BaseException):  # no log line is worth a thread
+                with suppress(BaseException):  # an error of logging must not end the thread
                     report()
 
     @property
@@ -193,7 +193,7 @@ class Slots:
                 self._put(outcome_of(claimed))
                 given_up[delivery] = claimed
         # The others' threads are about to put what became of them, unless they ended over that.
-        limit = time.monotonic() + _PUTTING_TIME
+        limit = time.monotonic() + PUTTING_TIME
         while (left := self._held.keys() - given_up.keys()) and time.monotonic() < limit:
             time.sleep(0.001)
         for delivery in left:
@@ -204,7 +204,7 @@ class Slots:
 
 
 def _broken(claimed: Claim, error: BaseException) -> Attempted:
-    outcome = cut_short(claimed, BROKEN_DELAY, f"the attempt broke its thread: {type(error).__name__}")
+    outcome = cut_short(claimed, f"the attempt broke its thread: {type(error).__name__}", 0.0, BROKEN_DELAY)
 
     def report() -> None:
         logs.get().error(

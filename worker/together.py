@@ -1,4 +1,4 @@
-"""What several threads want at the same moment, made at once for all of them."""
+"""Coalesces concurrent calls into one batch."""
 
 from collections import deque
 from collections.abc import Callable, Sequence

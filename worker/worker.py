@@ -20,12 +20,12 @@ from outbox.settings import WorkerSettings
 from worker.attempt import Attempted, Outcome, attempt, cut_short, given_back
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
-from worker.errors import OverdueError
+from worker.errors import OverdueError, ThreadEndedError
 from worker.leases import Leases
 from worker.mail import Mailer
 from worker.mark import Marker
 from worker.rq_worker import RQWorker
-from worker.slots import OVERTIME, Slots
+from worker.slots import OVERTIME, PUTTING_TIME, Slots
 from worker.take import Queues, Suspended
 
 MARKING_TIME = 5.0
@@ -34,9 +34,9 @@ MARKING_TIME = 5.0
 SIGNING_OFF_TIME = 1.0
 """Seconds that Redis may take to hear that the worker is gone; if it does not, the registration runs out by itself."""
 
-LEAVING_TIME = MARKING_TIME + DRAINING_TIME + 1
-"""Seconds after which a row whose attempt was cut short may be handed over again: by then the last marks and log lines
-are written, and this process has exited, and with it the handler that did not end."""
+LEAVING_TIME = PUTTING_TIME + MARKING_TIME + 2 * DRAINING_TIME + 2
+"""Seconds after which a row whose attempt was cut short may be handed over again: by then the last outcomes and log
+lines are written, and this process has exited, and with it the handler that did not end."""
 
 
 class OutboxWorker(RQWorker):
@@ -53,6 +53,8 @@ class OutboxWorker(RQWorker):
         self._queues = Queues(client, settings.queues)
         self._redis = Outage("Redis")
         self._is_suspended = False
+        self._may_have_claimed = False
+        """Whether a claim of what was taken got no answer."""
         self._mailer = Mailer(settings)
         self._postgres = Outage("Postgres")
         self._leases = Leases(settings.lease, self.name)
@@ -79,6 +81,9 @@ class OutboxWorker(RQWorker):
         try:
             self._work()
             self._marker.check()
+        except ThreadEndedError:
+            self.hurry.set()  # what ends now could not be marked, and no lease is renewed
+            raise
         finally:
             self._finish()
 
@@ -90,6 +95,7 @@ class OutboxWorker(RQWorker):
     def _work(self) -> None:
         taken: list[Delivery] = []
         while not self.stopping.is_set():
+            self._slots.check()
             try:
                 with pooler.connect_checked(
                     self._settings.database_url, "outbox worker claims", pooled=self._settings.transaction_pooling
@@ -101,6 +107,7 @@ class OutboxWorker(RQWorker):
                     self._postgres.back()
                     self._serve(connection, taken)
             except postgres.AWAY as error:
+                self._may_have_claimed = bool(taken)
                 self.stopping.wait(self._postgres.away(error))
 
     def _serve(self, connection: Connection, taken: list[Delivery]) -> None:
@@ -110,8 +117,11 @@ class OutboxWorker(RQWorker):
             if not taken:
                 taken += self._take()
             if taken:
-                claims = self._claim(connection, taken)
+                claims = (
+                    self._claim_again(connection, taken) if self._may_have_claimed else self._claim(connection, taken)
+                )
                 taken.clear()
+                self._may_have_claimed = False
                 self._leases.hold(claims)
                 for claimed in self._slots.begin(claims):
                     self._marker.put(given_back(claimed))
@@ -124,6 +134,13 @@ class OutboxWorker(RQWorker):
             logs.get().warning("claim timed out waiting for a row lock", error=one_line(error), jobs=len(taken))
             return []
 
+    def _claim_again(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
+        """Claims one by one what an earlier claim, whose answer was lost, may have claimed.
+
+        A lock that is met must not have the others given up: they may run in this worker's name already.
+        """
+        return [claimed for delivery in taken for claimed in self._claim(connection, [delivery])]
+
     def _wait_for_overdue(self) -> None:
         """Takes nothing new while a handler is overdue, and lets the others end.
 
@@ -131,18 +148,23 @@ class OutboxWorker(RQWorker):
         one runs.
 
         Raises:
-            OverdueError: only overdue handlers are left, and none has ended meanwhile.
+            OverdueError: only overdue handlers are left, and none has ended within a second.
         """
-        told: set[Delivery] = set()
+        seen_at: dict[Delivery, float] = {}
+        logged: set[Delivery] = set()
         while overdue := self._slots.overdue():
-            for claimed in overdue:
-                if claimed.delivery not in told:
-                    self._tell_of_overdue(claimed)
-            told.update(claimed.delivery for claimed in overdue)
+            now = time.monotonic()
+            seen_at = {claimed.delivery: seen_at.get(claimed.delivery, now) for claimed in overdue}
+            # At the first look this process may just have been paused, and the handler be about to end.
+            confirmed = [claimed for claimed in overdue if now - seen_at[claimed.delivery] > 1]
+            for claimed in confirmed:
+                if claimed.delivery not in logged:
+                    self._log_overdue(claimed)
+            logged.update(claimed.delivery for claimed in confirmed)
             self._give_back_waiting()
-            if len(overdue) >= len(self._slots.unfinished):
+            if confirmed and {claimed.delivery for claimed in self._slots.unfinished} <= logged & seen_at.keys():
                 self.hurry.set()  # there is nothing to wait for
-                rows = ", ".join(str(claimed.delivery.row) for claimed in overdue)
+                rows = ", ".join(str(claimed.delivery.row) for claimed in confirmed)
                 raise OverdueError(f"the handlers of rows {rows} do not end: start another worker")
             if self.stopping.is_set():
                 return
@@ -150,7 +172,7 @@ class OutboxWorker(RQWorker):
             self._slots.wait_until_empty(0.2)
 
     @staticmethod
-    def _tell_of_overdue(claimed: Claim) -> None:
+    def _log_overdue(claimed: Claim) -> None:
         row, delivery = claimed.delivery
         logs.get().error(
             "attempt is overdue",
@@ -237,5 +259,5 @@ class OutboxWorker(RQWorker):
 def _cut_short(claimed: Claim, *, is_overdue: bool) -> Outcome:
     if is_overdue:
         error = f"the attempt did not end within {OVERTIME:.0f} s past its {claimed.timeout} s, and its worker ended"
-        return cut_short(claimed, LEAVING_TIME + retry_delay(claimed.attempt), error)
-    return cut_short(claimed, LEAVING_TIME, "the worker was stopped before the attempt ended")
+        return cut_short(claimed, error, LEAVING_TIME, retry_delay(claimed.attempt))
+    return cut_short(claimed, "the worker was stopped before the attempt ended", LEAVING_TIME)

@@ -9,8 +9,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
+import psycopg
 import pytest
 import structlog
+from psycopg import IsolationLevel
 from psycopg_pool import ConnectionPool
 from pydantic import BaseModel
 from structlog.testing import capture_logs
@@ -403,3 +405,60 @@ def test_waiting_for_a_connection_takes_no_longer_than_the_attempt(pool: Handler
         context = replace(context, database=pool, deadline=started + 0.3)
         assert tried(want, context).status == "pending"
         assert 0.2 < time.monotonic() - started < 2
+
+
+def test_what_a_handler_sets_on_a_connection_ends_with_its_block(
+    connection: Connection, pool: HandlerPool, context: Context
+) -> None:
+    """The next block is a transaction that can write, whatever the last one needed."""
+    context = replace(context, database=pool)
+
+    def set_much(_: Note, context: Context) -> None:
+        with context.database.connection() as lent:
+            lent.autocommit = True
+            lent.execute("VACUUM users")
+        with context.database.connection() as lent:
+            lent.read_only = True
+            lent.isolation_level = IsolationLevel.SERIALIZABLE
+            lent.execute("SELECT 1")
+
+    def fail_in_a_block(_: Note, context: Context) -> NoReturn:
+        with context.database.connection() as lent:
+            lent.execute("INSERT INTO users VALUES ('alice', 'hash', 'A User', 'alice@example.com')")
+            raise ZeroDivisionError
+
+    assert tried(set_much, context).error is None
+    assert str(tried(fail_in_a_block, context).error).startswith("ZeroDivisionError")
+    assert connection.execute("SELECT FROM users").fetchall() == []
+
+
+def test_no_statement_is_begun_after_the_time_and_what_was_done_is_committed(
+    connection: Connection, pool: HandlerPool, context: Context
+) -> None:
+    """A loop of short statements ends when the attempt's time does; the end of a block is none."""
+
+    def insert(_: Note, context: Context) -> None:
+        with context.database.connection() as lent:
+            lent.execute("INSERT INTO users VALUES ('alice', 'hash', 'A User', 'alice@example.com')")
+            time.sleep(max(0.0, context.remaining + 0.05))
+
+    def loop(_: Note, context: Context) -> None:
+        with context.database.connection() as lent:
+            while True:
+                lent.execute("SELECT pg_sleep(0.01)")
+
+    assert tried(insert, replace(context, database=pool, deadline=time.monotonic() + 0.3)).status == "done"
+    assert len(connection.execute("SELECT FROM users").fetchall()) == 1
+    outcome = tried(loop, replace(context, database=pool, deadline=time.monotonic() + 0.3), timeout=1)
+    assert (outcome.status, outcome.error) == ("pending", "the attempt took longer than its 1 s")
+
+
+@pytest.mark.parametrize(
+    "error", [psycopg.errors.DeadlockDetected("a deadlock"), psycopg.errors.QueryCanceled("too long")]
+)
+def test_a_fault_of_a_handlers_statement_has_its_traceback(context: Context, error: Exception) -> None:
+    """Only an outage of Postgres is told in a sentence."""
+    with capture_logs() as lines:
+        tried(raising(error), context)
+        tried(raising(psycopg.OperationalError("the connection is lost")), context)
+    assert [line.get("exc_info") for line in lines] == [error, None]

@@ -172,10 +172,10 @@ def test_a_claim_that_is_repeated_finds_its_own(connection: Connection) -> None:
     assert [line["why"] for line in lines] == ["the row is running"]
 
 
-def test_a_delivery_that_this_worker_holds_is_not_begun_again(connection: Connection) -> None:
+def test_a_row_that_this_worker_holds_is_not_begun_again(connection: Connection) -> None:
     """Nor is a row that bears it after a restore, while the earlier one's handler may run: it is left to the sweep."""
     delivery = add_row(connection)
     with capture_logs() as lines:
-        assert claim(connection, [delivery], "me", 15, held={delivery}) == []
+        assert claim(connection, [delivery], "me", 15, held={Delivery(delivery.row, 7)}) == []
     assert read_row(connection, delivery)["status"] == "enqueued"
-    assert [line["why"] for line in lines] == ["this worker holds that delivery already"]
+    assert [line["why"] for line in lines] == ["this worker holds that row already"]

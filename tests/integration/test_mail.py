@@ -1,9 +1,13 @@
 """Sending mail: every kind of server, connections that are kept, and servers that misbehave at every step."""
 
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from contextvars import copy_context
 from email.message import EmailMessage
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -11,7 +15,8 @@ import trustme
 from aiosmtpd.smtp import AuthResult
 from structlog.testing import capture_logs
 
-from outbox import SkipRetry
+from outbox import SkipRetry, deadline
+from outbox.errors import TimeLimitError
 from outbox.message import Message
 from outbox.settings import WorkerSettings
 from tests.support import mailbox as servers
@@ -155,7 +160,7 @@ def test_a_connection_that_has_served_its_time_is_replaced() -> None:
 def test_a_server_that_is_down_is_tried_again() -> None:
     """Connection refused is no SkipRetry, and the error names the server: an operator knows where to look."""
     port = free_port()
-    with pytest.raises(MailError, match=f"mail server 127.0.0.1:{port} cannot be reached: ConnectionRefusedError"):
+    with pytest.raises(MailError, match=f"mail server 127.0.0.1:{port}: it cannot be reached: ConnectionRefusedError"):
         mailer(f"smtp://127.0.0.1:{port}").send(mail())
 
 
@@ -374,3 +379,67 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Requiring AUTH while not requiring TLS")
         yield
+
+
+def within(seconds: float, send: Callable[[], None]) -> None:
+    """Sends as an attempt does that has so many seconds left."""
+
+    def limited() -> None:
+        deadline.limit(time.monotonic() + seconds)
+        send()
+
+    copy_context().run(limited)
+
+
+def test_a_mail_that_the_server_is_taking_is_not_given_up(mailbox: Mailbox) -> None:
+    """The attempt's time is over before the answer to the mail comes: it is waited for a few seconds more."""
+    mailbox.data_delay = 1
+    sender = mailer(mailbox.url, smtp_timeout=10)
+    within(0.8, lambda: sender.send(mail()))
+    assert len(mailbox.mails) == 1
+    close(sender)
+
+
+def test_a_server_that_answers_in_drips_takes_no_longer_than_a_step() -> None:
+    """Each of its lines comes in time, and the answer never ends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            with suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    for _ in range(100):
+                        connection.sendall(b"220-still here\r\n")
+                        time.sleep(0.1)
+
+        Thread(target=drip, daemon=True).start()
+        sender = mailer(f"smtp://127.0.0.1:{listener.getsockname()[1]}", smtp_timeout=0.5)
+        began = time.monotonic()
+        with pytest.raises(MailError, match="timed out"):
+            sender.send(mail())
+        assert time.monotonic() - began < 2
+
+
+def test_addresses_that_do_not_answer_share_the_time_of_a_step(
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets a part of it, so that one behind them is reached, and all together take no longer than the attempt."""
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # connections that nobody accepts: the next one waits
+            waiting = stack.enter_context(socket.socket())
+            waiting.settimeout(0)
+            waiting.connect_ex(full.getsockname())
+        dead = (socket.AF_INET, socket.SOCK_STREAM, 6, "", full.getsockname())
+        alive = (*dead[:4], ("127.0.0.1", int(mailbox.url.rpartition(":")[2])))
+        monkeypatch.setattr("worker.smtp.socket.getaddrinfo", lambda *_: [dead] * 3 + [alive])
+        sender = mailer(mailbox.url, smtp_timeout=2)
+        sender.send(mail())
+        close(sender)
+        monkeypatch.setattr("worker.smtp.socket.getaddrinfo", lambda *_: [dead] * 8)
+        sender = mailer(mailbox.url, smtp_timeout=10)
+        began = time.monotonic()
+        with pytest.raises(TimeLimitError):
+            within(1, lambda: sender.send(mail()))
+        assert time.monotonic() - began < 2
+    assert len(mailbox.mails) == 1

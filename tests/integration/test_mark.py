@@ -324,7 +324,7 @@ def test_an_unwritable_outcome_is_no_end(connection: Connection, marker: Marker)
     connection.execute("ALTER TABLE outbox RENAME TO gone")
     with capture_logs() as lines:
         marker.put(Outcome(delivery, "done", 1))
-        eventually(lambda: [line for line in lines if line["event"] == "marks cannot be written"])
+        eventually(lambda: [line for line in lines if line["event"] == "outcome cannot be written"])
     connection.execute("ALTER TABLE gone RENAME TO outbox")
     eventually(lambda: read_row(connection, delivery)["status"] == "done")
 
@@ -497,3 +497,84 @@ def url_of(connection: Connection) -> str:
     """Returns where a connection leads to."""
     password = connection.info.password
     return psycopg.conninfo.make_conninfo(connection.info.dsn, **({"password": password} if password else {}))
+
+
+def test_a_row_that_postgres_refuses_costs_the_others_neither_lease_nor_mark(
+    connection: Connection, database_url: str
+) -> None:
+    """Renewals are one statement for all rows: the one that a trigger refuses is found, named once, and passed over."""
+    marker = Marker(database_url, Leases(1, "me"))
+    claims = claimed(connection, 5)
+    connection.execute(REFUSING.replace("UPDATE OF status", "UPDATE"))
+    marker.leases.hold(claims)
+    with capture_logs() as lines:
+        marker.start()
+        began = time.monotonic()
+
+        def longer_than_a_lease() -> bool:
+            rows = [read_row(connection, one.delivery) for one in claims if one is not claims[2]]
+            assert all(row["lease"] > 0 for row in rows)
+            return time.monotonic() - began > 2
+
+        eventually(longer_than_a_lease)
+        for one in claims[:2]:
+            marker.put(Outcome(one.delivery, "done", 1))
+        eventually(lambda: all(read_row(connection, one.delivery)["status"] == "done" for one in claims[:2]), 5)
+        assert marker.is_healthy(0)
+    assert [(line["event"], line["row"]) for line in lines] == [("lease cannot be renewed", claims[2].delivery.row)]
+
+
+def test_the_cause_of_a_failure_outlives_a_refusal(connection: Connection, database_url: str) -> None:
+    """While a trigger refuses the row, its outcome keeps its own text."""
+    marker = Marker(database_url, Leases(1, "me"))
+    claims = claimed(connection, 3)
+    marker.leases.hold(claims)
+    connection.execute(REFUSING)
+    with capture_logs() as lines:
+        marker.put(Outcome(claims[2].delivery, "pending", 1, error="ValueError: the real cause"))
+        marker.start()
+        eventually(lambda: [line for line in lines if line["event"] == "outcome cannot be written"], 5)
+        connection.execute("DROP TRIGGER refusing ON outbox")
+        eventually(lambda: read_row(connection, claims[2].delivery)["status"] == "pending", 5)
+    assert read_row(connection, claims[2].delivery)["last_error"] == "ValueError: the real cause"
+
+
+def test_a_statement_that_is_refused_for_every_row_is_one_fault(connection: Connection, database_url: str) -> None:
+    """A right that is missing is no row's fault: it is logged once, nothing new is begun, and outcomes are kept."""
+    marker = Marker(database_url, Leases(1, "me"))
+    claims = claimed(connection, 30)
+    connection.execute(REFUSING.replace("WHEN (NEW.id = 3)", ""))
+    for one in claims:
+        marker.put(Outcome(one.delivery, "done", 1))
+    with capture_logs() as lines:
+        marker.start()
+        eventually(lambda: marker._failures > 2, 10)
+        assert not marker.is_healthy(0)
+        connection.execute("DROP TRIGGER refusing ON outbox")
+        eventually(lambda: all(read_row(connection, one.delivery)["status"] == "done" for one in claims), 10)
+    assert marker.close(5) == []
+    assert [line["event"] for line in lines].count("marks cannot be written") == 1
+    assert len(lines) <= 10
+
+
+AT_ONCE = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN PERFORM nextval('tries'); RAISE 'locked' USING ERRCODE = 'lock_not_available'; END $$;
+CREATE SEQUENCE tries;
+CREATE TRIGGER refusing BEFORE UPDATE OF status ON outbox FOR EACH ROW EXECUTE FUNCTION refuse();
+"""
+
+
+def test_a_lock_that_is_refused_at_once_is_not_asked_for_in_a_loop(connection: Connection, database_url: str) -> None:
+    """A trigger with NOWAIT, say: some tries a second, and not thousands."""
+    marker = Marker(database_url, Leases(15, "me"))
+    (one,) = claimed(connection)
+    connection.execute(AT_ONCE)
+    marker.put(Outcome(one.delivery, "done", 1))
+    marker.start()
+    time.sleep(1)
+    tries = connection.execute("SELECT last_value AS tries FROM tries").fetchone()
+    connection.execute("DROP TRIGGER refusing ON outbox")
+    assert tries is not None
+    assert 2 < tries["tries"] < 30
+    assert marker.close(5) == []

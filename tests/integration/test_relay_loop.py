@@ -447,9 +447,8 @@ def test_an_expiry_that_was_mended_is_forgotten(
 ) -> None:
     """A lease that passes for a second time, long after it was renewed, is looked at twice again."""
     relay = Relay(relay_settings, Event())
-    relay._rescue.looked(
-        time.time(), math.inf
-    )  # else it would let workers renew what may have run out before its start
+    # Else it would let workers renew what may have run out before its start.
+    relay._rescue.looked(time.time(), time.monotonic(), math.inf)
     nothing = [loop.Poll(loop.Duty(lambda _: math.inf), lambda _: False, 60.0)]
     connection.execute(
         "INSERT INTO outbox (task, payload, status, attempts, delivery, worker, lease_until)"

@@ -108,3 +108,21 @@ def test_the_last_lines_are_written_before_the_end() -> None:
     """However many there are, and whatever writes them."""
     code = "[logs.get().info('line', row=row) for row in range(5000)]"
     assert len(_run(code).stdout.splitlines()) == 5000
+
+
+def test_a_forked_child_logs_and_ends() -> None:
+    """It has no thread of its parent's; what the parent has not written yet is the parent's to write."""
+    code = (
+        "import os; logs.get().info('parent'); child = os.fork()\n"
+        "logs.get().info('forked', child=not child)\n"
+        "if child: os.waitpid(child, 0)"
+    )
+    lines = [json.loads(line) for line in _run(code).stdout.splitlines()]
+    assert [line["event"] for line in lines].count("parent") == 1
+    assert sorted(line["child"] for line in lines if line["event"] == "forked") == [False, True]
+
+
+def test_output_that_does_not_block_loses_no_line() -> None:
+    """A parent may have made the pipe so: what it does not take at once it takes later."""
+    code = "import os; os.set_blocking(1, False); [logs.get().info('x' * 100, row=row) for row in range(3000)]"
+    assert len(_run(code).stdout.splitlines()) == 3000

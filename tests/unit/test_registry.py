@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +153,21 @@ def test_a_wrong_declaration_is_a_sentence(tmp_path: Path, monkeypatch: pytest.M
     ):
         load_registry([name])
     assert lines == []
+
+
+def test_a_decorator_may_give_the_function_more() -> None:
+    """What is called is what the decorator returns."""
+
+    def with_more(function: Any) -> Any:
+        @wraps(function)
+        def call(payload: Nothing, context: Context) -> Any:
+            return function(payload, context, "more")
+
+        return call
+
+    @handler(TASK)
+    @with_more
+    def handle(payload: Nothing, context: Context, more: str) -> Mapping[str, object]:
+        return {"more": more}
+
+    assert handle(Nothing(), None) == {"more": "more"}  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psycopg
@@ -114,3 +115,16 @@ def test_a_bug_is_a_traceback() -> None:
 def test_a_good_end_is_exit_code_0() -> None:
     """A process that is done just ends."""
     start.run(lambda: None)
+
+
+def test_a_sentence_that_nobody_reads_keeps_no_process_from_its_end() -> None:
+    """With the pipe of stderr full, the process ends with its code all the same."""
+    code = (
+        "import os; from outbox import start\n"
+        "r, w = os.pipe(); os.dup2(w, 2); os.set_blocking(w, False)\n"
+        "try:\n    while True: os.write(w, b'x' * 65536)\nexcept BlockingIOError: os.set_blocking(w, True)\n"
+        "start.fail('nobody reads this', 1)"
+    )
+    begun = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 1
+    assert time.monotonic() - begun < 20

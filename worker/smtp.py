@@ -1,0 +1,94 @@
+"""An SMTP connection each of whose steps ends in time, whatever the server does."""
+
+import io
+import smtplib
+import socket
+import time
+from typing import Any
+
+from outbox import deadline
+
+FINISHING_TIME = 4.0
+"""Seconds that the answer to a whole mail is waited for at least, however little time the attempt has left: the server
+may be taking it. Shorter than the grace after which an attempt is overdue."""
+
+_SHORTEST = 0.001
+"""Seconds: a socket takes 0 for "do not wait"."""
+
+
+class Smtp(smtplib.SMTP):
+    """smtplib's commands, with one time limit for the whole of a step: `timeout`, or what the attempt has left.
+
+    smtplib's own limit starts anew with each address that it tries, and with each packet of an answer.
+    """
+
+    timeout: float
+    _answers: "_Answers | None" = None
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        ends = time.monotonic() + deadline.begin_step(timeout)
+        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        refused: OSError | None = None
+        for number, (family, kind, protocol, _, address) in enumerate(addresses):
+            share = (ends - time.monotonic()) / (len(addresses) - number)
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(max(_SHORTEST, share))
+                sock.connect(address)
+            except BaseException as error:
+                sock.close()
+                if not isinstance(error, OSError):
+                    raise
+                refused = error
+            else:
+                sock.settimeout(max(_SHORTEST, ends - time.monotonic()))
+                return sock
+        raise refused or OSError(f"{host} has no address")
+
+    def send(self, s: Any) -> None:
+        """Sends in one step.
+
+        Raises:
+            TimeLimitError: the attempt has no time left.
+        """
+        if self.sock is not None:
+            self.sock.settimeout(deadline.begin_step(self.timeout))
+        super().send(s)
+
+    def getreply(self, at_least: float = 0.0) -> tuple[int, bytes]:
+        """Reads a whole answer in one step.
+
+        Args:
+            at_least: seconds that it is waited for though the attempt has no such time left.
+        """
+        if self.file is None and self.sock is not None:
+            self._answers = _Answers(self.sock)
+            self.file = io.BufferedReader(self._answers)
+        if self._answers is not None:
+            self._answers.ends = time.monotonic() + min(self.timeout, max(at_least, deadline.remaining()))
+        answer = super().getreply()
+        if self.sock is not None:
+            self.sock.settimeout(max(_SHORTEST, min(self.timeout, deadline.remaining())))  # for a handshake
+        return answer
+
+
+class SmtpOverTls(smtplib.SMTP_SSL, Smtp):
+    """The same in TLS from the first byte."""
+
+
+class _Answers(io.RawIOBase):
+    """What a server sends, read until the current step has to end: each read gets what is left of its time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.ends = 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return self._sock.recv_into(buffer)
