@@ -117,6 +117,7 @@ class OutboxWorker(RQWorker):
             if not taken:
                 taken += self._take()
             if taken:
+                self._marker.check()  # else the sweep offers them to another worker
                 claims = (
                     self._claim_again(connection, taken) if self._may_have_claimed else self._claim(connection, taken)
                 )
