@@ -36,6 +36,11 @@ coverage: setup
 chaos *arguments: setup
     @{{ bin }}/python -m tests.chaos {{ arguments }}
 
+# Run the project's statements step by step in random order, and judge every transition of a row (--help tells the options)
+[no-exit-message]
+schedules *arguments: setup
+    @{{ bin }}/python -m tests.schedules {{ arguments }}
+
 # Measure how long mails wait after a fault, against what is promised
 [no-exit-message]
 recovery *arguments: setup

@@ -9,7 +9,7 @@ from threading import Condition, Thread
 from outbox import logs
 from outbox.jobs import Delivery
 from outbox.outage import one_line
-from worker.attempt import Attempted, Outcome, cut_short
+from worker.attempt import Attempted, Outcome, cut_short, given_back
 from worker.claim import Claim
 from worker.errors import NoThreadsError, ThreadEndedError
 
@@ -21,6 +21,8 @@ MOST_AHEAD = 2000
 PATIENCE = 1.0
 """Seconds after which rows that no thread has begun are given back: handlers have become slow, and another worker may
 have threads to spare."""
+LONGEST_WAIT = 5.0
+"""Seconds after which a row that was claimed is not begun any more. Less than a lease."""
 OVERTIME = 5.0
 """Seconds past its time limit after which an attempt is overdue: its handler is not expected to end any more."""
 BROKEN_DELAY = 15.0
@@ -132,7 +134,9 @@ class Slots:
             self._is_late = now - since > PATIENCE
             self._begun_at[claimed.delivery] = now
             try:
-                outcome, report = self._handle(claimed)
+                # One that has waited for so long may be another worker's by now: this process was paused, say.
+                is_late = now - since > LONGEST_WAIT
+                outcome, report = Attempted(given_back(claimed), None) if is_late else self._handle(claimed)
             except BaseException as error:  # noqa: BLE001 - out of memory, say: the thread goes on, the row is retried
                 outcome, report = _broken(claimed, error)
             self._undecided.pop(claimed.delivery, None)

@@ -118,6 +118,17 @@ def test_rows_that_wait_long_are_stuck_although_threads_begin_others(crew: Crew)
     assert not crew.slots.are_stuck
 
 
+def test_a_row_that_waited_too_long_is_not_begun(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was paused, and the row is another worker's by now: it is given back, and no attempt counts."""
+    monkeypatch.setattr("worker.slots.LONGEST_WAIT", 0.1)
+    crew.begin(*range(1, COUNT + 2))
+    eventually(lambda: len(crew.begun) == COUNT, 5)
+    time.sleep(0.2)
+    crew.end(1)
+    eventually(lambda: Outcome(Delivery(COUNT + 1, 1), "pending", 0) in crew.put, 5)
+    assert COUNT + 1 not in crew.begun
+
+
 def test_rows_that_no_thread_begins_are_taken_back(crew: Crew) -> None:
     """Handlers have become slow: what waits for a thread goes to another worker, what runs stays."""
     crew.begin(*range(1, 11))

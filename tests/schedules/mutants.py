@@ -1,0 +1,66 @@
+"""Mutants: each takes away one thing that the design stands on. The tester must catch all of them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from unittest.mock import patch
+
+import relay.rescue
+from outbox import queries
+
+Mutant = Callable[[], AbstractContextManager[object]]
+
+
+def _rewritten(statement: str, old: str, new: str) -> Mutant:
+    """Returns what puts a changed text in a statement's place for a while."""
+
+    def mutant() -> AbstractContextManager[object]:
+        text = queries.query(statement)
+        assert text.count(old) == 1, f"{statement} must contain this once: {old!r}"
+        return patch.dict(queries._statements(), {statement: text.replace(old, new)})
+
+    return mutant
+
+
+def _both(first: Mutant, second: Mutant) -> Mutant:
+    @contextmanager
+    def mutant() -> Iterator[None]:
+        with first(), second():
+            yield
+
+    return mutant
+
+
+MUTANTS: dict[str, Mutant] = {
+    "mark_without_fence": _rewritten(
+        "mark", "JOIN locked USING (id, delivery)", "JOIN (SELECT id, before, worker FROM locked) AS locked USING (id)"
+    ),
+    "mark_without_worker": _rewritten("mark", " AND worker = %(worker)s", ""),
+    "mark_without_status": _rewritten("mark", "before = 'running'", "true"),
+    "renewal_without_worker": _rewritten("renew_leases", " AND worker = %(worker)s", ""),
+    "sweep_without_second_look": _rewritten(
+        "sweep", "USING (id, delivery)\n    WHERE status = 'enqueued'", "USING (id)"
+    ),
+    "publish_without_lock": _rewritten("publish", "FOR NO KEY UPDATE SKIP LOCKED", ""),
+    "claim_without_order": _rewritten("claim", "ORDER BY id", "ORDER BY md5(id || %(worker)s)"),
+    "claim_judges_first": _rewritten(
+        "claim", "WHERE id = ANY (%(ids)s)\n", "WHERE id = ANY (%(ids)s) AND status IN ('enqueued', 'running')\n"
+    ),
+    "claim_without_time": _rewritten("claim", "status = 'enqueued' AND due", "status = 'enqueued'"),
+    "rescue_without_lease": _both(
+        _rewritten("look", "WHERE status = 'running' AND lease_until < now()", "WHERE status = 'running'"),
+        _rewritten(
+            "expired",
+            "\n  AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(longest_lease)s))",
+            "",
+        ),
+    ),
+    "rescue_without_settling": lambda: patch.object(relay.rescue, "SETTLING_TIME", 0.0),
+    "retry_without_status": _rewritten("retry_dead", " AND status = 'dead'", ""),
+}
+
+
+@contextmanager
+def mutated(name: str | None) -> Iterator[None]:
+    """Puts a mutant in the product's place for a while; none where there is no name."""
+    with MUTANTS[name]() if name else nullcontext():
+        yield

@@ -1,0 +1,224 @@
+"""Workers: each has a thread that claims and one that marks, as in the product; handlers are steps without a thread."""
+
+import time
+from random import Random
+
+import psycopg
+
+from outbox.jobs import Delivery
+from outbox.postgres import AWAY, Connection
+from tests.schedules.relays import LEASE
+from tests.schedules.setting import Setting
+from tests.schedules.stepping import TURN, Actor
+from worker.attempt import Outcome, cut_short, given_back
+from worker.claim import Claim, claim
+from worker.leases import Leases
+from worker.mark import Marker
+from worker.worker import LEAVING_TIME
+
+MOST_HELD = 6
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name = name
+        self.setting = setting
+        self.leases = Leases(LEASE, name)
+        self.marker = Marker("", self.leases)
+        self.is_alive = True
+        self.is_frozen = False
+        """Whether it does nothing for a while, and its leases may pass."""
+        self.is_stopping = False
+        """Whether it takes no more jobs."""
+        self.is_leaving = False
+        """Whether it has given back what its handlers have not ended."""
+        self._waiting: list[Claim] = []
+        self._running: dict[Delivery, Claim] = {}
+        self._draw = Random(f"{setting.seed} {name} handlers")
+        self.claims = Claims(self)
+        self.marks = Marks(self)
+
+    def hold(self, claims: list[Claim]) -> None:
+        """Takes what was claimed."""
+        self.leases.hold(claims)
+        self._waiting += claims
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes more jobs."""
+        return len(self._waiting) + len(self._running) < MOST_HELD and not self.is_stopping
+
+    @property
+    def has_handlers(self) -> bool:
+        """Whether there is anything to begin or to end."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it goes on with any now."""
+        return self.has_handlers and not self.is_frozen
+
+    def running_rows(self) -> set[int]:
+        """Returns the rows whose handlers run."""
+        return {delivery.row for delivery in self._running}
+
+    def step_handlers(self) -> None:
+        """Begins a handler, or ends one, or gives back what no handler has begun."""
+        draw = self._draw
+        if self._waiting and (not self._running or draw.random() < 0.5) and not self.is_leaving:
+            claimed = self._waiting.pop(0)
+            if draw.random() < 0.15 and not self.setting.is_fair:
+                self._put(given_back(claimed))
+            else:
+                self._running[claimed.delivery] = claimed
+                self._note(f"begins {claimed.delivery.job_id}")
+                self.setting.books.begin(self.name, claimed)
+        elif self._running:
+            claimed = self._running.pop(draw.choice(list(self._running)))
+            self._put(self._outcome(claimed))
+
+    def _outcome(self, claimed: Claim) -> Outcome:
+        chance = 0.0 if self.setting.is_fair else self._draw.random()
+        if chance < 0.5:
+            return Outcome(claimed.delivery, "done", claimed.attempt)
+        if chance < 0.6:
+            return Outcome(claimed.delivery, "dead", claimed.attempt, error="SkipRetry")
+        return cut_short(claimed, "failed", self._draw.choice([0.0, 20.0, 1000.0]))
+
+    def _put(self, outcome: Outcome, *, runs_on: bool = False) -> None:
+        self._note(f"puts {outcome.status} for {outcome.delivery.job_id}")
+        self.setting.books.put(self.name, outcome, runs_on=runs_on)
+        self.marker.put(outcome)
+
+    def _note(self, what: str) -> None:
+        self.setting.note(self.name, what)
+
+    def leave(self) -> None:
+        """Gives back what it has, as a worker does that is told to stop and whose grace is over."""
+        for claimed in self._waiting:
+            self._put(given_back(claimed))
+        self._waiting.clear()
+        for claimed in self._running.values():
+            self._put(cut_short(claimed, "stopped", LEAVING_TIME), runs_on=True)
+        self.is_leaving = True
+
+    def exit_if_done(self) -> bool:
+        """Ends the process, if all outcomes of a leaving worker are settled, and returns whether it has ended."""
+        if self.is_alive and self.is_leaving and not self.marks.has_outcomes:
+            self._note("exits")
+            self.end(killed=False)
+        return not self.is_alive
+
+    def end(self, *, killed: bool) -> None:
+        """Takes note that the process is gone; what its threads wait for, the server may still do."""
+        self.is_alive = False
+        self.claims.is_doomed = self.marks.is_doomed = True
+        self.setting.books.end(self.name, killed=killed)
+
+
+class Part(Actor):
+    """One of a worker's two threads."""
+
+    def __init__(self, name: str, worker: Worker) -> None:
+        setting = worker.setting
+        super().__init__(name, setting.arrived, setting.note)
+        self.worker = worker
+        self.setting = setting
+        self.draw = Random(f"{setting.seed} {name}")
+
+    def work(self) -> None:
+        """Serves on one connection after the other."""
+        while True:
+            connection = self.setting.stage.connect(self)
+            try:
+                while not connection.closed:
+                    self._carried = None
+                    self.turn(connection)
+            except AWAY as error:
+                self.note(self.name, f"  {type(error).__name__}: {error}")
+
+    def turn(self, connection: Connection) -> None:
+        """Does one task."""
+        raise NotImplementedError
+
+
+class Claims(Part):
+    """Takes jobs and claims their rows."""
+
+    begins_at_once = False  # between its pop and its claim a job is nowhere
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(f"{worker.name}.claims", worker)
+        self._taken: list[Delivery] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it would find no job, or has no room for one."""
+        if self.worker.is_leaving or self.worker.is_frozen:
+            return True
+        return not self._taken and not self.worker.is_stopping and (
+            self.setting.bag.is_empty or not self.worker.has_room
+        )  # fmt: skip
+
+    def turn(self, connection: Connection) -> None:
+        """As `_serve` and `_claim` in worker/worker.py."""
+        if not self._taken:
+            self.stop_before(TURN)
+            if self.worker.is_stopping:
+                if not self.worker.is_leaving:
+                    self.worker.leave()
+                return
+            if self.worker.has_room:
+                self._taken += self.setting.bag.take(self.draw.randint(1, 4), self.draw)
+        if self._taken:
+            held, asked_at = self.worker.leases.held(), time.time()
+            try:
+                claims = claim(connection, self._taken, self.worker.name, LEASE, held)
+            except psycopg.errors.LockNotAvailable:
+                self.note(self.name, "  claim timed out")
+                claims = []
+            else:
+                rows = {delivery.row for delivery in held}
+                asked = {delivery for delivery in self._taken if delivery.row not in rows}
+                self.setting.books.claimed(self.worker.name, claims, asked, asked_at)
+            self._taken.clear()
+            self.worker.hold(claims)
+
+
+class Marks(Part):
+    """Writes outcomes and renews leases, with the product's own `Marker` but for its thread and its waits."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(f"{worker.name}.marks", worker)
+
+    @property
+    def has_outcomes(self) -> bool:
+        """Whether any is unsettled."""
+        marker = self.worker.marker
+        return not marker._outcomes.empty() or bool(marker._kept()) or bool(marker._refused)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to write or to renew."""
+        return self.worker.is_frozen or (not self.has_outcomes and not self.worker.leases.held())
+
+    def turn(self, connection: Connection) -> None:
+        """One round of `_serve` in worker/mark.py."""
+        self.stop_before(TURN)
+        marker = self.worker.marker
+        try:
+            if self.setting.is_fair or self.draw.random() < 0.25:
+                marker._renew(connection)
+                marker._unwritten = {**marker._refused, **marker._unwritten}
+            if self.setting.is_fair or self.draw.random() < 0.5:
+                marker._unwritten, marker._locked = {**marker._locked, **marker._unwritten}, {}
+                marker.leases.renew_missed(connection)
+            if not marker._unwritten:
+                marker._collect(0.0)
+            if marker._unwritten:
+                marker._write(connection)
+        except psycopg.errors.LockNotAvailable:
+            self.note(self.name, "  marks wait for a lock")
+        self.setting.books.settle(self.worker.name, self.worker.leases.held())
