@@ -130,7 +130,6 @@ class Rescue:
             return self._lease
         if taken:
             self._batch = min(BATCH, 2 * self._batch)
-        if taken:
             connection.execute(query("notify_relays"))
         for row in taken:
             del self._seen_at[_delivery(row)]
@@ -176,8 +175,7 @@ class Rescue:
 
         for row in settled:
             _decide(row)
-        if settled:
-            write_by_halves(settled, take, self._refuse)
+        self._refuse(write_by_halves(settled, take))
         return taken
 
     def _touch(self, connection: Connection, rows: list[dict[str, Any]]) -> None:
@@ -187,12 +185,14 @@ class Rescue:
             with connection.transaction():
                 connection.execute(query("touch_leases"), {"ids": [row["id"] for row in some]})
 
-        if rows:
-            write_by_halves(rows, touch, self._refuse)
+        self._refuse(write_by_halves(rows, touch))
 
-    def _refuse(self, row: dict[str, Any], error: Exception) -> None:
-        self._refused[_delivery(row)] = time.monotonic()
-        logs.get().error("row cannot be rescued", row=row["id"], error=one_line(error))
+    def _refuse(self, refused: list[tuple[dict[str, Any], Exception]]) -> None:
+        if not refused:
+            return
+        self._refused |= {_delivery(row): time.monotonic() for row, _ in refused}
+        rows, (_, error) = sorted(row["id"] for row, _ in refused), refused[0]
+        logs.get().error("rows cannot be rescued", rows=rows, error=one_line(error))
 
 
 def _check_in_time(begun: float) -> None:

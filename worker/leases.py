@@ -75,16 +75,13 @@ class Leases:
             cursor.execute(query("renew_leases"), {**columns(some), "lease": self.seconds, "worker": self.worker})
             self._missed.difference_update(Delivery(*renewed) for renewed in cursor)
 
-        write_by_halves(list(deliveries), renew, self._log_refused)
+        refused = dict(write_by_halves(list(deliveries), renew))
+        self._missed -= refused.keys()  # their turn comes with the next renewal of all
+        if new := refused.keys() - self._refused:
+            rows, error = sorted(delivery.row for delivery in new), next(iter(refused.values()))
+            logs.get().error("leases cannot be renewed", rows=rows, error=one_line(error))
+            self._refused |= new
         return True
-
-    def _log_refused(self, delivery: Delivery, error: Exception) -> None:
-        self._missed.discard(delivery)  # its turn comes with the next renewal of all
-        if delivery not in self._refused:
-            self._refused.add(delivery)
-            logs.get().error(
-                "lease cannot be renewed", row=delivery.row, delivery=delivery.number, error=one_line(error)
-            )
 
 
 def columns(deliveries: Collection[Delivery]) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
 """Marking: writes the outcomes of attempts, and renews leases."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -37,7 +37,7 @@ UNSTORABLE = "the text of the error cannot be stored"
 """The error of an outcome whose own text Postgres, or its encoding, refuses."""
 
 MOST_REFUSED = 100
-"""Outcomes that Postgres refuses, one by one, at which the worker takes no more rows: it is not the rows' fault."""
+"""Outcomes that Postgres refuses, one by one, at which the worker takes no more rows: it is hardly the rows' fault."""
 
 
 class Marker:
@@ -238,14 +238,13 @@ class Marker:
         def write(outcomes: Sequence[Outcome]) -> None:
             self._write_batch(cursor, outcomes)
 
-        def refuse(outcome: Outcome, error: Exception) -> None:
-            if isinstance(error, (psycopg.DataError, UnicodeError)) and outcome.error not in (None, UNSTORABLE):
-                write_by_halves([outcome._replace(error=UNSTORABLE)], write, refuse)
-            else:
-                self._refuse(outcome, error)
-
         with self._asking():
-            write_by_halves(list(self._unwritten.values()), write, refuse)
+            refused = write_by_halves(list(self._unwritten.values()), write)
+            if texts := [outcome for outcome, error in refused if _is_about_text(outcome, error)]:
+                refused = [(outcome, error) for outcome, error in refused if outcome not in texts]
+                refused += write_by_halves([outcome._replace(error=UNSTORABLE) for outcome in texts], write)
+        if refused:
+            self._refuse(dict(refused))
 
     def _write_batch(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
         deliveries = [outcome.delivery for outcome in outcomes]
@@ -315,12 +314,16 @@ class Marker:
             )
         self._settle({outcome.delivery for outcome in over})
 
-    def _refuse(self, outcome: Outcome, error: Exception) -> None:
-        """Keeps an outcome, and the row's lease: given to another worker, the row would be done again in vain."""
-        if outcome.delivery not in self._refused:
-            row, delivery = outcome.delivery
-            logs.get().error(
-                "outcome cannot be written", row=row, delivery=delivery, status=outcome.status, error=one_line(error)
-            )
-        self._refused[outcome.delivery] = outcome
-        self._unwritten.pop(outcome.delivery, None)
+    def _refuse(self, refused: Mapping[Outcome, Exception]) -> None:
+        """Keeps outcomes, and the rows' leases: given to another worker, the rows would be done again in vain."""
+        by_delivery = {outcome.delivery: outcome for outcome in refused}
+        if new := by_delivery.keys() - self._refused.keys():
+            rows, error = sorted(delivery.row for delivery in new), next(iter(refused.values()))
+            logs.get().error("outcomes cannot be written", rows=rows, error=one_line(error))
+        self._refused |= by_delivery
+        for delivery in by_delivery:
+            self._unwritten.pop(delivery, None)
+
+
+def _is_about_text(outcome: Outcome, error: Exception) -> bool:
+    return outcome.error is not None and isinstance(error, (psycopg.DataError, UnicodeError))

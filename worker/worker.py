@@ -1,6 +1,7 @@
 """The worker's loop: it takes jobs, claims their rows, runs them, and gives back what it cannot end."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from threading import Thread
 
@@ -10,6 +11,7 @@ from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
 from outbox.backoff import retry_delay
 from outbox.context import Context
+from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
 from outbox.log_writer import DRAINING_TIME
 from outbox.outage import Outage, one_line
@@ -128,12 +130,21 @@ class OutboxWorker(RQWorker):
                     self._marker.put(given_back(claimed))
 
     def _claim(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
+        held, claims = self._leases.held(), list[Claim]()
+
+        def claim_some(some: Sequence[Delivery]) -> None:
+            claims.extend(claim(connection, some, self.name, self._settings.lease, held))
+
         try:
-            return claim(connection, taken, self.name, self._settings.lease, self._leases.held())
+            refused = write_by_halves(taken, claim_some)
         except psycopg.errors.LockNotAvailable as error:
             # The sweep hands them over again, but for those that are still locked: nobody need wait for these.
             logs.get().warning("claim timed out waiting for a row lock", error=one_line(error), jobs=len(taken))
-            return []
+            return claims
+        if refused:
+            rows, why = sorted(delivery.row for delivery, _ in refused), refused[0][1]
+            logs.get().error("rows cannot be claimed", rows=rows, error=one_line(why))
+        return claims
 
     def _claim_again(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
         """Claims one by one what an earlier claim, whose answer was lost, may have claimed.

@@ -22,7 +22,7 @@ from worker.attempt import Outcome
 from worker.claim import Claim, claim
 from worker.errors import ThreadEndedError
 from worker.leases import Leases
-from worker.mark import Marker
+from worker.mark import MOST_REFUSED, Marker
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_an_unwritable_outcome_is_no_end(connection: Connection, marker: Marker)
     connection.execute("ALTER TABLE outbox RENAME TO gone")
     with capture_logs() as lines:
         marker.put(Outcome(delivery, "done", 1))
-        eventually(lambda: [line for line in lines if line["event"] == "outcome cannot be written"])
+        eventually(lambda: [line for line in lines if line["event"] == "outcomes cannot be written"])
     connection.execute("ALTER TABLE gone RENAME TO outbox")
     eventually(lambda: read_row(connection, delivery)["status"] == "done")
 
@@ -424,7 +424,9 @@ def test_an_outcome_that_postgres_refuses_is_told_of_and_kept(connection: Connec
         connection.execute("DROP TRIGGER refusing ON outbox")
         eventually(lambda: read_row(connection, claims[2].delivery)["status"] == "done", 5, "it is written")
     assert marker.close(5) == []
-    assert [(line["event"], line["row"]) for line in lines] == [("outcome cannot be written", claims[2].delivery.row)]
+    assert [(line["event"], line["rows"]) for line in lines] == [
+        ("outcomes cannot be written", [claims[2].delivery.row])
+    ]
 
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError(), RecursionError()])
@@ -521,7 +523,7 @@ def test_a_row_that_postgres_refuses_costs_the_others_neither_lease_nor_mark(
             marker.put(Outcome(one.delivery, "done", 1))
         eventually(lambda: all(read_row(connection, one.delivery)["status"] == "done" for one in claims[:2]), 5)
         assert marker.is_healthy(0)
-    assert [(line["event"], line["row"]) for line in lines] == [("lease cannot be renewed", claims[2].delivery.row)]
+    assert [(line["event"], line["rows"]) for line in lines] == [("leases cannot be renewed", [claims[2].delivery.row])]
 
 
 def test_the_cause_of_a_failure_outlives_a_refusal(connection: Connection, database_url: str) -> None:
@@ -533,28 +535,30 @@ def test_the_cause_of_a_failure_outlives_a_refusal(connection: Connection, datab
     with capture_logs() as lines:
         marker.put(Outcome(claims[2].delivery, "pending", 1, error="ValueError: the real cause"))
         marker.start()
-        eventually(lambda: [line for line in lines if line["event"] == "outcome cannot be written"], 5)
+        eventually(lambda: [line for line in lines if line["event"] == "outcomes cannot be written"], 5)
         connection.execute("DROP TRIGGER refusing ON outbox")
         eventually(lambda: read_row(connection, claims[2].delivery)["status"] == "pending", 5)
     assert read_row(connection, claims[2].delivery)["last_error"] == "ValueError: the real cause"
 
 
-def test_a_statement_that_is_refused_for_every_row_is_one_fault(connection: Connection, database_url: str) -> None:
-    """A right that is missing is no row's fault: it is logged once, nothing new is begun, and outcomes are kept."""
+def test_outcomes_that_are_all_refused_are_one_line(connection: Connection, database_url: str) -> None:
+    """It is hardly the rows' fault: nothing new is begun, and outcomes are kept until they can be written."""
     marker = Marker(database_url, Leases(1, "me"))
-    claims = claimed(connection, 30)
+    claims = claimed(connection, MOST_REFUSED + 5)
+    marker.leases.hold(claims)
     connection.execute(REFUSING.replace("WHEN (NEW.id = 3)", ""))
     for one in claims:
         marker.put(Outcome(one.delivery, "done", 1))
     with capture_logs() as lines:
         marker.start()
-        eventually(lambda: marker._failures > 2, 10)
-        assert not marker.is_healthy(0)
+        eventually(lambda: lines, 10)
+        eventually(lambda: not marker.is_healthy(0), 5)
+        assert len(marker.leases.held()) == len(claims)
         connection.execute("DROP TRIGGER refusing ON outbox")
-        eventually(lambda: all(read_row(connection, one.delivery)["status"] == "done" for one in claims), 10)
+        eventually(lambda: not marker.leases.held(), 10, "all are written")
+        eventually(lambda: marker.is_healthy(0), 5)
     assert marker.close(5) == []
-    assert [line["event"] for line in lines].count("marks cannot be written") == 1
-    assert len(lines) <= 10
+    assert [line["event"] for line in lines] == ["outcomes cannot be written"]
 
 
 AT_ONCE = """

@@ -212,7 +212,7 @@ def test_a_row_that_cannot_be_rescued_keeps_no_other_from_it(connection: Connect
         connection.execute("DROP FUNCTION refuse CASCADE")
     statuses = connection.execute("SELECT id, status FROM outbox ORDER BY id").fetchall()
     assert [row["id"] for row in statuses if row["status"] == "running"] == [refused]
-    assert [line["row"] for line in lines if line["event"] == "row cannot be rescued"] == [refused]
+    assert [line["rows"] for line in lines if line["event"] == "rows cannot be rescued"] == [[refused]]
     assert sorted(line["row"] for line in lines if line["event"] == "rescued row") == sorted(
         row["id"] for row in statuses if row["status"] == "pending"
     )

@@ -510,3 +510,23 @@ def test_a_log_that_nobody_reads_holds_up_no_row(
         finally:
             worker.kill()
     assert connection.execute("SELECT max(attempts) AS most FROM outbox").fetchone() == {"most": 1}
+
+
+def test_a_row_that_cannot_be_claimed_ends_no_worker(
+    stack: Stack, connection: Connection, redis_client: redis.Redis
+) -> None:
+    """A trigger refuses its claim: it is named, and those that came with it are done."""
+    rows = [add_row(connection) for _ in range(5)]
+    refused = rows[2]
+    connection.execute(
+        f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
+        CREATE TRIGGER refusing BEFORE UPDATE ON outbox FOR EACH ROW WHEN (NEW.id = {refused.row})
+        EXECUTE FUNCTION refuse();
+        """
+    )
+    offer(redis_client, *[row.job_id for row in rows])
+    worker = stack.run("worker")
+    eventually(lambda: all(is_done(connection, row) for row in rows if row != refused), 10, "the others are done")
+    assert worker.await_event("rows cannot be claimed")["rows"] == [refused.row]
+    assert worker.stop() == 0
