@@ -156,6 +156,7 @@ def limit(connection: Connection) -> None:
         psycopg.OperationalError: Postgres is away.
     """
     connection.execute(query("limit_session"))
+    connection.execute(query("plan_each_time"))
 
 
 def has_heard(connection: psycopg.BaseConnection[Any]) -> bool:

@@ -76,3 +76,4 @@ async def _check(connection: AsyncConnection) -> None:
 
 async def _limit_session(connection: AsyncConnection) -> None:
     await connection.execute(query("limit_session"))
+    await connection.execute(query("plan_each_time"))

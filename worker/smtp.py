@@ -51,8 +51,9 @@ class Smtp(smtplib.SMTP):
         Raises:
             TimeLimitError: the attempt has no time left.
         """
-        if self.sock is not None:
-            self.sock.settimeout(deadline.begin_step(self.timeout))
+        seconds = deadline.begin_step(self.timeout)
+        if self._answers is not None:
+            self._answers.limit(seconds)
         super().send(s)
 
     def getreply(self, at_least: float = 0.0) -> tuple[int, bytes]:
@@ -65,11 +66,8 @@ class Smtp(smtplib.SMTP):
             self._answers = _Answers(self.sock)
             self.file = io.BufferedReader(self._answers)
         if self._answers is not None:
-            self._answers.ends = time.monotonic() + min(self.timeout, max(at_least, deadline.remaining()))
-        answer = super().getreply()
-        if self.sock is not None:
-            self.sock.settimeout(max(_SHORTEST, min(self.timeout, deadline.remaining())))  # for a handshake
-        return answer
+            self._answers.limit(min(self.timeout, max(at_least, deadline.remaining())))
+        return super().getreply()
 
 
 class SmtpOverTls(smtplib.SMTP_SSL, Smtp):
@@ -77,18 +75,33 @@ class SmtpOverTls(smtplib.SMTP_SSL, Smtp):
 
 
 class _Answers(io.RawIOBase):
-    """What a server sends, read until the current step has to end: each read gets what is left of its time."""
+    """What a server sends, read until the current step has to end: each read gets what is left of its time.
+
+    To set the limit of a socket is a system call, in which a thread gives the interpreter away. So it is set only where
+    it differs by more than a tenth.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self.ends = 0.0
+        self._limit = sock.gettimeout() or 0.0
+        self._ends = 0.0
+
+    def limit(self, seconds: float) -> None:
+        """Begins a step that may take so long."""
+        self._ends = time.monotonic() + seconds
+        self._arm(seconds)
+
+    def _arm(self, seconds: float) -> None:
+        if not 0.9 * self._limit <= seconds <= 1.1 * self._limit:
+            self._sock.settimeout(seconds)
+            self._limit = seconds
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        left = self.ends - time.monotonic()
+        left = self._ends - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
-        self._sock.settimeout(left)
+        self._arm(left)
         return self._sock.recv_into(buffer)

@@ -83,12 +83,14 @@ def _open_verifications(context: Context, recipients: Sequence[Recipient]) -> li
     by_row = dict(recipients)
     wanted = {"outbox_ids": list(by_row), "usernames": list(by_row.values())}
     with context.database.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+        connection.autocommit = True  # one statement nearly always: it needs no round trips to begin and to commit
         opened = _open(cursor, wanted, context)
         if stale := [row for row, found in opened.items() if found["id"] is None and not found["is_email_verified"]]:
             # Another user's, as after a restore, or for an address that was changed: it must not be taken for ours.
             logs.get().warning("detached verification", rows=stale)
-            cursor.execute(query("detach_verifications"), wanted)
-            opened = _open(cursor, wanted, context)
+            with connection.transaction():
+                cursor.execute(query("detach_verifications"), wanted)
+                opened = _open(cursor, wanted, context)
     return [opened.get(recipient.row) for recipient in recipients]
 
 
