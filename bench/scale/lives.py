@@ -37,6 +37,9 @@ def settings_of(bench: Bench, database_url: str) -> RelaySettings:
     return RelaySettings(database_url=database_url, redis_url=bench.redis_url)
 
 
+_WORKER = "0" * 32
+
+
 def batches_of_a_window(bench: Bench) -> int:
     """Returns how many batches fill a window."""
     settings = settings_of(bench, bench.database_url)
@@ -55,7 +58,7 @@ def live(connection: Connection, client: redis.Redis, settings: RelaySettings, b
     for batch in _parts(deliveries, settings.batch):  # no more rows run at a time than a fleet of workers has handlers
         for some in _parts(batch, CLAIMED_AT_ONCE):
             begun = time.perf_counter()
-            claim(connection, some, "0" * 32, settings.lease)
+            claim(connection, some, _WORKER, settings.lease)
             claiming.append(time.perf_counter() - begun)
         connection.execute(query("mark"), _done(batch))
     return Lives(rows, publishing, claiming)
@@ -66,6 +69,7 @@ def _done(deliveries: Sequence[Delivery]) -> dict[str, Any]:
     return {
         "ids": [delivery.row for delivery in deliveries],
         "deliveries": [delivery.number for delivery in deliveries],
+        "worker": _WORKER,
         "statuses": ["done"] * count,
         "delays": [0.0] * count,
         "attempts": [1] * count,
