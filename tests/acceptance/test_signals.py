@@ -136,6 +136,6 @@ def test_the_worker_gives_back_what_does_not_end(stack: Stack, connection: Conne
 
     mailbox.data_delay = 0
     stack.run("worker")
-    eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 10, "done")
+    eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 30, "done")
     assert connection.execute("SELECT attempts FROM outbox").fetchall() == [{"attempts": 2}]
     assert [address for address, _ in mailbox.mails] == ["slow@example.com"]

@@ -51,7 +51,7 @@ def mailer(url: str, **changes: Any) -> Mailer:
                 "mail_from": "Sign-up <no-reply@example.com>",
                 "public_url": "http://localhost",
                 "secret_key": "k" * 32,
-                "smtp_timeout": 0.3,
+                "smtp_timeout": 0.5,
                 **changes,
             }
         )
@@ -275,7 +275,7 @@ def test_a_server_that_misbehaves_at_a_step(step: str, does: str) -> None:
         started = time.monotonic()
         with pytest.raises((OSError, MailError)) as caught:  # smtplib's errors are OSErrors
             sender.send(mail())
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 3
         assert not isinstance(caught.value, SkipRetry)
         server.replies.clear()
         sender.send(mail())
