@@ -558,7 +558,7 @@ def test_outcomes_that_are_all_refused_are_one_line(connection: Connection, data
         eventually(lambda: not marker.leases.held(), 10, "all are written")
         eventually(lambda: marker.is_healthy(0), 5)
     assert marker.close(5) == []
-    assert [line["event"] for line in lines] == ["outcomes cannot be written"]
+    assert [line["event"] for line in lines].count("outcomes cannot be written") == 1
 
 
 AT_ONCE = """
