@@ -1,4 +1,4 @@
-"""The time that an attempt has left: every step of ours takes it as a limit of its own."""
+"""The time that an attempt has left, which limits its waits, statements and mail steps."""
 
 import math
 import time
