@@ -75,6 +75,14 @@ def create_database(server_url: str) -> Iterator[Callable[[str | None], str]]:
         execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
 
 
+@pytest.fixture(scope="module")
+def file_postgres() -> Iterator[EmbeddedServer]:
+    """A migrated Postgres of one file's own: its tests may stop it and change its settings, if they undo that."""
+    with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
+        migrate(server.url)
+        yield server
+
+
 @pytest.fixture(scope="session", params=["LATIN1", "SQL_ASCII"])
 def foreign_url(request: pytest.FixtureRequest, server_url: str) -> Iterator[str]:
     """A database whose encoding is not UTF-8."""

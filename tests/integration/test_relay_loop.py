@@ -18,14 +18,12 @@ from structlog.testing import capture_logs
 from outbox import postgres
 from outbox import redis as outbox_redis
 from outbox.errors import NotMigratedError, UnsupportedRedisError
-from outbox.migrate import migrate
 from outbox.queries import query
 from outbox.settings import RelaySettings
-from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
+from outbox.up.embedded import EmbeddedServer, embedded_redis
 from relay import loop
 from relay.loop import RESCUE_INTERVAL, Relay
 from relay.rescue import SETTLING_TIME
-from tests.conftest import short_folder
 from tests.support.processes import frozen
 from tests.support.servers import cluster_settings
 from tests.support.waiting import eventually
@@ -53,14 +51,6 @@ def _running(settings: RelaySettings) -> Iterator[Thread]:
         stop.set()
         thread.join(10)
     assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def own_postgres() -> Iterator[EmbeddedServer]:
-    """A migrated Postgres that a test may stop."""
-    with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
-        migrate(server.url)
-        yield server
 
 
 @pytest.fixture
@@ -338,30 +328,30 @@ def test_redis_may_be_away_from_the_start(
 
 
 def test_postgres_away_is_a_line_at_each_end(
-    relay_settings: RelaySettings, own_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
+    relay_settings: RelaySettings, file_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
 ) -> None:
     """Postgres stops and comes back: one line each, and the relay goes on where it was."""
-    settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1)
+    settings = _with(relay_settings, database_url=file_postgres.url, poll_interval=0.1)
     with _running(settings):
-        with postgres.connect(own_postgres.url, "test") as connection:
+        with postgres.connect(file_postgres.url, "test") as connection:
             first = _add(connection)
             eventually(lambda: _status(connection, first) == "enqueued", 10)
-        _stop(own_postgres)
+        _stop(file_postgres)
         eventually(lambda: _events(lines, "Postgres is away"), 10)
-        own_postgres.restart()
+        file_postgres.restart()
         eventually(lambda: _events(lines, "Postgres is back"), 20)
-        with postgres.connect(own_postgres.url, "test") as connection:
+        with postgres.connect(file_postgres.url, "test") as connection:
             second = _add(connection)
             eventually(lambda: _status(connection, second) == "enqueued", 10)
     assert _events(lines, "Postgres is away", "Postgres is back") == ["Postgres is away", "Postgres is back"]
 
 
 def test_nobody_is_rescued_just_after_postgres_stalled(
-    relay_settings: RelaySettings, own_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
+    relay_settings: RelaySettings, file_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
 ) -> None:
     """A stall breaks no connection, and keeps the living workers from renewing all the same: they get their time."""
-    settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1, lease=2.5)
-    with postgres.connect(own_postgres.url, "test") as connection, _running(settings):
+    settings = _with(relay_settings, database_url=file_postgres.url, poll_interval=0.1, lease=2.5)
+    with postgres.connect(file_postgres.url, "test") as connection, _running(settings):
         row = connection.execute(
             "INSERT INTO outbox (task, payload, status, attempts, delivery, lease_until)"
             " VALUES ('t', '{}', 'running', 1, 1, now() + interval '1 min') RETURNING id"
@@ -371,7 +361,7 @@ def test_nobody_is_rescued_just_after_postgres_stalled(
         waited = time.monotonic()
         eventually(lambda: time.monotonic() - waited > settings.lease, 10, "the relay's own first wait")
         connection.execute("UPDATE outbox SET lease_until = now() + interval '1 s' WHERE id = %s", [row["id"]])
-        with frozen(own_postgres):
+        with frozen(file_postgres):
             began = time.monotonic()
             eventually(lambda: time.monotonic() - began > 3, 10, "a stall for longer than the lease has left")
         passed = _add(connection)
@@ -382,12 +372,12 @@ def test_nobody_is_rescued_just_after_postgres_stalled(
 
 
 def test_nobody_is_rescued_just_after_postgres_was_away(
-    relay_settings: RelaySettings, own_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
+    relay_settings: RelaySettings, file_postgres: EmbeddedServer, redis_client: redis.Redis, lines: list[Any]
 ) -> None:
     """For a lease's length the living workers may renew what ran out during the outage; then the others are rescued."""
-    settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1, lease=2.5)
+    settings = _with(relay_settings, database_url=file_postgres.url, poll_interval=0.1, lease=2.5)
     with _running(settings):
-        with postgres.connect(own_postgres.url, "test") as connection:
+        with postgres.connect(file_postgres.url, "test") as connection:
             renewed, lost = (
                 row["id"]
                 for row in connection.execute(
@@ -396,14 +386,14 @@ def test_nobody_is_rescued_just_after_postgres_was_away(
                     " RETURNING id"
                 ).fetchall()
             )
-        _stop(own_postgres)
+        _stop(file_postgres)
         stopped = time.monotonic()
         eventually(lambda: _events(lines, "Postgres is away"), 10)
         eventually(lambda: time.monotonic() - stopped > RESCUE_INTERVAL + settings.lease / 3, 10, "a long outage")
-        own_postgres.restart()
+        file_postgres.restart()
         eventually(lambda: _events(lines, "Postgres is back"), 20)
 
-        with postgres.connect(own_postgres.url, "test") as connection:
+        with postgres.connect(file_postgres.url, "test") as connection:
             connection.execute("UPDATE outbox SET lease_until = '2000-01-01' WHERE id IN (%s, %s)", [renewed, lost])
             # As a worker does: the relay's look may hold the row's lock at that very moment.
             renewal = {"ids": [renewed], "deliveries": [1], "lease": 60.0, "worker": "w"}
@@ -422,7 +412,7 @@ def test_nobody_is_rescued_just_after_postgres_was_away(
 
 def test_a_postgres_that_hangs_is_away(
     relay_settings: RelaySettings,
-    own_postgres: EmbeddedServer,
+    file_postgres: EmbeddedServer,
     redis_client: redis.Redis,
     lines: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -430,10 +420,10 @@ def test_a_postgres_that_hangs_is_away(
     """A Postgres that keeps its connections and answers nothing is noticed, and holds up no stop."""
     monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
     monkeypatch.setitem(postgres.LIMITS, "connect_timeout", 2)
-    settings = _with(relay_settings, database_url=own_postgres.url, poll_interval=0.1)
-    with postgres.connect(own_postgres.url, "test") as connection, _running(settings):
+    settings = _with(relay_settings, database_url=file_postgres.url, poll_interval=0.1)
+    with postgres.connect(file_postgres.url, "test") as connection, _running(settings):
         eventually(lambda: _events(lines, "started"), 10)
-        with frozen(own_postgres):
+        with frozen(file_postgres):
             eventually(lambda: _events(lines, "Postgres is away"), 10)
             with _running(settings):
                 pass  # stopped while it cannot even connect

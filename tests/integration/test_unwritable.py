@@ -12,12 +12,11 @@ import redis
 from structlog.testing import capture_logs
 
 from outbox import postgres
-from outbox.migrate import migrate
 from outbox.settings import RelaySettings
-from outbox.up.embedded import EmbeddedServer, embedded_postgres
+from outbox.up.embedded import EmbeddedServer
 from relay.loop import Relay
 from relay.rescue import Rescue
-from tests.conftest import Connection, short_folder
+from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from tests.support.faked_clock import ClockedPostgres
 from tests.support.waiting import eventually
@@ -31,34 +30,26 @@ HELD = 2.5 * LEASE
 """Seconds that nothing can be written: every lease has passed by then, whenever it was renewed."""
 
 
-@pytest.fixture(scope="module")
-def own_postgres() -> Iterator[EmbeddedServer]:
-    """A migrated Postgres whose settings a test may change."""
-    with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
-        migrate(server.url)
-        yield server
-
-
 @pytest.fixture
-def connection(own_postgres: EmbeddedServer) -> Iterator[Connection]:
+def connection(file_postgres: EmbeddedServer) -> Iterator[Connection]:
     """A connection to it."""
-    with postgres.connect(own_postgres.url, "test") as opened:
+    with postgres.connect(file_postgres.url, "test") as opened:
         opened.execute("DELETE FROM outbox")
         yield opened
 
 
 @contextmanager
-def locked(own_postgres: EmbeddedServer, mode: str) -> Iterator[None]:
+def locked(file_postgres: EmbeddedServer, mode: str) -> Iterator[None]:
     """Keeps writes out as `CREATE INDEX` or `CREATE TRIGGER` does."""
-    with psycopg.connect(own_postgres.url) as other:
+    with psycopg.connect(file_postgres.url) as other:
         other.execute(f"LOCK TABLE outbox IN {mode} MODE")
         yield
 
 
 @contextmanager
-def read_only(own_postgres: EmbeddedServer) -> Iterator[None]:
+def read_only(file_postgres: EmbeddedServer) -> Iterator[None]:
     """Refuses all writes, also in the sessions that are open."""
-    with psycopg.connect(own_postgres.url, autocommit=True) as other:
+    with psycopg.connect(file_postgres.url, autocommit=True) as other:
         other.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         other.execute("SELECT pg_reload_conf()")
         try:
@@ -76,9 +67,9 @@ CREATE TRIGGER full_disk BEFORE INSERT OR UPDATE ON outbox FOR EACH STATEMENT EX
 
 
 @contextmanager
-def full_disk(own_postgres: EmbeddedServer) -> Iterator[None]:
+def full_disk(file_postgres: EmbeddedServer) -> Iterator[None]:
     """Refuses writes with the error of a full disk; what is there can be locked."""
-    with psycopg.connect(own_postgres.url, autocommit=True) as other:
+    with psycopg.connect(file_postgres.url, autocommit=True) as other:
         other.execute(FULL)
         try:
             yield
@@ -98,11 +89,11 @@ CASES: dict[str, Callable[[EmbeddedServer], AbstractContextManager[None]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_living_workers_row_stays_its_own(
-    case: str, own_postgres: EmbeddedServer, connection: Connection, redis_client: redis.Redis, redis_url: str
+    case: str, file_postgres: EmbeddedServer, connection: Connection, redis_client: redis.Redis, redis_url: str
 ) -> None:
     """However long nothing could be written: it renews and marks once it can, and the relay waits for that."""
-    with lives(own_postgres.url, redis_url, connection) as (mine, dead, lines):
-        with CASES[case](own_postgres):
+    with lives(file_postgres.url, redis_url, connection) as (mine, dead, lines):
+        with CASES[case](file_postgres):
             began = time.monotonic()
             eventually(lambda: time.monotonic() - began > HELD, 20, "all leases have passed")
         eventually(lambda: rescued(lines) == [dead], 20, "the row of a worker that died is taken")
