@@ -19,7 +19,8 @@ _SHORTEST = 0.001
 class Smtp(smtplib.SMTP):
     """smtplib's commands, with one time limit for the whole of a step: `timeout`, or what the attempt has left.
 
-    smtplib's own limit starts anew with each address that it tries, and with each packet of an answer.
+    smtplib's own limit starts anew with each address that it tries, and with each packet of an answer. The look-up of
+    the server's name is the system's, and not limited.
     """
 
     timeout: float
@@ -31,7 +32,11 @@ class Smtp(smtplib.SMTP):
         refused: OSError | None = None
         for number, (family, kind, protocol, _, address) in enumerate(addresses):
             share = (ends - time.monotonic()) / (len(addresses) - number)
-            sock = socket.socket(family, kind, protocol)
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError as error:  # no IPv6 on this host, say
+                refused = error
+                continue
             try:
                 sock.settimeout(max(_SHORTEST, share))
                 sock.connect(address)
@@ -52,9 +57,24 @@ class Smtp(smtplib.SMTP):
             TimeLimitError: the attempt has no time left.
         """
         seconds = deadline.begin_step(self.timeout)
+        if self.file is None:  # connected, or in TLS, a moment ago: the answers of before are another socket's
+            self._answers = None
+            if self.sock is not None:
+                self.sock.settimeout(seconds)
         if self._answers is not None:
             self._answers.limit(seconds)
         super().send(s)
+
+    def docmd(self, cmd: str, args: str = "") -> tuple[int, bytes]:
+        """Sends a command and reads its answer; after STARTTLS, limits the handshake that follows.
+
+        Raises:
+            TimeLimitError: the attempt has no time left.
+        """
+        reply = super().docmd(cmd, args)
+        if cmd == "STARTTLS" and self.sock is not None:
+            self.sock.settimeout(deadline.begin_step(self.timeout))
+        return reply
 
     def getreply(self, at_least: float = 0.0) -> tuple[int, bytes]:
         """Reads a whole answer in one step.

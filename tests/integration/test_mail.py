@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from email.message import EmailMessage
 from threading import Thread
@@ -443,3 +443,68 @@ def test_addresses_that_do_not_answer_share_the_time_of_a_step(
             within(1, lambda: sender.send(mail()))
         assert time.monotonic() - began < 2
     assert len(mailbox.mails) == 1
+
+
+@contextmanager
+def slow_tls(mailbox: Mailbox, answer: float, handshake: float) -> Iterator[str]:
+    """Passes everything on to a mailbox, but for its answer to STARTTLS and its handshake: these come seconds later."""
+
+    def pass_on(source: socket.socket, target: socket.socket) -> None:
+        has_greeted = False
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if data.startswith(b"220") and has_greeted:
+                    time.sleep(answer)
+                if data.startswith(b"\x16\x03") and source.getpeername()[1] == mailbox.port:
+                    time.sleep(handshake)
+                has_greeted = True
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        with client, socket.create_connection(("127.0.0.1", mailbox.port)) as server:
+            asking = Thread(target=pass_on, args=(client, server), daemon=True)
+            asking.start()
+            pass_on(server, client)
+            asking.join(10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = Thread(target=serve, daemon=True)
+        serving.start()
+        yield f"smtp+starttls://127.0.0.1:{listener.getsockname()[1]}"
+        serving.join(10)
+
+
+def test_a_slow_handshake_leaves_less_time_for_the_next_step(authority: trustme.CA) -> None:
+    """The steps after STARTTLS are limited on the connection in TLS, and not on the one before."""
+    with serve_mailbox(tls_context=tls(authority)) as mailbox, slow_tls(mailbox, 0, 1) as url:
+        sender = mailer(url, smtp_timeout=10)
+        within(5, lambda: sender.send(mail()))
+        assert len(mailbox.mails) == 1
+        close(sender)
+
+
+def test_a_handshake_takes_no_longer_than_the_attempt(authority: trustme.CA) -> None:
+    """What is left for it counts from the answer to STARTTLS, and not from the question."""
+    with serve_mailbox(tls_context=tls(authority)) as mailbox, slow_tls(mailbox, 1.6, 5) as url:
+        sender = mailer(url, smtp_timeout=10)
+        began = time.monotonic()
+        with pytest.raises(TimeLimitError):
+            within(2, lambda: sender.send(mail()))
+        assert time.monotonic() - began < 3.3
+        assert not mailbox.mails
+
+
+def test_an_address_that_the_system_does_not_know_is_passed_over(
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host without IPv6, say: the next address is tried."""
+    unknown = (999, socket.SOCK_STREAM, 6, "", ("::1", mailbox.port))
+    known = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", mailbox.port))
+    monkeypatch.setattr("worker.smtp.socket.getaddrinfo", lambda *_: [unknown, known])
+    sender = mailer(mailbox.url)
+    sender.send(mail())
+    assert len(mailbox.mails) == 1
+    close(sender)
