@@ -43,6 +43,9 @@ def _secret_key(value: str) -> str:
     return value
 
 
+LONGEST_LEASE = 300.0
+"""Seconds that a lease may last. One that ends later was written before Postgres' clock was set back."""
+
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 365)]
 
 
@@ -125,7 +128,7 @@ class _RedisSettings(DatabaseSettings):
     queues: Annotated[dict[str, int], NoDecode, BeforeValidator(_queue_weights)] = Field(
         default={"critical": 10, "default": 5}, validation_alias="OUTBOX_QUEUES"
     )
-    lease: Seconds = Field(default=15, validation_alias="OUTBOX_LEASE")
+    lease: Annotated[float, Field(gt=0, le=LONGEST_LEASE)] = Field(default=15, validation_alias="OUTBOX_LEASE")
 
 
 class ServiceSettings(DatabaseSettings):

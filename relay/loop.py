@@ -21,7 +21,7 @@ from relay.clock import Clock
 from relay.drain import Drain
 from relay.publish import publish
 from relay.repair import repair
-from relay.rescue import Rescue
+from relay.rescue import IMPOSSIBLE_LEASE, Rescue
 from relay.retention import BATCH as RETENTION_BATCH
 from relay.retention import retention
 from relay.schedule import Schedule
@@ -225,7 +225,7 @@ class Relay:
                 "horizon": settings.horizon,
                 "grace": settings.sweep_grace,
                 "clock_error": CLOCK_ERROR,
-                "longest_lease": self._rescue.longest_lease,
+                "impossible_lease": IMPOSSIBLE_LEASE,
             },
         ).fetchone()
         assert found is not None

@@ -15,6 +15,7 @@ from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.settings import LONGEST_LEASE
 
 BATCH = 1000
 SETTLING_TIME = 2.0
@@ -24,8 +25,8 @@ SETTLING_PART = 0.25
 """The same where leases are short, as a part of one."""
 LATE = 1.0
 """Seconds that a rescue's transaction may take. Where it takes longer, Postgres has stalled, and renewals with it."""
-SHORTEST_IMPOSSIBLE_LEASE = 300.0
-"""Seconds ahead at which no lease can end, however long leases are: the server's clock was set back since."""
+IMPOSSIBLE_LEASE = LONGEST_LEASE + 60.0
+"""Seconds ahead at which no lease can end, whatever a worker's setting: the server's clock was set back since."""
 
 REFUSED_PAUSE = 60.0
 """Seconds until a row is tried again whose rescue Postgres has refused."""
@@ -58,11 +59,6 @@ class Rescue:
         self._batch = BATCH
         self._refused: dict[Delivery, float] = {}
         """Rows whose rescue Postgres has refused, as by a trigger, and when."""
-
-    @property
-    def longest_lease(self) -> float:
-        """Seconds ahead at which no lease can end."""
-        return max(SHORTEST_IMPOSSIBLE_LEASE, 10 * self._lease)
 
     def looked(self, postgres_time: float, began: float, interval: float) -> None:
         """Records a look at Postgres, and pauses where something was wrong since the one before.
@@ -143,7 +139,7 @@ class Rescue:
         self._refused = {delivery: at for delivery, at in self._refused.items() if now - at < REFUSED_PAUSE}
         found = {
             "batch": batch,
-            "longest_lease": self.longest_lease,
+            "impossible_lease": IMPOSSIBLE_LEASE,
             "refused": [delivery.row for delivery in self._refused],
         }
         return connection.execute(query("expired"), found).fetchall()

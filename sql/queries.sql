@@ -143,7 +143,7 @@ SELECT extract(epoch FROM now())::float8 AS now,
                       OR enqueued_at > now() + make_interval(secs => %(clock_error)s))) AS unclaimed,
        EXISTS (SELECT FROM outbox WHERE status = 'running' AND lease_until < now())
        OR EXISTS (SELECT FROM outbox
-                  WHERE status = 'running' AND lease_until > now() + make_interval(secs => %(longest_lease)s)) AS expired;
+                  WHERE status = 'running' AND lease_until > now() + make_interval(secs => %(impossible_lease)s)) AS expired;
 
 
 -- name: lock_sweep
@@ -188,7 +188,7 @@ SELECT set_config('lock_timeout', '100ms', true);
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
 FROM outbox
 WHERE status = 'running'
-  AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(longest_lease)s))
+  AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(impossible_lease)s))
   AND id <> ALL (%(refused)s::bigint[])
 ORDER BY lease_until
 LIMIT %(batch)s
@@ -319,8 +319,8 @@ RETURNING outbox.id, outbox.delivery;
 
 
 -- name: unmarked
--- What rows are that a mark has not written, as far as they are still this worker's last: `running` where somebody has
--- them locked, and the outcome itself where an earlier mark, whose answer was lost, has written it.
+-- The status of rows that a mark did not write, as far as this worker was the last to claim them: `running` where another
+-- session has them locked, and the outcome itself where an earlier mark has written it and the answer was lost.
 WITH found AS MATERIALIZED (
     SELECT id, delivery, status, worker FROM outbox WHERE id = ANY (%(ids)s)
 )

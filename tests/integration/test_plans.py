@@ -25,10 +25,10 @@ _CLOCK = {"clock_error": 60.0}
 STATEMENTS: dict[str, dict[str, Any]] = {
     "room": {"queue": "default", "window": 10_000},
     "publish": {"room": None, "queue": "default", "window": 10_000, "horizon": 60.0, "batch": 500, "payload_limit": 9},
-    "look": {"queues": ["critical", "default"], "horizon": 60.0, "grace": 2.0, **_CLOCK, "longest_lease": 300.0},
+    "look": {"queues": ["critical", "default"], "horizon": 60.0, "grace": 2.0, **_CLOCK, "impossible_lease": 300.0},
     "sweep_candidates": {"grace": 2.0, **_CLOCK},
     "sweep": {"ids": _MANY, "deliveries": [1] * len(_MANY)},
-    "expired": {"batch": 500, "longest_lease": 300.0, "refused": [1]},
+    "expired": {"batch": 500, "impossible_lease": 300.0, "refused": [1]},
     "touch_leases": {"ids": _IDS},
     "rescue": {"ids": _IDS, "statuses": ["pending"] * 32, "delays": [0.0] * 32, "errors": ["why"] * 32},
     "retention": {"retention": 86_400.0, "batch": 1000},

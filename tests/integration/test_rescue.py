@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from outbox import postgres
 from outbox.queries import query
+from outbox.settings import LONGEST_LEASE
 from relay.rescue import Rescue
 from tests.support.waiting import eventually
 
@@ -73,9 +74,10 @@ def test_a_row_that_lost_two_workers_waits(connection: Connection) -> None:
     assert 10 < rows[1]["wait"].total_seconds() < 50
 
 
-def test_a_living_workers_row_stays(connection: Connection) -> None:
-    """A lease that has not passed is not touched."""
-    _run(connection, lease=1)
+@pytest.mark.parametrize("lease", [10, LONGEST_LEASE + 1])
+def test_a_living_workers_row_stays(connection: Connection, lease: float) -> None:
+    """A lease that has not passed is not touched, whatever the worker's setting, and the relay's."""
+    _run(connection, lease)
     assert rescue(connection) == 0
     assert _states(connection) == ["running"]
 

@@ -50,7 +50,7 @@ MUTANTS: dict[str, Mutant] = {
         _rewritten("look", "WHERE status = 'running' AND lease_until < now()", "WHERE status = 'running'"),
         _rewritten(
             "expired",
-            "\n  AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(longest_lease)s))",
+            "\n  AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(impossible_lease)s))",
             "",
         ),
     ),

@@ -8,6 +8,7 @@ import redis
 from outbox.postgres import AWAY, Connection
 from outbox.queries import query
 from relay import publish, rescue, retention, sweep
+from relay.rescue import IMPOSSIBLE_LEASE
 from tests.schedules.bag import QUEUES, Client
 from tests.schedules.setting import Setting
 from tests.schedules.stepping import END_OF_TRANSACTION, TURN, Actor
@@ -110,7 +111,7 @@ class Rescue(Duty):
                 "horizon": settings.horizon,
                 "grace": settings.sweep_grace,
                 "clock_error": sweep.CLOCK_ERROR,
-                "longest_lease": self._rescue.longest_lease,
+                "impossible_lease": IMPOSSIBLE_LEASE,
             },
         ).fetchone()
         assert found is not None

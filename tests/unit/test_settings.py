@@ -213,7 +213,7 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
             "a=1,b=2,a=3",
         ],
     ),
-    (RelaySettings, "OUTBOX_LEASE", ["hunter2", "0", "-1", "nan", "inf"]),
+    (RelaySettings, "OUTBOX_LEASE", ["hunter2", "0", "-1", "nan", "inf", "301"]),
     (RelaySettings, "OUTBOX_POLL_INTERVAL", ["hunter2", "0"]),
     (RelaySettings, "OUTBOX_BATCH", ["hunter2", "0", "100001", "1.5"]),
     (RelaySettings, "OUTBOX_WINDOW", ["hunter2", "0", "9223372036854775807"]),
