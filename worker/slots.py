@@ -99,7 +99,7 @@ class Slots:
         self._begun += len(by_delivery)
         self._held.update(by_delivery)
         self._undecided.update(by_delivery)
-        for claimed in claims:
+        for claimed in by_delivery.values():
             self._waiting.put((claimed, now))
         self._start_threads()
         return not_taken

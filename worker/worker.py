@@ -117,7 +117,7 @@ class OutboxWorker(RQWorker):
             self._slots.check()
             self._wait_for_overdue()
             if not taken:
-                taken += self._take()
+                taken += dict.fromkeys(self._take())  # Redis may have a job twice
             if taken:
                 self._marker.check()  # else the sweep offers them to another worker
                 claims = (
@@ -181,7 +181,16 @@ class OutboxWorker(RQWorker):
             if self.stopping.is_set():
                 return
             self._marker.check()
+            self._beat_while_overdue()
             self._slots.wait_until_empty(0.2)
+
+    def _beat_while_overdue(self) -> None:
+        """Keeps the worker on RQ's list: the other handlers may take hours."""
+        try:
+            self.beat(busy=True)
+        except outbox_redis.AWAY as error:
+            self.forget()
+            self._redis.away(error)
 
     @staticmethod
     def _log_overdue(claimed: Claim) -> None:
@@ -265,7 +274,7 @@ class OutboxWorker(RQWorker):
             logs.get().warning("outcomes lost at shutdown", rows=[delivery.row for delivery in unmarked])
         if not unfinished:  # else there is an exit to hurry to
             self._database.close(timeout=1)
-        logs.get().info("stopped", worker=self.name, given_back=len(unfinished))
+        logs.get().info("stopped", worker=self.name, cut_short=len(unfinished))
 
 
 def _cut_short(claimed: Claim, *, is_overdue: bool) -> Outcome:

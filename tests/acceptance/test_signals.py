@@ -106,7 +106,7 @@ def test_the_worker_finishes_what_runs(stack: Stack, connection: Connection, mai
     started = time.monotonic()
     assert worker.stop() == 0, worker.text()
     assert time.monotonic() - started < 5
-    assert worker.events("stopped")[0]["given_back"] == 0
+    assert worker.events("stopped")[0]["cut_short"] == 0
     assert not worker.events("outcomes lost at shutdown")
     assert mailbox.taking == len(mailbox.mails), "every handler that was begun has ended"
     assert 8 < len(mailbox.mails) < 40
@@ -132,7 +132,7 @@ def test_the_worker_gives_back_what_does_not_end(stack: Stack, connection: Conne
     started = time.monotonic()
     assert worker.stop() == 0, worker.text()
     assert 0.9 < time.monotonic() - started < 5
-    assert worker.events("stopped")[0]["given_back"] == 1
+    assert worker.events("stopped")[0]["cut_short"] == 1
 
     mailbox.data_delay = 0
     stack.run("worker")

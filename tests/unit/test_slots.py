@@ -120,9 +120,9 @@ def test_rows_that_wait_long_are_stuck_although_threads_begin_others(crew: Crew)
 
 def test_a_row_that_waited_too_long_is_not_begun(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process was paused, and the row is another worker's by now: it is given back, and no attempt counts."""
-    monkeypatch.setattr("worker.slots.LONGEST_WAIT", 0.1)
     crew.begin(*range(1, COUNT + 2))
     eventually(lambda: len(crew.begun) == COUNT, 5)
+    monkeypatch.setattr("worker.slots.LONGEST_WAIT", 0.1)
     time.sleep(0.2)
     crew.end(1)
     eventually(lambda: Outcome(Delivery(COUNT + 1, 1), "pending", 0) in crew.put, 5)
@@ -156,7 +156,7 @@ def test_what_does_not_end_is_given_up(crew: Crew, ends: bool) -> None:  # noqa:
     eventually(lambda: len(crew.begun) == 2, 5)
     if ends:
         crew.may_end.set()
-    crew.slots.wait_until_empty(0.5)
+    crew.slots.wait_until_empty(5 if ends else 0.1)
     outcome_of: Callable[[Claim], Outcome] = lambda claimed: Outcome(claimed.delivery, "pending", 0)  # noqa: E731
     given_up = crew.slots.give_up(outcome_of)
     assert len(given_up) == (0 if ends else 2)
@@ -265,15 +265,27 @@ def test_where_no_thread_can_be_started_the_worker_hears_of_it(monkeypatch: pyte
     eventually(lambda: len(crew.put) == 2, 5, "the one thread does both")
 
 
+def test_a_row_that_comes_twice_is_begun_once(crew: Crew) -> None:
+    """Two attempts of one row at once would be two mails."""
+    claimed = Claim(Delivery(1, 1), "t", "{}", "default", 1, 3, 30, None)
+    crew.slots.begin([claimed, claimed])
+    eventually(lambda: crew.begun, 5)
+    crew.may_end.set()
+    crew.slots.wait_until_empty(5)
+    crew.begin(2)
+    eventually(lambda: 2 in crew.begun, 5)
+    assert crew.begun == [1, 2]
+
+
 def test_an_attempt_is_overdue_past_its_limit_and_a_grace(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from when its handler began, however long it had waited for a thread."""
     monkeypatch.setattr("worker.slots.OVERTIME", 0.3)
     slow = Claim(Delivery(1, 1), "t", "{}", "default", 1, 3, 1, None)
+    started = time.monotonic()
     crew.slots.begin([slow])
     crew.begin(2, 3, 4)
     waiting = Claim(Delivery(5, 1), "t", "{}", "default", 1, 3, 1, None)
     crew.slots.begin([waiting])
-    started = time.monotonic()
     eventually(crew.slots.overdue, 5)
     assert time.monotonic() - started > 1.2
     assert crew.slots.overdue() == [slow]
