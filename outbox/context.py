@@ -23,8 +23,8 @@ class Context:
     deadline: float
     """When the attempt's time is over, in seconds of the monotonic clock."""
     database: ConnectionPool[Any]
-    """Connections for short transactions: a block of `connection()` is one. A statement may take 20 s, and no longer
-    than the attempt has time. Hold none while talking to the outside."""
+    """Connections for short transactions: a block of `connection()` is one. A statement may take 20 s, or what the
+    attempt has left, but at least 1 s: to commit. Hold none while talking to the outside."""
     send: Callable[[EmailMessage | Message], None]
     """Sends a mail; raises SkipRetry where the server refuses the recipient for good."""
     settings: WorkerSettings

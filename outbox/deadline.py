@@ -20,13 +20,22 @@ def remaining() -> float:
     return max(0.0, _deadline.get() - time.monotonic())
 
 
-def begin_step(limit: float) -> float:
-    """Returns the seconds that a step may take: `limit`, or what is left of the attempt's time.
+def check() -> None:
+    """Checks that the attempt has time left.
+
+    Raises:
+        TimeLimitError: it has none.
+    """
+    begin_step(math.inf)
+
+
+def begin_step(seconds: float) -> float:
+    """Returns how long a step may take: `seconds`, or what is left of the attempt's time.
 
     Raises:
         TimeLimitError: nothing is left of it.
     """
     left = remaining()
-    if left <= 0:
+    if not left:
         raise TimeLimitError("the attempt's time is over")
-    return min(limit, left)
+    return min(seconds, left)

@@ -1,9 +1,11 @@
 """The connections to Postgres that all handlers of a worker share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import psycopg
-from psycopg import Connection, Cursor
+from psycopg import Connection, Copy, Cursor
 from psycopg.abc import PQGen
 from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
@@ -21,7 +23,10 @@ FINISHING_TIME = 1.0
 
 
 class HandlerCursor(Cursor[Any]):
-    """A cursor that begins no statement once the attempt's time is over; what was done may still be committed."""
+    """A cursor that begins no statement once the attempt's time is over; what was done may still be committed.
+
+    A cursor with a name is Postgres' own, and not limited so.
+    """
 
     def execute(self, *args: Any, **kwargs: Any) -> Self:
         """Executes a statement.
@@ -29,12 +34,41 @@ class HandlerCursor(Cursor[Any]):
         Raises:
             TimeLimitError: the attempt has no time left.
         """
-        deadline.begin_step(postgres.ANSWER_LIMIT)
+        deadline.check()
         return super().execute(*args, **kwargs)
+
+    def executemany(self, *args: Any, **kwargs: Any) -> None:
+        """Executes a statement for each of many parameters.
+
+        Raises:
+            TimeLimitError: the attempt has no time left.
+        """
+        deadline.check()
+        super().executemany(*args, **kwargs)
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Executes a statement and returns its rows one by one.
+
+        Raises:
+            TimeLimitError: the attempt has no time left.
+        """
+        deadline.check()
+        return super().stream(*args, **kwargs)
+
+    @contextmanager
+    def copy(self, *args: Any, **kwargs: Any) -> Iterator[Copy]:
+        """Runs a COPY.
+
+        Raises:
+            TimeLimitError: the attempt has no time left.
+        """
+        deadline.check()
+        with super().copy(*args, **kwargs) as copy:
+            yield copy
 
 
 class HandlerConnection(postgres.LimitedConnection):
-    """A connection whose statements take no longer than the attempt has time."""
+    """A connection whose statements wait no longer than the attempt has time, or FINISHING_TIME where that is less."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Waits for an answer, `timeout` seconds or else what both limits leave.

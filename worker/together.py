@@ -2,8 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from threading import Lock
+from threading import TIMEOUT_MAX, Lock
 from typing import Generic, TypeVar
+
+from outbox import deadline
+from outbox.errors import TimeLimitError
 
 Wanted = TypeVar("Wanted")
 Made = TypeVar("Made")
@@ -21,7 +24,7 @@ class Together(Generic[Wanted, Made]):
         self._leading = Lock()
 
     def __call__(self, wanted: Wanted, make: Callable[[Sequence[Wanted]], Sequence[Made]]) -> Made:
-        """Returns what was made of this caller's part.
+        """Returns what was made of this caller's part. Waits no longer than the attempt has time.
 
         Args:
             wanted: its part.
@@ -29,13 +32,18 @@ class Together(Generic[Wanted, Made]):
                 first, and never in two at once.
 
         Raises:
-            Exception: what `make` has raised, in whoever's thread that was.
+            TimeLimitError: the attempt has no time left to wait for the calls before.
+            Exception: what `make` has raised, in the thread that called it.
         """
         call: _Call[Wanted, Made] = _Call(wanted)
         self._waiting.append(call)
-        with self._leading:
+        if not self._leading.acquire(timeout=deadline.begin_step(TIMEOUT_MAX)):
+            raise TimeLimitError("the attempt's time is over")
+        try:
             if not call.is_over:
                 self._lead(call, make)
+        finally:
+            self._leading.release()
         if call.error is not None:
             raise call.error
         return call.made[0]

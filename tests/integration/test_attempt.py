@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 import psycopg
 import pytest
 import structlog
-from psycopg import IsolationLevel
+from psycopg import Cursor, IsolationLevel
 from psycopg_pool import ConnectionPool
 from pydantic import BaseModel
 from structlog.testing import capture_logs
@@ -442,15 +442,32 @@ def test_no_statement_is_begun_after_the_time_and_what_was_done_is_committed(
             lent.execute("INSERT INTO users VALUES ('alice', 'hash', 'A User', 'alice@example.com')")
             time.sleep(max(0.0, context.remaining + 0.05))
 
-    def loop(_: Note, context: Context) -> None:
-        with context.database.connection() as lent:
-            while True:
-                lent.execute("SELECT pg_sleep(0.01)")
+    def loop(begin: Callable[[Cursor[Any]], object]) -> Callable[[Note, Context], None]:
+        def handle(_: Note, context: Context) -> None:
+            with context.database.connection() as lent, lent.cursor() as cursor:
+                for _ in range(300):
+                    begin(cursor)
+                    time.sleep(0.01)
 
-    assert tried(insert, replace(context, database=pool, deadline=time.monotonic() + 0.3)).status == "done"
+        return handle
+
+    def copy(cursor: Cursor[Any]) -> None:
+        with cursor.copy("COPY (SELECT 1) TO STDOUT") as rows:
+            list(rows)
+
+    with pool.connection():
+        pass  # a connection is there
+    assert tried(insert, replace(context, database=pool, deadline=time.monotonic() + 1)).status == "done"
     assert len(connection.execute("SELECT FROM users").fetchall()) == 1
-    outcome = tried(loop, replace(context, database=pool, deadline=time.monotonic() + 0.3), timeout=1)
-    assert (outcome.status, outcome.error) == ("pending", "the attempt took longer than its 1 s")
+    statements: list[Callable[[Cursor[Any]], object]] = [
+        lambda cursor: cursor.execute("SELECT 1"),
+        lambda cursor: cursor.executemany("SELECT %s", [[1], [2]]),
+        lambda cursor: list(cursor.stream("SELECT 1")),
+        copy,
+    ]
+    for begin in statements:
+        outcome = tried(loop(begin), replace(context, database=pool, deadline=time.monotonic() + 0.3), timeout=1)
+        assert (outcome.status, outcome.error) == ("pending", "the attempt took longer than its 1 s")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import pytest
 
+from outbox import deadline
+from outbox.errors import TimeLimitError
 from tests.support.waiting import eventually
 from worker.together import Together
 
@@ -67,3 +70,21 @@ def test_an_error_is_everybodys_and_ends_there(doubling: Doubling) -> None:
             with pytest.raises(ValueError, match="unlucky"):
                 each.result(5)
     assert together(12, doubling) == 24
+
+
+def test_a_caller_waits_no_longer_than_its_attempt_has_time(doubling: Doubling) -> None:
+    """The one before it may hang on a connection, and has a time limit of its own."""
+    together: Together[int, int] = Together()
+
+    def call() -> int:
+        deadline.limit(time.monotonic() + 0.2)
+        return together(2, doubling)
+
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(together, 1, doubling)
+        eventually(lambda: doubling.calls == [[1]])
+        with pytest.raises(TimeLimitError):
+            copy_context().run(call)
+        doubling.go_on.set()
+        assert first.result(5) == 2
+    assert together(3, doubling) == 6, "nothing is left locked"
