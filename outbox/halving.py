@@ -1,4 +1,4 @@
-"""Writing a batch of which some items may be refused: by halves, until the items that are the reason are found."""
+"""Writes a batch by bisection, so that items that are refused do not block the others."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def write_by_halves(items: Sequence[T], write: Callable[[Sequence[T]], None]) -> list[tuple[T, Exception]]:
-    """Writes items with one call where that can be, and else all but those that are refused alone as well.
+    """Writes all items in one call; if that fails, halves the batch until only the items that are refused are left.
 
-    That may be for a text that cannot be encoded, or a trigger that refuses a row.
+    A text that cannot be encoded is one, or a row that a trigger refuses.
 
     Args:
         items: what to write.

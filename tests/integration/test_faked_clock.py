@@ -10,9 +10,13 @@ from tests.support.waiting import eventually
 
 
 def ahead(connection: psycopg.Connection) -> float:
-    """Returns the seconds by which the server's time is ahead of ours."""
-    (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0,)
-    return float(now) - time.time()
+    """Returns the seconds by which the server's time is ahead of ours, by the quickest of a few answers."""
+    looks: list[tuple[float, float]] = []
+    for _ in range(5):
+        begun = time.time()
+        (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0,)
+        looks.append((time.time() - begun, float(now) - begun))
+    return min(looks)[1]
 
 
 def ahead_of(url: str) -> float | None:
