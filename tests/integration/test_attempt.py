@@ -445,7 +445,7 @@ def test_no_statement_is_begun_after_the_time_and_what_was_done_is_committed(
     def loop(begin: Callable[[Cursor[Any]], object]) -> Callable[[Note, Context], None]:
         def handle(_: Note, context: Context) -> None:
             with context.database.connection() as lent, lent.cursor() as cursor:
-                for _ in range(300):
+                for _number in range(300):
                     begin(cursor)
                     time.sleep(0.01)
 
@@ -465,8 +465,8 @@ def test_no_statement_is_begun_after_the_time_and_what_was_done_is_committed(
         lambda cursor: list(cursor.stream("SELECT 1")),
         copy,
     ]
-    for begin in statements:
-        outcome = tried(loop(begin), replace(context, database=pool, deadline=time.monotonic() + 0.3), timeout=1)
+    for statement in statements:
+        outcome = tried(loop(statement), replace(context, database=pool, deadline=time.monotonic() + 0.3), timeout=1)
         assert (outcome.status, outcome.error) == ("pending", "the attempt took longer than its 1 s")
 
 
