@@ -28,8 +28,8 @@ test *arguments: setup
     @{{ pytest }} {{ arguments }}
 
 # Run all tests once more with a tracer in every process, and demand 90 % branch coverage
-coverage: setup
-    @{{ pytest }} --cov --cov-report=term --cov-fail-under=90
+coverage *arguments: setup
+    @{{ pytest }} --cov --cov-report=term --cov-fail-under=90 {{ arguments }}
 
 # Inject faults at random while users are created, then judge: was anything lost? (--help tells the options)
 [no-exit-message]

@@ -15,6 +15,8 @@ from tests.conftest import Connection
 from tests.integration.test_plans import STATEMENTS
 from tests.support.processes import add_users
 
+pytestmark = pytest.mark.once
+
 ROWS = 200_000
 BATCH = 1000
 """Rows per statement: as many as a worker claims and marks at most."""

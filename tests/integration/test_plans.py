@@ -11,6 +11,8 @@ import pytest
 from outbox import postgres
 from outbox.queries import query
 
+pytestmark = pytest.mark.once
+
 Connection = psycopg.Connection[dict[str, Any]]
 
 _IDS = list(range(1, 33))
@@ -65,7 +67,7 @@ INDEXES = [
 @pytest.fixture(scope="module")
 def history(create_database: Callable[[str | None], str], template: str) -> Iterator[Connection]:
     """1,000,000 done rows, 10,000 pending, 2,000 enqueued, 500 running, 200 dead, analysed."""
-    with postgres.connect(create_database(template), "test") as connection:
+    with postgres.connect(create_database(template), "test", answer_limit=100) as connection:
         connection.execute("SET synchronous_commit = off")
         connection.execute(
             """

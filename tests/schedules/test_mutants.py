@@ -8,6 +8,8 @@ from tests.schedules.mutants import MUTANTS, mutated
 from tests.schedules.schedule import run
 from tests.schedules.stage import Stage, stage
 
+pytestmark = pytest.mark.once
+
 _SEED = 7
 
 _CATCHING = {
