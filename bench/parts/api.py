@@ -64,7 +64,7 @@ def _settings(port: int) -> dict[str, str]:
 
 
 def _of_clients(bench: Bench, measured: "_Measured", clients: int) -> list[Figure]:
-    seconds, warmup = (0.3, 0.1) if bench.smoke else (_SECONDS[clients], _WARMUP[clients])
+    seconds, warmup = (1.0, 0.1) if bench.smoke else (_SECONDS[clients], _WARMUP[clients])
     loads: dict[str, list[Load]] = {OURS: [], BARE: []}
     measured.cpu.clear()
 
