@@ -1,7 +1,6 @@
 """`python -m relay`: one relay, configured by the environment, stopped by SIGTERM."""
 
-import signal
-from threading import Event, Thread
+from threading import Event
 
 from outbox import logs, redis_url, start
 from outbox.settings import RelaySettings
@@ -14,9 +13,7 @@ def main() -> None:
     redis_url.check(settings.redis_url)
     logs.configure("relay", settings.log_level, settings.log_format)
     stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # In a thread: the signal may have struck inside the event's own lock.
-        signal.signal(number, lambda *_: Thread(target=stop.set).start())
+    start.on_stop_signal(stop.set)
     Relay(settings, stop).run()
 
 

@@ -7,8 +7,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from threading import Event, Thread
-from types import FrameType
+from threading import Event
 from typing import Any
 
 import redis
@@ -17,7 +16,7 @@ from rq import worker_registration
 from rq.utils import now as rq_now
 from rq.worker import BaseWorker, WorkerStatus
 
-from outbox import logs
+from outbox import logs, start
 from outbox import redis as outbox_redis
 from outbox.jobs import OutboxJob
 from outbox.outage import one_line
@@ -52,21 +51,13 @@ class RQWorker(BaseWorker):
         return connection
 
     def _install_signal_handlers(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.request_stop)
+        start.on_stop_signal(self._stop_or_hurry)
 
-    def request_stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's arguments
+    def _stop_or_hurry(self) -> None:
         """Takes nothing new and lets handlers end; asked again a second later or more, gives them up at once."""
-        # In a thread: the signal may have struck inside an event's own lock.
         now = time.monotonic()
-        try:
-            Thread(target=self._stop_or_hurry, args=(now,)).start()
-        except RuntimeError:  # no thread can be started
-            self._stop_or_hurry(now)
-
-    def _stop_or_hurry(self, now: float) -> None:
         if self.stopping.is_set() and now - self._stop_requested_at > 1:
-            self.hurry.set()  # one Ctrl-C may arrive twice, from the terminal and from whoever started us
+            self.hurry.set()  # one Ctrl-C may arrive twice, from the terminal and from the process that started us
         if not self.stopping.is_set():
             self._stop_requested_at = now
         self.stopping.set()

@@ -1,9 +1,8 @@
 """One embedded server alone, for a client of your own: `python -m outbox.up.alone postgres` or `redis`."""
 
-import signal
 import sys
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 from outbox import logs, start
 from outbox.errors import StartError
@@ -23,8 +22,7 @@ def main() -> None:
     if name not in SERVERS:
         raise StartError(f"name one of {', '.join(SERVERS)}")
     stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: Thread(target=stop.set).start())
+    start.on_stop_signal(stop.set)
     logs.configure("up", "info", None)
     variable, embedded = SERVERS[name]
     with held(Path(f".outbox-{name}")) as folder, embedded(folder.path) as server:

@@ -1,5 +1,6 @@
 """SIGTERM in the middle of work: what was begun is finished, what was not is left for others, nothing is doubled."""
 
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -139,3 +140,25 @@ def test_the_worker_gives_back_what_does_not_end(stack: Stack, connection: Conne
     eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 30, "done")
     assert connection.execute("SELECT attempts FROM outbox").fetchall() == [{"attempts": 2}]
     assert [address for address, _ in mailbox.mails] == ["slow@example.com"]
+
+
+@pytest.mark.parametrize("module", ["service", "relay", "worker"])
+def test_a_process_that_is_asked_again_and_again_ends_in_order(stack: Stack, module: str) -> None:
+    """A signal that comes when its work has ended, while the interpreter shuts down, changes no exit code."""
+    process = stack.run(module)
+
+    def has_ended() -> bool:
+        process.send(signal.SIGTERM)
+        return not process.is_up()
+
+    eventually(has_ended, 20, "the process ends")
+    assert process.wait() == 0, process.text()
+    assert "Traceback" not in process.text()
+
+
+def test_a_relay_ends_in_order_where_no_thread_can_be_started(stack: Stack) -> None:
+    """It hears SIGTERM all the same."""
+    relay = stack.run("tests.support.threadless", THREADLESS="relay")
+    relay.send(signal.SIGUSR1)
+    assert relay.stop() == 0, relay.text()
+    assert relay.events("stopped")

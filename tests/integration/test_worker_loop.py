@@ -207,12 +207,14 @@ def test_cut_connections_cost_no_attempt(stack: Stack, connection: Connection, r
     assert not worker.events("process task failed")
 
 
-def waiting(stack: Stack, connection: Connection, client: redis.Redis, **environment: str) -> tuple[Process, Any, Path]:
+def waiting(
+    stack: Stack, connection: Connection, client: redis.Redis, *, module: str = "worker", **environment: str
+) -> tuple[Process, Any, Path]:
     """Starts a worker with a handler that waits for a file."""
     flag = stack.folder / "begun"
     row = add_row(connection, payload=f'{{"does": "waits", "path": "{flag}"}}')
     offer(client, row.job_id)
-    worker = stack.run("worker", **environment)
+    worker = stack.run(module, **environment)
     eventually(flag.exists, 10, "the handler has begun")
     return worker, row, flag.with_name("begun.go")
 
@@ -370,6 +372,35 @@ def test_a_second_sigterm_gives_the_row_back(stack: Stack, connection: Connectio
     assert (now["status"], now["attempts"], now["lease"]) == ("pending", 1, None)
     assert LEAVING_TIME - (time.monotonic() - asked) < now["waits"] <= LEAVING_TIME
     assert now["last_error"] == "the worker was stopped before the attempt ended"
+
+
+def test_rows_are_given_back_where_no_thread_can_be_started(
+    stack: Stack, connection: Connection, redis_client: redis.Redis
+) -> None:
+    """A limit of processes counts threads: the rows that were claimed have not begun, and lose no attempt."""
+    worker = stack.run("tests.support.threadless", THREADLESS="worker")
+    worker.send(signal.SIGUSR1)
+    rows = [add_row(connection) for _ in range(7)]
+    offer(redis_client, *(row.job_id for row in rows))
+    assert worker.wait(10) == 1
+    assert [(now["status"], now["attempts"]) for now in (read_row(connection, row) for row in rows)] == [
+        ("pending", 0)
+    ] * 7
+    assert "no thread can be started to run handlers" in worker.text()
+    assert "Traceback" not in worker.text()
+
+
+def test_sigterm_is_obeyed_where_no_thread_can_be_started(
+    stack: Stack, connection: Connection, redis_client: redis.Redis
+) -> None:
+    """What runs may end, is marked, and the exit code is 0."""
+    worker, row, go = waiting(stack, connection, redis_client, module="tests.support.threadless", THREADLESS="worker")
+    worker.send(signal.SIGUSR1)
+    worker.send(signal.SIGTERM)
+    go.touch()
+    assert worker.wait(10) == 0
+    assert is_done(connection, row)
+    assert "Traceback" not in worker.text()
 
 
 def test_redis_away_at_the_start_and_later(stack: Stack, connection: Connection, own_redis: EmbeddedServer) -> None:

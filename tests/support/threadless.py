@@ -1,0 +1,32 @@
+"""`python -m tests.support.threadless`: the process that THREADLESS names, without new threads once SIGUSR1 has come.
+
+As under a limit of processes (`pids.max`), which counts threads as well, and which a test may not be allowed to set.
+"""
+
+import _thread
+import os
+import runpy
+import signal
+import threading
+from typing import Any
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    """Fails as Python does where the system has no thread for it."""
+    raise RuntimeError("can't start new thread")
+
+
+def refuse_threads(*_: Any) -> None:
+    """Has every start of a thread fail from now on."""
+    for module, name in (
+        (threading, "_start_new_thread"),
+        (threading, "_start_joinable_thread"),
+        (_thread, "start_new_thread"),
+    ):
+        if hasattr(module, name):
+            setattr(module, name, refuse)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, refuse_threads)
+    runpy.run_module(os.environ["THREADLESS"], run_name="__main__", alter_sys=True)
