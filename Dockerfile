@@ -34,11 +34,9 @@ FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin outbox
 COPY --from=build /opt/outbox /opt/outbox
 
-# LOGNAME: yoyo notes who migrated, and a platform that runs images under a uid of its own gives it no name.
 # HTTP_SERVER_ADDRESS: nothing outside could reach the default, 127.0.0.1.
 ENV PATH=/opt/outbox/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    LOGNAME=outbox \
     HTTP_SERVER_ADDRESS=0.0.0.0:8080
 
 WORKDIR /opt/outbox

@@ -20,7 +20,7 @@ from outbox.verification import masked
 Logger = FilteringBoundLogger
 
 _LIBRARIES = {
-    **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler", "yoyo"), logging.WARNING),
+    **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler"), logging.WARNING),
     "uvicorn": logging.ERROR,  # it warns of every stranger who does not speak HTTP
     "psycopg.pool": logging.ERROR,  # it warns at every try of an outage, which we log once
 }

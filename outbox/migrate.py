@@ -1,17 +1,21 @@
-"""Applies `sql/migrations`, one process at a time."""
+"""Applies `sql/migrations`: each one and its record in one transaction, one process at a time.
+
+The records are in the tables of yoyo, which applied them before. It wrote a migration and its record in two
+transactions and looked up names of host and user in between: whoever was killed there left a database that no later run
+could migrate. Earlier versions can still read these tables, and be used again.
+"""
 
 import time
-from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg
+from psycopg import IsolationLevel
 from psycopg.rows import dict_row
-from yoyo import read_migrations
-from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
-from yoyo.connections import parse_uri
 
 from outbox import logs, postgres
 from outbox.errors import LockedError, NotMigratedError, RightsError
+from outbox.postgres import Connection
 from outbox.queries import query, sql_folder
 
 LOCK_TIMEOUT = 3.0
@@ -25,40 +29,8 @@ PAUSE = 5.0
 """Seconds between two tries, in which those go on who have waited behind it."""
 
 
-class _Backend(PostgresqlPsycopgBackend):  # type: ignore[misc]  # yoyo is untyped
-    """yoyo's backend on a connection string that libpq reads itself, so that all of its options work."""
-
-    def __init__(self, database_url: str) -> None:
-        self._database_url = database_url
-        super().__init__(parse_uri("postgresql+psycopg:///"), "_yoyo_migration")
-
-    def copy(self) -> "_Backend":
-        return _StepsBackend(self._database_url)
-
-    def connect(self, dburi: Any) -> psycopg.Connection[Any]:  # noqa: ARG002 - yoyo's signature
-        return _connect(self._database_url, autocommit=True)
-
-
-class _StepsBackend(_Backend):
-    """The backend on which yoyo executes a migration. It notes on the other one, without a limit, that it has."""
-
-    def begin(self) -> None:
-        super().begin()
-        self.connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
-
-
-def _connect(database_url: str, *, autocommit: bool = False) -> psycopg.Connection[Any]:
-    """Opens a connection that a pooler may stand in: it prepares no statements."""
-    return psycopg.connect(
-        database_url, **{**postgres.options("outbox migrate", pooled=True), "autocommit": autocommit}
-    )
-
-
 def migrate(database_url: str) -> list[str]:
     """Applies the migrations that the database lacks, each in its own transaction, while others use the database.
-
-    Postgres' advisory lock lets one process in at a time; the others find nothing left to do. yoyo's own lock is a
-    row that a killed process leaves behind; inside ours it can only be such a leftover, so it is removed.
 
     Args:
         database_url: the database.
@@ -72,32 +44,44 @@ def migrate(database_url: str) -> list[str]:
         LockedError: others held a table for too long; the migrations before this one are applied, and nothing of it.
         psycopg.OperationalError: Postgres is away.
     """
-    # Not postgres.connect: this transaction idles for as long as the migrations take.
+    applied: list[str] = []
     with _connect(database_url) as connection:
-        connection.row_factory = dict_row
         postgres.check_encoding(connection)
-        connection.execute(query("unlimit_transaction"))
-        connection.execute(query("lock_migrations"))
-        _check_right(connection)
-        with _Backend(database_url) as backend:
-            backend.init_database()
-            backend.break_lock()
-            with backend.lock():
-                applied = _apply(backend)
+        if _may_create(connection):
+            with _alone(connection):
+                connection.execute((sql_folder() / "records.sql").read_bytes())
+            applied = [name for name in postgres.migrations() if _apply_when_free(connection, name)]
     logs.get().info("db migrated", applied=applied)
     return applied
 
 
-def _check_right(connection: psycopg.Connection[Any]) -> None:
-    """Checks that the role may create tables, or need not.
+def _connect(database_url: str) -> Connection:
+    """Opens a connection that a pooler may stand in, and whose statements may take any time."""
+    connection = psycopg.connect(database_url, row_factory=dict_row, **postgres.options("outbox migrate", pooled=True))
+    # Whoever has waited for another process must see what that one has applied.
+    connection.isolation_level = IsolationLevel.READ_COMMITTED
+    return connection
 
-    yoyo takes a table that it cannot create for one that is there, and a refusal for a server on which a migration
-    cannot be a transaction.
+
+@contextmanager
+def _alone(connection: Connection) -> Iterator[None]:
+    """Runs a block in a transaction, when no other process migrates."""
+    with connection.transaction():
+        connection.execute(query("unlimit_transaction"))
+        connection.execute(query("lock_migrations"))
+        yield
+
+
+def _may_create(connection: Connection) -> bool:
+    """Returns whether the role may create tables; one that may not need not where everything is applied.
+
+    Raises:
+        RightsError: it may not, and need be.
     """
     right = connection.execute(query("right_to_create")).fetchone()
     assert right is not None
     if right["has"]:
-        return
+        return True
     try:
         postgres.check_migrated(connection)
     except NotMigratedError as error:
@@ -110,25 +94,51 @@ def _check_right(connection: psycopg.Connection[Any]) -> None:
             f"the role {right['role']} may not create tables in its schema: run {right['statement']}, as the schema's"
             " owner, and then 'outbox migrate' again"
         ) from error
+    return False
 
 
-def _apply(backend: _Backend) -> list[str]:
-    known = read_migrations(str(sql_folder() / "migrations"))
-    applied = [migration.id for migration in backend.to_apply(known)]
-    tries: Counter[str] = Counter()
-    while True:
+def _apply_when_free(connection: Connection, name: str) -> bool:
+    """Applies a migration as soon as its tables are free, and returns whether it had to be applied.
+
+    Raises:
+        LockedError: they were not, at any of `TRIES` tries.
+    """
+    for left in reversed(range(TRIES)):
         try:
-            backend.apply_migrations(backend.to_apply(known))
+            return _apply(connection, name)
         except psycopg.errors.LockNotAvailable as error:
-            waiting = backend.to_apply(known)[0].id
-            tries[waiting] += 1
-            if tries[waiting] == TRIES:
+            if not left:
                 raise LockedError(
-                    f"migration {waiting} is not applied: others, such as a dump or a long transaction, held a table"
+                    f"migration {name} is not applied: others, such as a dump or a long transaction, held a table"
                     f" that it changes, at each of {TRIES} tries. Nothing of it was done:"
                     " run 'outbox migrate' again when they have ended (pg_stat_activity shows them)"
                 ) from error
-            logs.get().warning("migration waits for a lock", migration=waiting, next_try=PAUSE)
-            time.sleep(PAUSE)
+        logs.get().warning("migration waits for a lock", migration=name, next_try=PAUSE)
+        time.sleep(PAUSE)
+    raise AssertionError("TRIES is positive")
+
+
+def _apply(connection: Connection, name: str) -> bool:
+    """Applies and records a migration, unless it is recorded, and returns whether it was not."""
+    with _alone(connection):
+        if name in {row["migration_id"] for row in connection.execute(query("applied_migrations"))}:
+            return False
+        connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
+        if name == postgres.migrations()[0] and _is_left_unrecorded(connection):
+            logs.get().warning(
+                "migration was not recorded", migration=name, why="an earlier version's 'outbox migrate' was cut short"
+            )
         else:
-            return applied
+            connection.execute((sql_folder() / "migrations" / f"{name}.sql").read_bytes())
+        connection.execute(query("record_migration"), {"migration": name})
+    return True
+
+
+def _is_left_unrecorded(connection: Connection) -> bool:
+    """Returns whether the first migration is applied, though it is not recorded.
+
+    The others of the versions that could leave one unrecorded may be applied twice.
+    """
+    found = connection.execute(query("first_migration")).fetchone()
+    assert found is not None
+    return bool(found["is_applied"])

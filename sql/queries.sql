@@ -53,8 +53,12 @@ WHERE current_setting(name) = '0';
 
 
 -- name: unlimit_transaction
--- Lifts these limits, should they be the role's, from a transaction that waits and idles while others migrate.
-SELECT set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', '0', true);
+-- Lifts all time limits, should they be the role's, from a transaction that waits for others who migrate, and migrates.
+-- Postgres 17 brought the last.
+SELECT set_config(name, '0', true)
+FROM (VALUES ('idle_in_transaction_session_timeout'), ('lock_timeout'), ('statement_timeout'), ('transaction_timeout'))
+         AS limits (name)
+WHERE current_setting(name, true) IS NOT NULL;
 
 
 -- name: limit_migration
@@ -65,6 +69,22 @@ SELECT set_config('lock_timeout', %(lock_timeout)s::float8 || 's', true);
 -- name: applied_migrations
 -- What `outbox migrate` has applied to this database.
 SELECT migration_id FROM _yoyo_migration;
+
+
+-- name: first_migration
+-- Whether the tables of the first migration are there, each known by a rule that hardly anybody else's has.
+SELECT count(*) = 3 AS is_applied
+FROM information_schema.table_constraints
+WHERE table_schema = current_schema()
+  AND (table_name, constraint_name) IN (('users', 'users_username_valid'),
+                                        ('verify_emails', 'verify_emails_outbox_id_key'),
+                                        ('outbox', 'outbox_running_is_leased'));
+
+
+-- name: record_migration
+-- Notes in a migration's own transaction that it is applied, under the hash by which earlier versions find it.
+INSERT INTO _yoyo_migration (migration_hash, migration_id, applied_at_utc)
+VALUES (encode(sha256(convert_to(%(migration)s, 'UTF8')), 'hex'), %(migration)s, now() AT TIME ZONE 'UTC');
 
 
 -- name: right_to_create

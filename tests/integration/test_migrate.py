@@ -1,14 +1,16 @@
 """Migrations: one at a time, once, and known to have happened."""
 
+import getpass
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Barrier
-from typing import Any
+from typing import Any, NoReturn
 
 import psycopg
 import psycopg.sql
@@ -20,6 +22,7 @@ from outbox import migrate as migrating
 from outbox import postgres
 from outbox.errors import LockedError, NotMigratedError, RightsError, UnsupportedDatabaseError
 from outbox.migrate import migrate
+from outbox.queries import sql_folder
 from tests.support.waiting import eventually
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -71,15 +74,73 @@ def test_a_second_run_does_nothing(database_url: str, connection: Connection) ->
     assert connection.execute("SELECT * FROM _yoyo_migration").fetchall() == before
 
 
-def test_a_killed_migration_does_not_block_the_next(empty_url: str) -> None:
-    """The lock row that a killed process leaves behind is no obstacle to the next run."""
-    migrate(empty_url)
-    with postgres.connect(empty_url, "test") as connection:
-        connection.execute("INSERT INTO yoyo_lock (locked, ctime, pid) VALUES (1, now(), 999999)")
-        connection.execute("DROP TABLE outbox, verify_emails, users")
-        connection.execute("DELETE FROM _yoyo_migration")
+def test_a_kill_before_the_record_leaves_nothing(empty_url: str) -> None:
+    """Killed when a migration has made its tables and is about to record it, it has made none. Another run does."""
+    with (
+        postgres.connect(empty_url, "test") as connection,
+        psycopg.connect(empty_url) as holder,
+    ):
+        connection.execute((sql_folder() / "records.sql").read_bytes())
+        holder.execute("LOCK TABLE _yoyo_migration IN SHARE MODE")
+        environment = {**os.environ, "DATABASE_URL": empty_url}
+        running = subprocess.Popen(
+            [sys.executable, "-m", "outbox", "migrate"], env=environment, stdout=subprocess.DEVNULL
+        )
+        eventually(lambda: waits_to_record(connection), 20, "it is about to record a migration")
+        running.kill()
+        running.wait()
+        holder.rollback()
         assert migrate(empty_url) == postgres.migrations()
-        assert connection.execute("SELECT * FROM yoyo_lock").fetchall() == []
+        postgres.check_migrated(connection)
+
+
+def waits_to_record(connection: Connection) -> bool:
+    """Whether somebody would write to the table of records, and others keep it from that."""
+    return bool(
+        connection.execute(
+            "SELECT FROM pg_locks WHERE relation = '_yoyo_migration'::regclass AND NOT granted"
+        ).fetchall()
+    )
+
+
+@pytest.mark.parametrize("applied", [1, 4])
+def test_a_database_that_was_left_unrecorded_is_mended(empty_url: str, applied: int) -> None:
+    """Applied by an earlier version that was cut short before the record, or restored without the records."""
+    with postgres.connect(empty_url, "test") as connection, capture_logs() as lines:
+        connection.execute((sql_folder() / "records.sql").read_bytes())
+        connection.execute("CREATE TABLE yoyo_lock (locked integer PRIMARY KEY, ctime timestamp, pid integer)")
+        connection.execute("INSERT INTO yoyo_lock VALUES (1, now(), 999999)")
+        for name in postgres.migrations()[:applied]:
+            connection.execute((sql_folder() / "migrations" / f"{name}.sql").read_bytes())
+        connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
+
+        assert migrate(empty_url) == postgres.migrations()
+        postgres.check_migrated(connection)
+        assert connection.execute("SELECT task FROM outbox").fetchall() == [{"task": "t"}]
+    (line,) = [line for line in lines if line["log_level"] != "info"]
+    assert (line["event"], line["migration"]) == ("migration was not recorded", postgres.migrations()[0])
+
+
+def test_tables_that_are_not_ours_are_not_taken_for_ours(empty_url: str) -> None:
+    """An application's own table of users is an error and no unrecorded migration, and nothing is made beside it."""
+    with postgres.connect(empty_url, "test") as connection:
+        connection.execute("CREATE TABLE users (id integer)")
+        with pytest.raises(psycopg.errors.DuplicateTable, match="users"):
+            migrate(empty_url)
+        assert connection.execute("SELECT to_regclass('outbox') AS made").fetchone() == {"made": None}
+        assert connection.execute("SELECT FROM _yoyo_migration").fetchall() == []
+
+
+def test_no_name_of_host_or_user_is_looked_up(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS may say nothing for long, and a container's uid may have no name."""
+
+    def unknown(*_: object) -> NoReturn:
+        raise OSError("no name")
+
+    for name in ("getfqdn", "gethostbyaddr", "gethostname"):
+        monkeypatch.setattr(socket, name, unknown)
+    monkeypatch.setattr(getpass, "getuser", unknown)
+    assert migrate(empty_url) == postgres.migrations()
 
 
 @pytest.fixture
@@ -143,7 +204,6 @@ def test_a_migration_that_waits_in_vain_is_not_applied(old_url: str, impatient: 
         return [
             connection.execute("SELECT oid FROM pg_constraint WHERE conrelid = 'outbox'::regclass").fetchall(),
             connection.execute("SELECT * FROM _yoyo_migration").fetchall(),
-            connection.execute("SELECT * FROM yoyo_lock").fetchall(),
         ]
 
     with postgres.connect(old_url, "test") as connection:
@@ -161,17 +221,15 @@ def test_a_migration_that_waits_in_vain_is_not_applied(old_url: str, impatient: 
 def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.MonkeyPatch) -> None:
     """Of two tries, one that an earlier migration has used up is not missing to a later one."""
     impatient.setattr(migrating, "TRIES", 2)
-    begin, refused = migrating._StepsBackend.begin, set[str]()
+    apply, refused = migrating._apply, set[str]()
 
-    def begin_at_the_second_try(backend: migrating._StepsBackend) -> None:
-        begin(backend)
-        with psycopg.connect(old_url) as connection:
-            (newest,) = connection.execute("SELECT max(migration_id) FROM _yoyo_migration").fetchall()[0]
-        if newest not in refused:
-            refused.add(newest)
+    def apply_at_the_second_try(connection: Connection, name: str) -> bool:
+        if name not in {*refused, postgres.migrations()[0]}:
+            refused.add(name)
             raise psycopg.errors.LockNotAvailable
+        return apply(connection, name)
 
-    impatient.setattr(migrating._StepsBackend, "begin", begin_at_the_second_try)
+    impatient.setattr(migrating, "_apply", apply_at_the_second_try)
     with capture_logs() as lines:
         assert migrate(old_url) == postgres.migrations()[1:]
     waits = [line["migration"] for line in lines if line["event"] == "migration waits for a lock"]
