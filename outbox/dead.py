@@ -1,6 +1,7 @@
 """Dead letters: the rows that were given up, and what an operator can decide about them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from outbox.postgres import Connection
@@ -34,13 +35,15 @@ def newest(connection: Connection, task: str | None, limit: int) -> list[Row]:
 
 def newest_json(connection: Connection, task: str | None, limit: int) -> list[str]:
     """Returns the newest dead rows whole, each as the text of a JSON object with the table's columns."""
-    rows = connection.execute(query("list_dead_json"), {"task": task, "limit": limit})
-    return [row["document"] for row in rows]
+    with _in_utc(connection):
+        rows = connection.execute(query("list_dead_json"), {"task": task, "limit": limit})
+        return [row["document"] for row in rows]
 
 
 def read(connection: Connection, row: int) -> Row | None:
     """Returns all of one row, dead or not: in texts for people, and as JSON in `document`."""
-    return connection.execute(query("show_row"), {"id": row}).fetchone()
+    with _in_utc(connection):
+        return connection.execute(query("show_row"), {"id": row}).fetchone()
 
 
 def ids(connection: Connection, task: str | None) -> list[int]:
@@ -82,6 +85,14 @@ def statuses(connection: Connection, rows: Sequence[int]) -> dict[int, str | Non
     """Returns what each of these rows is; None for one that does not exist."""
     found = {row["id"]: row["status"] for row in connection.execute(query("statuses"), {"ids": list(rows)})}
     return {row: found.get(row) for row in rows}
+
+
+@contextmanager
+def _in_utc(connection: Connection) -> Iterator[None]:
+    """Runs a block in a transaction that shows times in UTC, also behind a pooler, where no session is ours."""
+    with connection.transaction():
+        connection.execute(query("show_utc"))
+        yield
 
 
 def _batches(rows: Sequence[int]) -> Iterator[list[int]]:

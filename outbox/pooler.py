@@ -12,7 +12,7 @@ def connect_checked(database_url: str, name: str, *, pooled: bool) -> Connection
     """Opens the first of a process' connections, as `postgres.connect` does, if the settings are right about poolers.
 
     Behind a pooler in transaction mode, what one process has prepared in a session is what another executes there, and
-    its limits are the other's. So nothing is left in the session until it is known to be ours alone.
+    its settings are the other's. So nothing is left in the session until it is known to be ours alone.
 
     Raises:
         SettingsError: a pooler in transaction mode stands between, and `pooled` is false.
@@ -23,7 +23,7 @@ def connect_checked(database_url: str, name: str, *, pooled: bool) -> Connection
         return connection
     try:
         _check_unpooled(connection, database_url)
-        postgres.limit(connection)
+        postgres.pin_session(connection)
     except BaseException:
         connection.close()
         raise
@@ -56,11 +56,11 @@ def _session(connection: Connection) -> int:
     return int(row["session"])
 
 
-def tell_of_missing_limits(connection: Connection) -> None:
-    """Logs a warning if the sessions behind a pooler lack the limits that we would set, and what gives them some.
+def tell_of_missing_settings(connection: Connection) -> None:
+    """Logs a warning if the sessions behind a pooler lack settings that we would give them, and what does.
 
     Raises:
         psycopg.OperationalError: Postgres is away.
     """
-    if statements := [row["statement"] for row in connection.execute(query("missing_limits"))]:
-        logs.get().warning("sessions have no limits", run="; ".join(statements))
+    if statements := [row["statement"] for row in connection.execute(query("missing_settings"))]:
+        logs.get().warning("sessions lack settings", run="; ".join(statements))

@@ -18,6 +18,7 @@ AWAY = (
     psycopg.InterfaceError,
     psycopg.errors.ReadOnlySqlTransaction,
     psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.TransactionTimeout,
 )
 """What psycopg raises when the server is away, cuts the connection, is a standby for the moment, or took us for gone
 because this process was paused in the middle of a transaction."""
@@ -111,7 +112,7 @@ def options(name: str, *, pooled: bool) -> dict[str, Any]:
     Args:
         name: shown by `pg_stat_activity` as the application's name.
         pooled: whether the URL leads through a pooler in transaction mode. Each transaction may have another session
-            there, so nothing may be left in one: no prepared statements, and no limits of the session's own.
+            there, so nothing may be left in one: no prepared statements, and no settings of the session's own.
     """
     unprepared = {"prepare_threshold": None} if pooled else {}
     return {"autocommit": True, "application_name": name, "client_encoding": "utf8", **unprepared, **LIMITS}
@@ -136,7 +137,7 @@ def connect(
     connection = connect_unlimited(database_url, name, pooled=pooled)
     connection.answer_limit = answer_limit
     if not pooled:
-        limit(connection)
+        pin_session(connection)
     return connection
 
 
@@ -149,14 +150,13 @@ def connect_unlimited(database_url: str, name: str, *, pooled: bool) -> LimitedC
     return LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
 
 
-def limit(connection: Connection) -> None:
-    """Limits what the server does for a session, which must be ours alone.
+def pin_session(connection: Connection) -> None:
+    """Gives a session, which must be ours alone, the settings that our statements rely on.
 
     Raises:
         psycopg.OperationalError: Postgres is away.
     """
-    connection.execute(query("limit_session"))
-    connection.execute(query("plan_each_time"))
+    connection.execute(query("pin_session"))
 
 
 def has_heard(connection: psycopg.BaseConnection[Any]) -> bool:

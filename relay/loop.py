@@ -156,7 +156,7 @@ class Relay:
         if self._settings.transaction_pooling:
             if not self._told_of_polling:
                 logs.get().info("polling without LISTEN", why="OUTBOX_TRANSACTION_POOLING is set")
-                pooler.tell_of_missing_limits(connection)
+                pooler.tell_of_missing_settings(connection)
                 self._told_of_polling = True
             return False
         try:

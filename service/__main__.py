@@ -27,7 +27,7 @@ def main() -> None:
         ) as connection:
             postgres.check_migrated(connection)
             if settings.transaction_pooling:
-                pooler.tell_of_missing_limits(connection)
+                pooler.tell_of_missing_settings(connection)
     except postgres.AWAY as error:
         outage.away(error)
 

@@ -63,7 +63,7 @@ def create_pool(settings: ServiceSettings) -> AsyncConnectionPool[AsyncConnectio
         timeout=POOL_TIMEOUT,
         reconnect_timeout=postgres.RECONNECT_TIMEOUT,
         max_waiting=MAX_WAITING,
-        configure=None if settings.transaction_pooling else _limit_session,
+        configure=None if settings.transaction_pooling else _pin_session,
         check=_check,
         open=False,
     )
@@ -74,6 +74,5 @@ async def _check(connection: AsyncConnection) -> None:
         await AsyncConnectionPool.check_connection(connection)
 
 
-async def _limit_session(connection: AsyncConnection) -> None:
-    await connection.execute(query("limit_session"))
-    await connection.execute(query("plan_each_time"))
+async def _pin_session(connection: AsyncConnection) -> None:
+    await connection.execute(query("pin_session"))

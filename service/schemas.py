@@ -1,7 +1,7 @@
 """What goes in and out of the API."""
 
 import unicodedata
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field
@@ -63,6 +63,10 @@ class CreateUser(BaseModel):
     ]
 
 
+def _in_utc(time: datetime) -> datetime:
+    return time.astimezone(UTC)
+
+
 class User(BaseModel):
     """A user, as the API tells of one: never with the password's hash."""
 
@@ -70,8 +74,8 @@ class User(BaseModel):
     full_name: str
     email: str
     is_email_verified: bool
-    password_changed_at: datetime
-    created_at: datetime
+    password_changed_at: Annotated[datetime, AfterValidator(_in_utc)]
+    created_at: Annotated[datetime, AfterValidator(_in_utc)]
 
 
 class UserCreated(BaseModel):

@@ -90,6 +90,7 @@ class Store:
                         "full_name": user.full_name,
                         "email": user.email,
                     },
+                    binary=True,  # a time's text depends on the session's DateStyle
                 )
                 row = await cursor.fetchone()
                 await outbox.add(

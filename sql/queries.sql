@@ -22,16 +22,38 @@ SELECT pg_notify('outbox', '');
 LISTEN outbox;
 
 
+-- name: pin_session
+-- Gives a session the settings that our statements rely on, whatever the database, the role or the environment says; not
+-- for handlers' sessions, whose statements are not ours. Those that a version of Postgres does not know are left out.
+-- Whoever vanishes in the middle of a transaction must not hold its locks until TCP notices, and whoever waits for them
+-- must not wait for ever. No other limit may end a session of ours; a statement may take longer than we wait for it.
+-- A claim must see what the transaction that it has waited for has committed.
+-- Times are read and shown in one format; a float has all its digits, and a null in an array is no text.
+-- A plan that is kept, made for a table of a few pages, reads all of it for each id after a bulk insert, until the next
+-- ANALYZE: marks took 7 s. Compiling a plan takes longer than any statement of ours.
+-- A 201, a claim and an outcome must outlive a crash of Postgres; how far replicas are waited for is left as it is.
+SELECT set_config(name, value, false)
+FROM (VALUES ('idle_in_transaction_session_timeout', '30s'),
+             ('lock_timeout', '10s'),
+             ('statement_timeout', '30s'),
+             ('transaction_timeout', '0'),
+             ('idle_session_timeout', '0'),
+             ('default_transaction_isolation', 'read committed'),
+             ('DateStyle', 'ISO'),
+             ('TimeZone', 'UTC'),
+             ('extra_float_digits', '1'),
+             ('array_nulls', 'on'),
+             ('plan_cache_mode', 'force_custom_plan'),
+             ('jit', 'off'),
+             ('exit_on_error', 'off'),
+             ('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'local'))
+     ) AS wanted (name, value)
+WHERE current_setting(name, true) IS NOT NULL;
+
+
 -- name: limit_session
--- What the server may do to this session: whoever vanishes in the middle of a transaction must not hold its locks
--- until TCP notices, and whoever waits for them must not wait for ever.
+-- What the server may do to a handler's session: the first two of these limits.
 SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false);
-
-
--- name: plan_each_time
--- Disables kept plans in a session: one that was made for a table of a few pages reads all of it for each id after a bulk
--- insert, until the next ANALYZE. Marks took 7 s. Not for handlers' sessions, whose statements are not ours.
-SELECT set_config('plan_cache_mode', 'force_custom_plan', false);
 
 
 -- name: limit_lock_wait
@@ -45,11 +67,19 @@ SELECT set_config('lock_timeout', '1s', false);
 SELECT pg_backend_pid() AS session;
 
 
--- name: missing_limits
--- What gives our role those of the limits that it lacks: behind a pooler no session is ours, and they must be the role's.
-SELECT 'ALTER ROLE ' || quote_ident(current_user) || ' SET ' || name || ' = ' || quote_literal(value) AS statement
-FROM (VALUES ('idle_in_transaction_session_timeout', '30s'), ('lock_timeout', '10s')) AS wanted (name, value)
-WHERE current_setting(name) = '0';
+-- name: missing_settings
+-- What gives our role those settings that it lacks: behind a pooler no session is ours, and they must be the role's. Not
+-- those that a transaction of ours can do without there, such as a format of times.
+SELECT 'ALTER ROLE ' || quote_ident(session_user) || ' SET ' || name || ' = ' || quote_literal(value) AS statement
+FROM (VALUES ('idle_in_transaction_session_timeout', '30s', '[1-9]'),
+             ('lock_timeout', '10s', '[1-9]'),
+             ('transaction_timeout', '0', '^0$'),
+             ('default_transaction_isolation', 'read committed', '^read'),
+             ('extra_float_digits', '1', '^[0-9]'),
+             ('array_nulls', 'on', '^on$'),
+             ('synchronous_commit', 'on', '^(on|local|remote_.*)$')
+     ) AS wanted (name, value, good)
+WHERE current_setting(name, true) !~ good;
 
 
 -- name: unlimit_transaction
@@ -373,6 +403,11 @@ FROM outbox
 WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s)
 ORDER BY id DESC
 LIMIT %(limit)s;
+
+
+-- name: show_utc
+-- Has the rest of a transaction show times in UTC, and as ISO 8601 has them.
+SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true);
 
 
 -- name: show_row

@@ -138,9 +138,9 @@ def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str]
 def test_the_limits_that_the_role_lacks_are_told(bouncer: Callable[[str], str], database_url: str) -> None:
     """Until the role has the limits that sessions otherwise get, a warning says which statements give it them."""
     with postgres.connect(bouncer(database_url), "test", pooled=True) as connection, capture_logs() as lines:
-        pooler.tell_of_missing_limits(connection)
+        pooler.tell_of_missing_settings(connection)
     (line,) = lines
-    assert line["event"] == "sessions have no limits"
+    assert line["event"] == "sessions lack settings"
     idle, lock = line["run"].split("; ")
     assert idle == "ALTER ROLE outbox SET idle_in_transaction_session_timeout = '30s'"
     assert lock == "ALTER ROLE outbox SET lock_timeout = '10s'"
@@ -166,7 +166,7 @@ def test_a_role_that_has_limits_may_migrate(
     assert migrate(url) == []
     assert _limits(url) == {("300ms", "300ms")}
     with postgres.connect(url, "test", pooled=True) as pooled, capture_logs() as lines:
-        pooler.tell_of_missing_limits(pooled)
+        pooler.tell_of_missing_settings(pooled)
     assert lines == []
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from email import policy
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -76,7 +77,15 @@ def _open_verification(recipient: Recipient, context: Context) -> dict[str, Any]
         return together(recipient, partial(_open_verifications, context))
     except (psycopg.Error, TimeLimitError):
         # It may be another row's fault or the end of another's time, or the connection broke, and nothing is sent yet.
-        return _open_verifications(context, [recipient])[0]
+        return _open_alone(recipient, context)
+
+
+def _open_alone(recipient: Recipient, context: Context) -> dict[str, Any] | None:
+    # Handlers' sessions have the isolation level that the database gives them. A stricter one means to try conflicts
+    # again, while the attempt has time.
+    while True:
+        with suppress(psycopg.errors.SerializationFailure):
+            return _open_verifications(context, [recipient])[0]
 
 
 def _open_verifications(context: Context, recipients: Sequence[Recipient]) -> list[dict[str, Any] | None]:

@@ -1,0 +1,352 @@
+"""Sessions whose database has settings that change what statements do, or for how long they may."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import LiteralString
+
+import psycopg
+import psycopg.sql
+import pytest
+import redis
+from psycopg.conninfo import conninfo_to_dict
+from structlog.testing import capture_logs
+
+from outbox import Context, dead, pooler, postgres
+from outbox.jobs import Delivery
+from outbox.migrate import migrate
+from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
+from relay.publish import publish
+from service.pool import create_pool
+from tests.conftest import Connection
+from tests.integration.test_http_behaviour import Api, is_problem, serve
+from tests.support.mailbox import Mailbox, link_in
+from tests.support.waiting import eventually
+from worker.attempt import Outcome, attempt
+from worker.claim import claim
+from worker.database import HandlerPool
+from worker.handlers import registry
+from worker.handlers.send_verify_email import Recipient, _open_verification
+from worker.leases import Leases
+from worker.mail import Mailer
+from worker.mark import Marker
+
+HOSTILE = [
+    ("DateStyle", "German, DMY"),
+    ("DateStyle", "SQL, MDY"),
+    ("DateStyle", "Postgres, DMY"),
+    ("TimeZone", "Asia/Kolkata"),
+    ("TimeZone", "<+09>-9"),
+    ("IntervalStyle", "sql_standard"),
+    ("default_transaction_isolation", "serializable"),
+    ("default_transaction_isolation", "repeatable read"),
+    ("default_transaction_deferrable", "on"),
+    ("idle_session_timeout", "100ms"),
+    ("idle_in_transaction_session_timeout", "100ms"),
+    ("lock_timeout", "10ms"),
+    ("statement_timeout", "100ms"),
+    ("transaction_timeout", "100ms"),
+    ("row_security", "off"),
+    ("bytea_output", "escape"),
+    ("standard_conforming_strings", "off"),
+    ("jit_above_cost", "0"),
+    ("plan_cache_mode", "force_generic_plan"),
+    ("extra_float_digits", "-15"),
+    ("array_nulls", "off"),
+    ("transform_null_equals", "on"),
+    ("quote_all_identifiers", "on"),
+    ("exit_on_error", "on"),
+    ("synchronous_commit", "off"),
+]
+"""Settings that a database, a role or the environment may bring, with values that another application may want."""
+
+
+@pytest.fixture(scope="module")
+def shared_url(create_database: Callable[[str | None], str], template: str) -> str:
+    """A migrated database."""
+    return create_database(template)
+
+
+@pytest.fixture(params=HOSTILE, ids=lambda setting: f"{setting[0]}={setting[1]}")
+def hostile_url(shared_url: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same, whose new sessions begin with one hostile setting."""
+    with set_for_database(shared_url, *request.param):
+        yield shared_url
+
+
+@contextmanager
+def set_for_database(url: str, name: str, value: str) -> Iterator[None]:
+    """Gives new sessions of a database a setting; skips the test where this Postgres has none of that name."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        database = psycopg.sql.Identifier(str(conninfo_to_dict(url)["dbname"]))
+        setting = psycopg.sql.Identifier(name)
+        if connection.execute("SELECT current_setting(%s, true)", [name]).fetchone() == (None,):
+            pytest.skip(f"this Postgres has no {name}")
+        connection.execute(
+            psycopg.sql.SQL("ALTER DATABASE {} SET {} = {}").format(database, setting, psycopg.sql.Literal(value))
+        )
+        yield
+        connection.execute(psycopg.sql.SQL("ALTER DATABASE {} RESET {}").format(database, setting))
+
+
+@pytest.fixture
+def api(hostile_url: str, service_settings: ServiceSettings) -> Iterator[Api]:
+    """A service on it."""
+    with serve(service_settings.model_copy(update={"database_url": hostile_url})) as served:
+        yield served
+
+
+def test_a_user_signs_up_and_verifies(  # noqa: PLR0917 - fixtures
+    hostile_url: str,
+    api: Api,
+    redis_client: redis.Redis,
+    relay_settings: RelaySettings,
+    worker_settings: WorkerSettings,
+    mailbox: Mailbox,
+) -> None:
+    """Whatever the setting: sign-up, hand-over, claim, mail, mark and verification go as ever, with times in UTC."""
+    with postgres.connect(hostile_url, "test") as connection:
+        connection.execute("DELETE FROM outbox")
+        connection.execute("DELETE FROM users")
+        created = api.create("alice")
+        assert created.status_code == 201
+        assert is_now(created.json()["user"]["created_at"])
+        assert is_problem(api.create("alice"), 409)
+
+        assert publish(connection, redis_client, "critical", relay_settings) == 1
+        (row,) = connection.execute("SELECT id, extract(epoch FROM now())::float8 AS now FROM outbox").fetchall()
+        assert abs(row["now"] - time.time()) < 60
+        (claimed,) = claim(connection, [Delivery(row["id"], 1)], "me", 15)
+        mailer = Mailer(worker_settings)
+        with HandlerPool(hostile_url) as pool:
+            context = Context(
+                row=row["id"],
+                attempt=1,
+                deadline=time.monotonic() + 60,
+                database=pool,
+                send=mailer.send,
+                settings=worker_settings,
+            )
+            outcome = attempt(claimed, registry(), context).outcome
+        mailer._drop()
+        assert outcome == Outcome(claimed.delivery, "done", 1)
+        marker = Marker(hostile_url, Leases(15, "me"))
+        marker.leases.hold([claimed])
+        marker.start()
+        marker.put(outcome)
+        assert marker.close(20) == []
+        assert connection.execute("SELECT status, last_error FROM outbox").fetchall() == [
+            {"status": "done", "last_error": None}
+        ]
+        link = link_in(mailbox.to("alice@example.com")[0]).partition("/v1/")[2]
+        assert api.client.get(f"/v1/{link}", headers={"Accept": "application/json"}).json() == {"is_verified": True}
+
+
+def is_now(text: str) -> bool:
+    """Whether an ISO time says that it is in UTC, and is about the present."""
+    return text.endswith("Z") and abs(datetime.fromisoformat(text) - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+def test_an_operator_reads_times_in_utc(hostile_url: str) -> None:
+    """A dead row, as JSON and as text, also behind a pooler, where the session cannot be given a setting."""
+    for pooled in (False, True):
+        with postgres.connect(hostile_url, "test", pooled=pooled) as connection:
+            (row,) = connection.execute(
+                "INSERT INTO outbox (task, payload, status) VALUES ('t', '{}', 'dead') RETURNING id"
+            ).fetchall()
+            found = dead.read(connection, row["id"])
+            (document,) = dead.newest_json(connection, "t", 1)
+            dead.discard(connection, [row["id"]])
+        assert found is not None
+        assert abs(datetime.fromisoformat(found["created_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
+        assert found["created_at"].endswith("+00")
+        assert json.loads(document)["created_at"].endswith("+00:00")
+
+
+def test_a_sign_up_behind_a_pooler(hostile_url: str, service_settings: ServiceSettings) -> None:
+    """Where sessions cannot be given settings, the answer does not depend on them."""
+    pooled = service_settings.model_copy(update={"database_url": hostile_url, "transaction_pooling": True})
+    with serve(pooled) as api:
+        with psycopg.connect(hostile_url, autocommit=True) as connection:
+            connection.execute("DELETE FROM users")
+        created = api.create("alice")
+    assert created.status_code == 201
+    assert is_now(created.json()["user"]["created_at"])
+
+
+LIMITS = {
+    "idle_in_transaction_session_timeout": "30s",
+    "idle_session_timeout": "0",
+    "lock_timeout": "10s",
+    "statement_timeout": "30s",
+    "transaction_timeout": "0",
+}
+"""The limits that sessions of ours have."""
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_limits_of_a_session_are_ours(
+    shared_url: str, service_settings: ServiceSettings, name: LiteralString
+) -> None:
+    """Whatever the role's are, be they longer or shorter: those of the service, as well as of relay and worker."""
+    show: LiteralString = f"SHOW {name}"
+
+    async def lent() -> object:
+        settings = service_settings.model_copy(update={"database_url": shared_url})
+        async with create_pool(settings) as pool, pool.connection() as connection:
+            return await (await connection.execute(show)).fetchone()
+
+    with set_for_database(shared_url, name, "123s"):
+        with postgres.connect(shared_url, "test") as connection:
+            assert connection.execute(show).fetchone() == {name: LIMITS[name]}
+        assert asyncio.run(lent()) == {name: LIMITS[name]}
+
+
+def test_the_environment_has_no_say(shared_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What libpq reads there is for other programs."""
+    monkeypatch.setenv("PGDATESTYLE", "German")
+    monkeypatch.setenv("PGTZ", "Asia/Kolkata")
+    monkeypatch.setenv("PGOPTIONS", "-c default_transaction_isolation=serializable -c statement_timeout=1h")
+    with postgres.connect(shared_url, "test") as connection:
+        row = connection.execute(
+            "SELECT current_setting('DateStyle') AS style, current_setting('TimeZone') AS zone,"
+            " current_setting('transaction_isolation') AS isolation, current_setting('statement_timeout') AS timeout"
+        ).fetchone()
+    assert row == {"style": "ISO, DMY", "zone": "UTC", "isolation": "read committed", "timeout": "30s"}
+
+
+@pytest.mark.parametrize(
+    ("name", "hostile", "good"),
+    [
+        ("lock_timeout", "0", "10s"),
+        ("transaction_timeout", "5s", "0"),
+        ("default_transaction_isolation", "serializable", "read committed"),
+        ("extra_float_digits", "-15", "1"),
+        ("array_nulls", "off", "on"),
+        ("synchronous_commit", "off", "on"),
+    ],
+)
+def test_behind_a_pooler_the_remedy_is_told(shared_url: str, name: str, hostile: str, good: str) -> None:
+    """No session is ours there: a warning has the statement that gives the role a setting that code relies on."""
+    with (
+        set_for_database(shared_url, name, hostile),
+        postgres.connect(shared_url, "test", pooled=True) as connection,
+        capture_logs() as lines,
+    ):
+        pooler.tell_of_missing_settings(connection)
+        (row,) = connection.execute("SELECT quote_ident(session_user) AS role").fetchall()
+    (line,) = lines
+    assert line["event"] == "sessions lack settings"
+    assert f"ALTER ROLE {row['role']} SET {name} = '{good}'" in line["run"].split("; ")
+
+
+def test_a_transaction_that_took_too_long_is_an_outage(connection: Connection, database_url: str) -> None:
+    """Behind a pooler whose role has such a limit: it is tried again, and ends no process."""
+    if connection.info.server_version < 170_000:
+        pytest.skip("this Postgres has no transaction_timeout")
+    with postgres.connect(database_url, "test", pooled=True) as limited:
+        limited.execute("SET transaction_timeout = '50ms'")
+        with pytest.raises(postgres.AWAY) as caught, limited.transaction():
+            limited.execute("SELECT pg_sleep(10)")
+    assert postgres.is_outage(caught.value)
+
+
+@pytest.mark.parametrize("schema", ["tenant", 'A "Tenant"'])
+def test_search_path_chooses_the_schema(
+    create_database: Callable[[str | None], str], service_settings: ServiceSettings, schema: str
+) -> None:
+    """It is left as it is: the schema that it names first gets the tables, and `public` none."""
+    url = create_database(None)
+    name = psycopg.sql.Identifier(schema)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(psycopg.sql.SQL("CREATE SCHEMA {}").format(name))
+        database = psycopg.sql.Identifier(str(conninfo_to_dict(url)["dbname"]))
+        connection.execute(psycopg.sql.SQL("ALTER DATABASE {} SET search_path = {}, public").format(database, name))
+    assert migrate(url) == postgres.migrations()
+    assert migrate(url) == []
+    with serve(service_settings.model_copy(update={"database_url": url})) as api:
+        assert api.create("alice").status_code == 201
+        assert api.client.get("/readyz").status_code == 200
+    with psycopg.connect(url) as connection:
+        assert connection.execute(psycopg.sql.SQL("SELECT task FROM {}.outbox").format(name)).fetchall() == [
+            ("send_verify_email",)
+        ]
+        assert connection.execute("SELECT FROM pg_tables WHERE schemaname = 'public'").fetchall() == []
+
+
+@pytest.mark.parametrize("isolation", ["serializable", "repeatable read"])
+def test_a_claim_sees_what_it_has_waited_for(
+    shared_url: str, redis_client: redis.Redis, relay_settings: RelaySettings, isolation: str
+) -> None:
+    """A job that is popped before its relay has committed is claimed then, and is no conflict."""
+    with (
+        set_for_database(shared_url, "default_transaction_isolation", isolation),
+        postgres.connect(shared_url, "relay") as relaying,
+        postgres.connect(shared_url, "worker") as claiming,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        relaying.execute("DELETE FROM outbox")
+        (row,) = relaying.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}') RETURNING id").fetchall()
+        with relaying.transaction():
+            assert publish(relaying, redis_client, "default", relay_settings) == 1
+            waiting = thread.submit(claim, claiming, [Delivery(row["id"], 1)], "me", 15)
+            eventually(lambda: lock_waits(shared_url), 10, "the claim waits for the relay")
+        assert [claimed.delivery.row for claimed in waiting.result(10)] == [row["id"]]
+
+
+def lock_waits(url: str) -> int:
+    """Returns how many sessions of the database wait for a lock."""
+    with psycopg.connect(url) as connection:
+        return connection.execute(
+            "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        ).rowcount
+
+
+def test_conflicts_of_a_serializable_handler_are_no_failure(shared_url: str, worker_settings: WorkerSettings) -> None:
+    """Its session is as the database says; our own statement is tried again until nobody comes in between."""
+    with (
+        set_for_database(shared_url, "default_transaction_isolation", "serializable"),
+        psycopg.connect(shared_url) as first,
+        postgres.connect(shared_url, "second") as second,
+        HandlerPool(shared_url) as pool,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        first.execute("DELETE FROM users")
+        first.execute("INSERT INTO users VALUES ('alice', 'none', 'Alice', 'alice@example.com')")
+        first.execute(
+            "INSERT INTO verify_emails (outbox_id, username, email, expired_at)"
+            " VALUES (1, 'alice', 'alice@example.com', now())"
+        )
+        first.commit()
+        context = Context(
+            row=1, attempt=1, deadline=time.monotonic() + 60, database=pool, send=unsent, settings=worker_settings
+        )
+        first.execute("UPDATE verify_emails SET expired_at = now()")
+        opening = threads.submit(_open_verification, Recipient(1, "alice"), context)
+        eventually(lambda: lock_waits(shared_url) == 1, 10, "it waits for the first")
+        with second.transaction():
+            updating = threads.submit(second.execute, "UPDATE verify_emails SET expired_at = now()")
+            eventually(lambda: lock_waits(shared_url) == 2, 10, "the second waits behind it")
+            first.commit()
+            updating.result(10)
+            eventually(lambda: lock_waits(shared_url) == 1 or opening.done(), 10, "it waits for the second")
+        opened = opening.result(10)
+        assert opened is not None
+        assert opened["id"] is not None
+
+
+def unsent(*_: object) -> None:
+    """Sends nothing."""
+
+
+@pytest.mark.parametrize(("name", "value"), HOSTILE)
+def test_a_database_is_migrated(create_database: Callable[[str | None], str], name: str, value: str) -> None:
+    """Whatever the setting, migrations are applied, each once."""
+    url = create_database(None)
+    with set_for_database(url, name, value):
+        assert migrate(url) == postgres.migrations()
+        assert migrate(url) == []
