@@ -121,4 +121,5 @@ def test_a_service_that_starts_without_postgres(stack: Stack, own_postgres: Embe
         assert [client.get("/readyz").status_code for _ in range(2)] == [503, 503]
         own_postgres.restart()
         eventually(lambda: client.get("/readyz").status_code == 200, 20, "the service is ready")
+    service.await_event("Postgres is back")  # lines are written a moment after what they tell
     assert [len(service.events(f"Postgres is {state}")) for state in ("away", "back")] == [1, 1]
