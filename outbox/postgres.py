@@ -159,6 +159,13 @@ def pin_session(connection: Connection) -> None:
     connection.execute(query("pin_session"))
 
 
+def read_only() -> psycopg.errors.ReadOnlySqlTransaction:
+    """Returns the error of a session that may not write, as Postgres raises it at the first try."""
+    return psycopg.errors.ReadOnlySqlTransaction(
+        "the session is read-only: the server is a standby, or default_transaction_read_only is on"
+    )
+
+
 def has_heard(connection: psycopg.BaseConnection[Any]) -> bool:
     """Returns whether anything has arrived on an idle connection: it may be broken, and should be asked.
 

@@ -28,6 +28,8 @@ def run(main: Callable[[], object]) -> None:
         fail(str(error), EXIT_FAILED)
     except psycopg.OperationalError as error:
         fail(f"Postgres is away or refuses: {one_line(error)}", EXIT_FAILED)
+    except psycopg.errors.ReadOnlySqlTransaction as error:
+        fail(f"Postgres is read-only, see DATABASE_URL: it may lead to a standby: {one_line(error)}", EXIT_FAILED)
     except psycopg.Error as error:
         fail(f"Postgres refuses, see DATABASE_URL and the rights of its user: {one_line(error)}", EXIT_FAILED)
     except KeyboardInterrupt:

@@ -27,9 +27,10 @@ def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Lites
         settings: of the service.
         outage: what is known already of Postgres' absence.
     """
-    pool = create_pool(settings)
+    outage = outage or Outage("Postgres")
+    pool = create_pool(settings, outage)
     wakeup = Wakeup(pool, settings.verify_email_delay)
-    store = Store(pool, wakeup, settings, outage or Outage("Postgres"))
+    store = Store(pool, wakeup, settings, outage)
     passwords = Passwords(settings.hash_queue)
     sign_up = SignUp(passwords, store)
 

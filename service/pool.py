@@ -8,6 +8,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from outbox import postgres
+from outbox.outage import Outage
 from outbox.queries import query
 from outbox.settings import ServiceSettings
 
@@ -52,8 +53,27 @@ class AsyncConnection(psycopg.AsyncConnection[dict[str, Any]]):
             raise postgres.refused_by_system(error) from error
 
 
-def create_pool(settings: ServiceSettings) -> AsyncConnectionPool[AsyncConnection]:
-    """Returns the pool that all requests share; it connects when it is opened."""
+def create_pool(settings: ServiceSettings, outage: Outage) -> AsyncConnectionPool[AsyncConnection]:
+    """Returns the pool that all requests share; it connects when it is opened.
+
+    A server that is read-only is away: after a fail-over, the old primary may be back as a standby before its address
+    leads to the new one.
+
+    Args:
+        settings: of the service.
+        outage: takes note of a server that is read-only.
+    """
+
+    async def configure(connection: AsyncConnection) -> None:
+        if not settings.transaction_pooling:
+            await connection.execute(query("pin_session"))
+        try:
+            await check_writable(connection)
+        except psycopg.errors.ReadOnlySqlTransaction as error:
+            outage.away(error)
+            await connection.close()
+            raise
+
     return AsyncConnectionPool(
         settings.database_url,
         connection_class=AsyncConnection,
@@ -63,7 +83,7 @@ def create_pool(settings: ServiceSettings) -> AsyncConnectionPool[AsyncConnectio
         timeout=POOL_TIMEOUT,
         reconnect_timeout=postgres.RECONNECT_TIMEOUT,
         max_waiting=MAX_WAITING,
-        configure=None if settings.transaction_pooling else _pin_session,
+        configure=configure,
         check=_check,
         open=False,
     )
@@ -74,5 +94,13 @@ async def _check(connection: AsyncConnection) -> None:
         await AsyncConnectionPool.check_connection(connection)
 
 
-async def _pin_session(connection: AsyncConnection) -> None:
-    await connection.execute(query("pin_session"))
+async def check_writable(connection: AsyncConnection) -> None:
+    """Checks that a session may write.
+
+    Raises:
+        psycopg.errors.ReadOnlySqlTransaction: it may not.
+    """
+    row = await (await connection.execute(query("is_read_only"))).fetchone()
+    assert row is not None
+    if row["is_read_only"]:
+        raise postgres.read_only()

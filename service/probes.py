@@ -27,7 +27,7 @@ async def healthz() -> Health:
 @get(
     "/readyz",
     summary="Can it serve?",
-    description="Whether Postgres answers and is migrated. Redis does not matter here.",
+    description="Whether Postgres answers, may be written to and is migrated. Redis does not matter here.",
     media_type=MediaType.JSON,
     responses={
         200: ResponseSpec(
@@ -37,6 +37,6 @@ async def healthz() -> Health:
     },
 )
 async def readyz(store: NamedDependency[Store]) -> Health:
-    """Answers 200 when Postgres does, and 503 until then."""
+    """Answers 200 when users can be created, and 503 until then."""
     await store.check_ready()
     return Health(status="ready")

@@ -97,6 +97,11 @@ def _away(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
     return problem(request, 503, "the database is away: try again in a moment", headers={"Retry-After": RETRY_AFTER})
 
 
+def _read_only(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
+    detail = "the database is read-only: try again in a moment"
+    return problem(request, 503, detail, headers={"Retry-After": RETRY_AFTER})
+
+
 def _unfit(request: AnyRequest, error: OutboxError) -> Response[dict[str, Any]]:
     return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
 
@@ -119,6 +124,7 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     UnsupportedDatabaseError: _unfit,
     psycopg.errors.UndefinedTable: _never_migrated,
     **dict.fromkeys(postgres.AWAY, _away),
+    psycopg.errors.ReadOnlySqlTransaction: _read_only,
     Exception: _failed,
 }
 

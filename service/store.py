@@ -16,7 +16,7 @@ from outbox.queries import query
 from outbox.settings import ServiceSettings
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox.verification import is_secret_code
-from service.pool import AsyncConnection
+from service.pool import AsyncConnection, check_writable
 from service.schemas import CreateUser, User
 from service.wakeup import Wakeup
 
@@ -65,7 +65,11 @@ class Store:
         """Lends a connection, after `wait` seconds at most, and takes note of whether Postgres is away."""
         try:
             async with self.pool.connection(wait) as connection:
-                yield connection
+                try:
+                    yield connection
+                except psycopg.errors.ReadOnlySqlTransaction:
+                    await connection.close()  # the next one may lead to a new primary
+                    raise
         except postgres.AWAY as error:
             self.outage.away(error)
             raise
@@ -143,14 +147,15 @@ class Store:
             return Verification.VALID
 
     async def check_ready(self) -> None:
-        """Checks that Postgres answers, and that its database is in UTF-8 and migrated.
+        """Checks that Postgres answers and may be written to, and that its database is in UTF-8 and migrated.
 
         Raises:
             UnsupportedDatabaseError: it is not in UTF-8.
             NotMigratedError: it lacks migrations.
-            psycopg.Error, psycopg_pool.PoolTimeout: it does not answer.
+            psycopg.Error, psycopg_pool.PoolTimeout: it does not answer, or is read-only.
         """
         async with self._connection(wait=0.8) as connection:
+            await check_writable(connection)
             postgres.check_encoding(connection)
             try:
                 cursor = await connection.execute(query("applied_migrations"))

@@ -56,6 +56,11 @@ WHERE current_setting(name, true) IS NOT NULL;
 SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false);
 
 
+-- name: is_read_only
+-- Whether a session may not write: at a standby, or where somebody keeps writes out with default_transaction_read_only.
+SELECT current_setting('transaction_read_only')::boolean AS is_read_only;
+
+
 -- name: limit_lock_wait
 -- A session in which a worker claims or marks waits for a lock less long, because all that the worker does waits with it.
 -- A claim waits for a relay that is about to commit.

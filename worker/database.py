@@ -100,11 +100,25 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
             max_size=SIZE,
             timeout=WAIT,
             reconnect_timeout=postgres.RECONNECT_TIMEOUT,
-            configure=None if pooled else _limit_session,
+            configure=_check_writable if pooled else _limit_session,
             check=_check,
             reset=_reset,
             open=False,
         )
+
+    @contextmanager
+    def connection(self, timeout: float | None = None) -> Iterator[Connection[Any]]:
+        """Lends a connection for a block that is one transaction.
+
+        Args:
+            timeout: seconds to wait for it at most, where not `WAIT`.
+        """
+        with super().connection(timeout) as lent:
+            try:
+                yield lent
+            except psycopg.errors.ReadOnlySqlTransaction:
+                lent.close()  # the next one may lead to a new primary
+                raise
 
     def getconn(self, timeout: float | None = None) -> Connection[Any]:
         """Lends a connection, after `timeout` seconds at most, and while the attempt has time.
@@ -137,3 +151,14 @@ def _reset(connection: Connection[Any]) -> None:
 def _limit_session(connection: Connection[Any]) -> None:
     connection.execute(query("limit_session"))
     connection.commit()
+    _check_writable(connection)
+
+
+def _check_writable(connection: Connection[Any]) -> None:
+    """Refuses a standby, which the address may still lead to after a fail-over: the pool tries anew."""
+    row = connection.execute(query("is_read_only")).fetchone()
+    connection.commit()
+    assert row is not None
+    if row[0]:
+        connection.close()
+        raise postgres.read_only()

@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from outbox import Context, dead, pooler, postgres
 from outbox.jobs import Delivery
 from outbox.migrate import migrate
+from outbox.outage import Outage
 from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
 from relay.publish import publish
 from service.pool import create_pool
@@ -197,7 +198,7 @@ def test_the_limits_of_a_session_are_ours(
 
     async def lent() -> object:
         settings = service_settings.model_copy(update={"database_url": shared_url})
-        async with create_pool(settings) as pool, pool.connection() as connection:
+        async with create_pool(settings, Outage("Postgres")) as pool, pool.connection() as connection:
             return await (await connection.execute(show)).fetchone()
 
     with set_for_database(shared_url, name, "123s"):

@@ -1,0 +1,109 @@
+"""A Postgres and its streaming standby, which change roles as in a fail-over."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import psycopg
+
+from outbox.up.binaries import postgres_programs
+from outbox.up.child import Supervisor, end, spawn
+from outbox.up.embedded import EmbeddedServer, embedded_postgres
+from outbox.up.unprivileged import make_own
+from tests.support.processes import take_down
+from tests.support.waiting import eventually
+
+_SETTINGS = ("fsync=off", "wal_keep_size=64MB")
+
+
+@dataclass
+class Pair:
+    """Two servers, of which one streams to the other."""
+
+    primary: EmbeddedServer
+    standby: EmbeddedServer
+    folders: dict[str, Path]
+    """Where each one's data and sockets are, by its URL."""
+    address: Path
+    """A folder of sockets that leads to one of the two, as a name in DNS does."""
+
+    @property
+    def url(self) -> str:
+        """The database at the address."""
+        return _url(self.address)
+
+    @property
+    def both_url(self) -> str:
+        """The database at whichever of the two may be written to."""
+        hosts = ",".join(quote(str(folder)) for folder in self.folders.values())
+        return f"postgresql://outbox@/outbox?host={hosts}&target_session_attrs=read-write"
+
+    def fail_over(self) -> None:
+        """Promotes the standby; the old primary comes back as its standby. The address stays where it is."""
+        take_down(self.primary)
+        with psycopg.connect(self.standby.url, autocommit=True) as connection:
+            connection.execute("SELECT pg_promote()")
+        self.primary, self.standby = self.standby, self.primary
+        data = self.folders[self.standby.url]
+        with (data / "postgresql.auto.conf").open("a") as settings:
+            settings.write(f"primary_conninfo = 'host={self.folders[self.primary.url]} user=outbox'\n")
+        (data / "standby.signal").touch()
+        os.chown(data / "standby.signal", data.stat().st_uid, data.stat().st_gid)
+        self.standby.restart()
+        eventually(lambda: is_standby(self.standby), 30, "the old primary is back as a standby")
+
+    def move_address(self) -> None:
+        """Makes the address lead to the primary."""
+        moved = self.address.with_name("moved")
+        moved.symlink_to(self.folders[self.primary.url])
+        moved.replace(self.address)
+
+
+@contextmanager
+def streaming_pair(folder: Path) -> Iterator[Pair]:
+    """Runs a primary and its standby, with an address that leads to the primary.
+
+    Args:
+        folder: an empty one of its own, with a short name: sockets are in it.
+    """
+    with embedded_postgres(folder / "first", settings=_SETTINGS) as first:
+        data, log = folder / "second", folder / "second.log"
+        source = f"host={folder / 'first' / 'data'} user=outbox"
+        backup = [str(postgres_programs() / "pg_basebackup"), "-D", str(data), "-R", "-c", "fast", "-d", source]
+        subprocess.run(backup, check=True, capture_output=True)
+        for lock in data.glob(".s.PGSQL*"):
+            lock.unlink()
+        user = make_own(data)
+        options = [part for setting in ("listen_addresses=", *_SETTINGS) for part in ("-c", setting)]
+        command = [postgres_programs() / "postgres", "-D", data, "-k", data, *options]
+
+        def start() -> subprocess.Popen[bytes]:
+            with log.open("ab") as output:
+                return spawn(Supervisor(), "postgres", command, output, user=user)
+
+        second = EmbeddedServer("postgres", _url(data), log, start(), start)
+        try:
+            eventually(lambda: is_standby(second), 30, "the standby answers")
+            pair = Pair(first, second, {first.url: folder / "first" / "data", second.url: data}, folder / "address")
+            pair.move_address()
+            yield pair
+        finally:
+            end(Supervisor(), second.process, signal.SIGQUIT, 30)
+
+
+def is_standby(server: EmbeddedServer) -> bool:
+    """Whether a server answers, and only replays what another writes."""
+    try:
+        with psycopg.connect(server.url) as connection:
+            return connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,)
+    except psycopg.OperationalError:
+        return False
+
+
+def _url(sockets: Path) -> str:
+    return f"postgresql://outbox@/outbox?host={quote(str(sockets))}"
