@@ -4,6 +4,7 @@ import select
 from typing import Any, Self, TypeVar
 
 import psycopg
+from psycopg import IsolationLevel
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
@@ -147,7 +148,11 @@ def connect_unlimited(database_url: str, name: str, *, pooled: bool) -> LimitedC
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
     """
-    return LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
+    connection = LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
+    if pooled:
+        # What is sent with each BEGIN is left in no session.
+        connection.isolation_level = IsolationLevel.READ_COMMITTED
+    return connection
 
 
 def pin_session(connection: Connection) -> None:

@@ -3,6 +3,7 @@
 from typing import Any, Self, TypeVar
 
 import psycopg
+from psycopg import IsolationLevel
 from psycopg.abc import PQGen
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
@@ -65,7 +66,10 @@ def create_pool(settings: ServiceSettings, outage: Outage) -> AsyncConnectionPoo
     """
 
     async def configure(connection: AsyncConnection) -> None:
-        if not settings.transaction_pooling:
+        if settings.transaction_pooling:
+            # What is sent with each BEGIN is left in no session.
+            await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
+        else:
             await connection.execute(query("pin_session"))
         try:
             await check_writable(connection)

@@ -25,6 +25,7 @@ from relay.publish import publish
 from service.pool import create_pool
 from tests.conftest import Connection
 from tests.integration.test_http_behaviour import Api, is_problem, serve
+from tests.integration.test_verify_email import JSON, PATH, mailed
 from tests.support.mailbox import Mailbox, link_in
 from tests.support.waiting import eventually
 from worker.attempt import Outcome, attempt
@@ -277,6 +278,41 @@ def test_search_path_chooses_the_schema(
             ("send_verify_email",)
         ]
         assert connection.execute("SELECT FROM pg_tables WHERE schemaname = 'public'").fetchall() == []
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+def test_transactions_of_relays_and_workers_see_what_others_commit(shared_url: str, *, pooling: bool) -> None:
+    """Their isolation level is ours, also behind a pooler."""
+    with (
+        set_for_database(shared_url, "default_transaction_isolation", "serializable"),
+        postgres.connect(shared_url, "test", pooled=pooling) as connection,
+        connection.transaction(),
+    ):
+        assert connection.execute("SHOW transaction_isolation").fetchone() == {
+            "transaction_isolation": "read committed"
+        }
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+@pytest.mark.parametrize("isolation", ["serializable", "repeatable read"])
+def test_a_link_that_is_opened_twice_at_once(
+    shared_url: str, service_settings: ServiceSettings, isolation: str, *, pooling: bool
+) -> None:
+    """Whoever waits for the other sees what that one did, also behind a pooler: it is used, and no outage."""
+    settings = service_settings.model_copy(update={"database_url": shared_url, "transaction_pooling": pooling})
+    with (
+        set_for_database(shared_url, "default_transaction_isolation", isolation),
+        serve(settings) as api,
+        postgres.connect(shared_url, "other") as other,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        other.execute("DELETE FROM users")
+        link = mailed(other)
+        with other.transaction():
+            other.execute("UPDATE verify_emails SET is_used = true")
+            waiting = thread.submit(api.client.get, PATH, params=link.query, headers=JSON)
+            eventually(lambda: lock_waits(shared_url), 10, "it waits for the other")
+        assert is_problem(waiting.result(10), 410)
 
 
 @pytest.mark.parametrize("isolation", ["serializable", "repeatable read"])
