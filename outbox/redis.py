@@ -14,6 +14,10 @@ OLDEST = (6, 2)
 BLOCK = 1.0
 """Seconds that a blocking command may block: also how long a signal may wait to be seen."""
 
+LIFETIME = 60.0
+"""Seconds after which a process connects anew, should nothing have failed: the address may lead to another server now,
+and the old one may still answer whoever is connected."""
+
 
 def connect(redis_url: str, name: str) -> redis.Redis:
     """Makes a client; it connects at the first command.
@@ -34,6 +38,16 @@ def connect(redis_url: str, name: str) -> redis.Redis:
         retry=Retry(NoBackoff(), 1),
         protocol=2,
     )
+
+
+def drop_connections(client: redis.Redis) -> None:
+    """Makes the next command connect anew: at every outage, whatever the error was, and at the end of a lifetime.
+
+    After a fail-over the old primary may keep its connections and refuse to write, and redis-py keeps a connection that
+    has had an error for an answer. A connection that another thread uses at this moment, as to hear messages, is left
+    to that thread.
+    """
+    client.connection_pool.disconnect(inuse_connections=False)
 
 
 def check_supported(client: redis.Redis) -> None:

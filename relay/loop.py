@@ -138,6 +138,7 @@ class Relay:
             moving,
             sweeping,
             Duty(self._repair, needs_redis=True),
+            Duty(self._reconnect, needs_redis=True),
             Duty(self._retention),
             Duty(self._tell_of_unserved_queues),
         ]
@@ -183,6 +184,7 @@ class Relay:
             again = duty.step(connection)
         except outbox_redis.AWAY as error:
             self._redis_checked = False  # it may come back as another
+            outbox_redis.drop_connections(self._client)
             delay = self._redis.away(error)
             self._redis_retry_at = time.monotonic() + delay
             return delay
@@ -250,6 +252,10 @@ class Relay:
     def _repair(self, _: Connection) -> float:
         repair(self._client, list(self._settings.queues))
         return REPAIR_INTERVAL
+
+    def _reconnect(self, _: Connection) -> float:
+        outbox_redis.drop_connections(self._client)
+        return outbox_redis.LIFETIME
 
     def _retention(self, connection: Connection) -> float:
         try:

@@ -45,6 +45,7 @@ class RQWorker(BaseWorker):
         self._client = client
         self._commands: PubSubWorkerThread | None = None
         self._beat_at = 0.0
+        self._connected_at = 0.0
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         """Leaves the client its own time limits: RQ would make a Redis that hangs go unnoticed for seven minutes."""
@@ -69,10 +70,14 @@ class RQWorker(BaseWorker):
             UnsupportedRedisError: Redis is one that cannot serve.
             redis.RedisError: Redis is away.
         """
-        if time.monotonic() < self._beat_at:
+        now = time.monotonic()
+        if now - self._connected_at > outbox_redis.LIFETIME:
+            self.forget()
+        if now < self._beat_at:
             return
         if self._beat_at == 0.0:
             outbox_redis.check_supported(self._client)  # it may have come back as another
+            self._connected_at = now
         self.last_heartbeat = rq_now()
         if self.birth_date is None:
             self.birth_date = self.last_heartbeat
@@ -94,7 +99,11 @@ class RQWorker(BaseWorker):
         self._beat_at = time.monotonic() + HEARTBEAT_INTERVAL
 
     def forget(self) -> None:
-        """Makes the next beat a registration: Redis was away."""
+        """Drops all connections, and makes the next beat a registration: Redis was away, or may be another by now."""
+        outbox_redis.drop_connections(self._client)
+        if self._commands is not None:
+            self._commands.stop()  # it closes its own connection within a second
+            self._commands = None
         self._beat_at = 0.0
 
     def subscribe(self) -> None:

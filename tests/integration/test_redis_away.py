@@ -1,0 +1,166 @@
+"""Whatever Redis answers that is an outage to us: no connection outlives it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+import redis
+from structlog.testing import capture_logs
+
+from outbox import redis as outbox_redis
+from outbox.settings import RelaySettings, WorkerSettings
+from outbox.up.embedded import EmbeddedServer
+from relay import loop
+from relay.loop import Duty, Relay
+from tests.conftest import Connection, short_folder
+from tests.support.mailbox import free_port
+from tests.support.redis_pair import redis_pair
+from tests.support.waiting import eventually
+from worker.worker import OutboxWorker
+
+
+def _read_only(client: redis.Redis, _: Path) -> None:
+    client.replicaof("127.0.0.1", free_port())
+
+
+def _master_down(client: redis.Redis, _: Path) -> None:
+    client.config_set("replica-serve-stale-data", "no")
+    client.replicaof("127.0.0.1", free_port())
+
+
+def _few_replicas(client: redis.Redis, _: Path) -> None:
+    client.config_set("min-replicas-to-write", 1)
+
+
+def _out_of_memory(client: redis.Redis, _: Path) -> None:
+    client.config_set("maxmemory", 1)
+
+
+def _cannot_save(client: redis.Redis, folder: Path) -> None:
+    gone = folder / "gone"
+    gone.mkdir()
+    client.config_set("dir", str(gone))
+    client.config_set("save", "3600 1")
+    shutil.rmtree(gone)
+    client.bgsave()
+    eventually(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", 10, "it cannot save")
+
+
+STATES = {
+    "READONLY": _read_only,
+    "MASTERDOWN": _master_down,
+    "NOREPLICAS": _few_replicas,
+    "OOM": _out_of_memory,
+    "MISCONF": _cannot_save,
+}
+
+
+@pytest.fixture
+def redis_url(own_redis: EmbeddedServer) -> str:
+    """All settings here lead to a server that the test may ruin."""
+    return own_redis.url
+
+
+@pytest.fixture
+def own_client(own_redis: EmbeddedServer) -> Iterator[redis.Redis]:
+    """A client of the test's own server."""
+    with outbox_redis.connect(own_redis.url, "test") as client:
+        yield client
+        client.config_set("save", "")  # else it refuses to end
+
+
+def connections(client: redis.Redis, name: str) -> set[str]:
+    """Returns the ids of the connections that processes of a name have to a server."""
+    return {found["id"] for found in client.client_list() if found["name"] == name}
+
+
+@pytest.mark.parametrize("refusal", STATES)
+def test_a_relay_drops_its_connections(
+    refusal: str,
+    relay_settings: RelaySettings,
+    own_client: redis.Redis,
+    connection: Connection,
+    tmp_path: Path,
+) -> None:
+    """Else it would go on asking the same server after a fail-over."""
+    relay = Relay(relay_settings, Event())
+    repairing = Duty(relay._repair, needs_redis=True)
+    with capture_logs() as lines:
+        relay._do(repairing, connection)
+        before = connections(own_client, "outbox-relay")
+        assert before
+        STATES[refusal](own_client, tmp_path)
+        relay._do(repairing, connection)
+        assert [line["event"] for line in lines] == ["Redis is away"]
+    eventually(lambda: not before & connections(own_client, "outbox-relay"), 5, "the old ones are closed")
+    relay._client.close()
+
+
+@pytest.fixture
+def worker(worker_settings: WorkerSettings) -> Iterator[OutboxWorker]:
+    """A worker that does not run, and takes when it is told to."""
+    made = OutboxWorker(worker_settings, {})
+    made._marker.start()
+    eventually(lambda: made._marker.is_healthy(1), 10, "its marker works")
+    yield made
+    made._marker.close(5)
+    made.sign_off()
+
+
+@pytest.mark.parametrize("refusal", STATES)
+def test_a_worker_drops_its_connections(
+    refusal: str, worker: OutboxWorker, own_client: redis.Redis, tmp_path: Path
+) -> None:
+    """The one on which it hears RQ's commands as well, and connects both anew once Redis can serve."""
+    worker._take()
+    before = connections(own_client, "outbox-worker")
+    assert len(before) == 2
+    STATES[refusal](own_client, tmp_path)
+    worker._beat_at = 0.0  # its heartbeat is due: some of these let an idle worker wait for jobs
+    worker._take()
+    eventually(lambda: not before & connections(own_client, "outbox-worker"), 5, "the old ones are closed")
+
+    own_client.replicaof("NO", "ONE")
+    own_client.config_set("min-replicas-to-write", 0)
+    own_client.config_set("maxmemory", 0)
+    own_client.config_set("stop-writes-on-bgsave-error", "no")
+
+    def is_back() -> bool:
+        worker._take()
+        return len(connections(own_client, "outbox-worker")) == 2
+
+    eventually(is_back, 10, "it is back, and hears commands")
+
+
+def test_no_connection_outlives_its_lifetime(
+    relay_settings: RelaySettings,
+    worker_settings: WorkerSettings,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The address has moved, and the old server still serves whoever is connected to it: they leave all the same."""
+    monkeypatch.setattr(outbox_redis, "LIFETIME", 0.5)
+    monkeypatch.setattr(loop, "REPAIR_INTERVAL", 0.05)  # it uses its connection all the time
+    with short_folder() as folder, redis_pair(folder) as pair:
+        stop = Event()
+        relay = Relay(relay_settings.model_copy(update={"redis_url": pair.url}), stop)
+        worker = OutboxWorker(worker_settings.model_copy(update={"redis_url": pair.url}), {})
+        running = [Thread(target=relay.run), Thread(target=worker._work)]
+        for thread in running:
+            thread.start()
+        try:
+            for name in ("outbox-relay", "outbox-worker"):
+                eventually(lambda name=name: connections(pair.primary, name), 10, name)  # type: ignore[misc]
+            pair.promote()
+            pair.move_address()
+            for name in ("outbox-relay", "outbox-worker"):
+                eventually(lambda name=name: not connections(pair.other, name), 10, f"{name} has left")  # type: ignore[misc]
+            eventually(lambda: len(connections(pair.primary, "outbox-worker")) > 1, 10, "RQ's commands are heard there")
+        finally:
+            stop.set()
+            worker.stopping.set()
+            for thread in running:
+                thread.join(10)
+            worker._finish()
