@@ -19,6 +19,9 @@ from relay.schedule import SCHEDULED_JOBS
 HASH_TTL = 86_400
 """Seconds that a job's hash may outlive its id. Only ids matter to us; this keeps lost ones from filling Redis."""
 
+TEMPLATE = "outbox:template"
+"""The key of a job that others are copied from, for the time of a script. Not among RQ's: it may be somebody's job."""
+
 _SLICE = 1000
 """Rows that one run of the script writes: Redis does nothing else meanwhile."""
 
@@ -137,7 +140,7 @@ def write_jobs(client: redis.Redis, rows: list[Row]) -> None:
     shared = _shared_fields(client, queue)
     fields: list[Any] = [part for name in sorted(shared) for part in (name, shared[name])]
     prefix, called = Job.redis_job_namespace_prefix, f"{deliver.__module__}.{deliver.__qualname__}"
-    keys = [Queue.redis_queues_keys, queue_key(queue), SCHEDULED_JOBS, f"{prefix}template"]
+    keys = [Queue.redis_queues_keys, queue_key(queue), SCHEDULED_JOBS, TEMPLATE]
     given: list[Any] = [prefix, HASH_TTL, called, len(fields)]
     with client.pipeline(transaction=True) as pipeline:
         pipeline.set(CANARY, 1, ex=60)

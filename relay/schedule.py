@@ -5,36 +5,52 @@ from rq.job import Job
 from rq.queue import Queue
 from rq_scheduler import Scheduler
 
-from outbox import logs
+from outbox.foreign import KEPT, ForeignJobs, aside_key
 from outbox.jobs import OutboxJob
 
 SCHEDULED_JOBS = Scheduler.scheduled_jobs_key
 
+LEFT = 1000
+"""Due members that are not ours to move and stay in the set all the same: each look goes past them."""
+
 _BATCH = 500
 
 # One round trip per batch, and atomic: no crash can lose a job between the set and its queue, and relays side by
-# side move none twice. Members that are not ours (no delivery's id, no queue of ours) are taken out and reported.
+# side move none twice. What is not ours to move stays: a foreign job is rq-scheduler's, where somebody runs that, and a
+# row's in a queue that this relay does not know is another relay's. Once too many of them are due, nobody moves them:
+# more go to a set of their own, a row's job goes for good, and the sweep notices. So do ids without a job.
 _MOVE = """
-local moved, foreign = 0, {}
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[1], 'LIMIT', 0, ARGV[2])) do
-    local origin = false
-    if string.match(id, '^%d+%-%d+$') then
-        local found = redis.pcall('HGET', ARGV[3] .. id, 'origin')
-        origin = type(found) == 'string' and found
-    end
+local now, batch, offset, prefix, queues, kept, left_limit = unpack(ARGV)
+local moved, left, foreign, aside, dropped = 0, 0, {}, {}, {}
+local found = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', offset, batch)
+for _, id in ipairs(found) do
+    local origin = redis.pcall('HGET', prefix .. id, 'origin')
+    local is_job = type(origin) == 'string' and #origin < 1000 -- else each look would read it
+    local is_ours = string.match(id, '^[1-9]%d*%-[1-9]%d*$')
     local queue = false
-    for i = 5, #ARGV do queue = queue or origin == ARGV[i] and ARGV[4] .. origin end
+    for j = 8, #ARGV do queue = queue or is_job and is_ours and origin == ARGV[j] and queues .. origin end
+    local stays = is_job and not queue and offset + left < tonumber(left_limit)
     if queue then
-        redis.call('HSET', ARGV[3] .. id, 'status', 'queued')
+        redis.call('HSET', prefix .. id, 'status', 'queued')
         redis.call('SADD', KEYS[2], queue)
         redis.call('RPUSH', queue, id)
         moved = moved + 1
+    elseif stays then
+        left = left + 1
+        if not is_ours then foreign[1] = string.sub(id, 1, 100) end
     else
-        foreign[#foreign + 1] = string.sub(id, 1, 100)
+        local has = is_job and not is_ours and redis.pcall('ZCARD', KEYS[3])
+        local to = dropped
+        if type(has) == 'number' and has < tonumber(kept) then
+            local score = redis.call('ZSCORE', KEYS[1], id)
+            if type(redis.pcall('ZADD', KEYS[3], score, id)) == 'number' then to = aside end
+        end
+        to[#to + 1] = {string.sub(id, 1, 100), has and 1 or 0}
     end
-    redis.call('ZREM', KEYS[1], id)
+    if not stays then redis.call('ZREM', KEYS[1], id) end
 end
-return {moved, foreign, redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2] or ''}
+local upcoming = redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+return {moved, left, foreign, aside, dropped, upcoming or ''}
 """
 
 
@@ -51,11 +67,12 @@ class Schedule(Scheduler):  # type: ignore[misc]  # rq-scheduler is untyped
         super().__init__(connection=client, queue_name=queues[0])
         self._move = client.register_script(_MOVE)
         self._queues = queues
+        self._foreign = ForeignJobs()
 
     def move_due(self, now: float) -> float | None:
         """Moves the jobs whose time has come and returns when the next one's comes; None where there is none.
 
-        A member that names no delivery, or whose job is gone, is dropped; where it was a row's, the sweep notices.
+        An id without a job is dropped; where it was a row's, the sweep notices. Foreign jobs are left to their owner.
 
         Args:
             now: seconds since the epoch, by Postgres' clock, as is what it returns.
@@ -63,18 +80,18 @@ class Schedule(Scheduler):  # type: ignore[misc]  # rq-scheduler is untyped
         Raises:
             redis.RedisError: Redis is away.
         """
-        arguments: list[str | int | float] = [
-            now,
-            _BATCH,
-            Job.redis_job_namespace_prefix,
-            Queue.redis_queue_namespace_prefix,
-            *self._queues,
-        ]
+        keys = [self.scheduled_jobs_key, Queue.redis_queues_keys, aside_key(self.scheduled_jobs_key)]
+        prefixes = [Job.redis_job_namespace_prefix, Queue.redis_queue_namespace_prefix]
+        left = 0
         while True:
-            moved, foreign, upcoming = self._move(
-                keys=[self.scheduled_jobs_key, Queue.redis_queues_keys], args=arguments
-            )
+            arguments: list[str | int | float] = [now, _BATCH, left, *prefixes, KEPT, LEFT, *self._queues]
+            moved, stayed, foreign, aside, dropped, upcoming = self._move(keys=keys, args=arguments)
             for member in foreign:
-                logs.get().warning("dropped job", job=repr(member), why="no job of ours has this id")
-            if moved + len(foreign) < _BATCH:
+                self._foreign.left_alone(member, self.scheduled_jobs_key)
+            for member, _ in aside:
+                self._foreign.put_aside(member, self.scheduled_jobs_key)
+            for member, is_job in dropped:
+                self._foreign.dropped(member, is_job=is_job, key=self.scheduled_jobs_key)
+            if moved + stayed + len(aside) + len(dropped) < _BATCH:
                 return float(upcoming) if upcoming else None
+            left += stayed

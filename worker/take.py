@@ -10,16 +10,27 @@ from rq.job import Job
 from rq.suspension import WORKERS_SUSPENDED
 
 from outbox import logs
+from outbox.foreign import KEPT, ForeignJobs, aside_key
 from outbox.jobs import Delivery, queue_key
 from outbox.redis import BLOCK
 
 # One round trip for any number of jobs. Each queue first gives up to its share, then what shares left over is
 # taken in the same order. The jobs' hashes go with their ids: what they say is in Postgres too, and truer there.
+# A foreign job goes to a list of its own, where its owner finds it; if that fails, the others are taken all the same.
 # A stranger's key where a queue belongs would fail every take, so it goes; the sweep restores what the queue held.
 _TAKE = """
-if redis.call('EXISTS', unpack(KEYS)) == 0 then return {0, {}, {}} end
-if redis.call('EXISTS', KEYS[1]) == 1 then return {1, {}, {}} end
-local taken, hashes, strange, left = {}, {}, {}, tonumber(ARGV[1])
+if redis.call('EXISTS', unpack(KEYS)) == 0 then return {0, {}, {}, {}, {}} end
+if redis.call('EXISTS', KEYS[1]) == 1 then return {1, {}, {}, {}, {}} end
+local taken, hashes, strange, aside, dropped, left = {}, {}, {}, {}, {}, tonumber(ARGV[1])
+local function put_aside(key, id)
+    local is_job = redis.pcall('HEXISTS', ARGV[2] .. id, 'origin') == 1
+    local kept = is_job and redis.pcall('LLEN', ARGV[3] .. key)
+    local to = dropped
+    if type(kept) == 'number' and kept < tonumber(ARGV[4]) then
+        if type(redis.pcall('RPUSH', ARGV[3] .. key, id)) == 'number' then to = aside end
+    end
+    to[#to + 1] = {key, string.sub(id, 1, 100), is_job and 1 or 0}
+end
 local function take(key, count)
     if math.min(count, left) < 1 then return end
     local ids = redis.pcall('LPOP', key, math.min(count, left))
@@ -30,15 +41,19 @@ local function take(key, count)
         return
     end
     for _, id in ipairs(ids) do
-        if string.match(id, '^%d+%-%d+$') then hashes[#hashes + 1] = ARGV[2] .. id end
-        taken[#taken + 1] = string.sub(id, 1, 100)
+        if string.match(id, '^[1-9]%d*%-[1-9]%d*$') then
+            hashes[#hashes + 1] = ARGV[2] .. id
+            taken[#taken + 1] = string.sub(id, 1, 100)
+        else
+            put_aside(key, id)
+        end
     end
     left = left - #ids
 end
-for i = 2, #KEYS do take(KEYS[i], tonumber(ARGV[i + 1])) end
+for i = 2, #KEYS do take(KEYS[i], tonumber(ARGV[i + 3])) end
 for i = 2, #KEYS do take(KEYS[i], left) end
 for i = 1, #hashes, 1000 do redis.call('DEL', unpack(hashes, i, math.min(i + 999, #hashes))) end
-return {0, taken, strange}
+return {0, taken, strange, aside, dropped}
 """
 
 
@@ -53,6 +68,9 @@ class Queues:
         self._client = client
         self._weights = dict(weights)
         self._take = client.register_script(_TAKE)
+        self._foreign = ForeignJobs()
+        self._put_back: tuple[bytes, bytes] | None = None
+        """A queue's key, and what was popped there and is not ours."""
 
     def take(self, count: int) -> list[Delivery]:
         """Takes up to `count` jobs without waiting.
@@ -61,16 +79,23 @@ class Queues:
             Suspended: workers are to pause.
             redis.RedisError: Redis is away.
         """
+        if self._put_back:
+            self._client.lpush(*self._put_back)
+            self._put_back = None
         order = weighted_order(self._weights)
         shares = shares_of(count, self._weights)
-        suspended, job_ids, strange = self._take(
+        suspended, job_ids, strange, aside, dropped = self._take(
             keys=[WORKERS_SUSPENDED, *map(queue_key, order)],
-            args=[count, Job.redis_job_namespace_prefix, *(shares[name] for name in order)],
+            args=[count, Job.redis_job_namespace_prefix, aside_key(""), KEPT, *(shares[name] for name in order)],
         )
         if suspended:
             raise Suspended
         for key in strange:
             logs.get().warning("deleted key", key=key.decode(), why="it was no list")
+        for key, job_id, _ in aside:
+            self._foreign.put_aside(job_id, key.decode())
+        for key, job_id, is_job in dropped:
+            self._foreign.dropped(job_id, is_job=is_job, key=key.decode())
         return _ours(job_ids)
 
     def wait(self) -> list[Delivery]:
@@ -79,14 +104,20 @@ class Queues:
         BLPOP hands the id to a connection that may be gone by then. Such a row is swept and handed over again.
 
         Raises:
+            Suspended: workers are to pause.
             redis.RedisError: Redis is away.
         """
-        popped = self._client.blpop([queue_key(name) for name in weighted_order(self._weights)], timeout=BLOCK)
-        taken = _ours([popped[1][:100]]) if popped else []
-        for delivery in taken:
-            with suppress(redis.RedisError):  # it would run out by itself, and the job must not get lost over it
-                self._client.delete(f"{Job.redis_job_namespace_prefix}{delivery.job_id}")
-        return taken
+        keys = [queue_key(name) for name in weighted_order(self._weights)]
+        popped: Any = self._client.blpop(keys, timeout=BLOCK)
+        if not popped:
+            return []
+        key, job_id = popped
+        if not (delivery := Delivery.parse(job_id)):
+            self._put_back = key, job_id
+            return self.take(1)  # which finds out what it is
+        with suppress(redis.RedisError):  # it would run out by itself, and the job must not get lost over it
+            self._client.delete(f"{Job.redis_job_namespace_prefix}{delivery.job_id}")
+        return [delivery]
 
 
 def weighted_order(weights: Mapping[str, int], draw: random.Random | None = None) -> list[str]:
@@ -126,6 +157,6 @@ def _ours(job_ids: Iterable[Any]) -> list[Delivery]:
     for job_id in job_ids:
         if delivery := Delivery.parse(job_id):
             deliveries.append(delivery)
-        else:
+        else:  # numbers that are too large
             logs.get().warning("dropped job", job=repr(job_id), why="no job of ours has this id")
     return deliveries

@@ -89,13 +89,12 @@ def test_a_full_redis_moves_all_jobs_or_none(own_redis: EmbeddedServer, foreign:
 def test_hostile_members_stop_nothing(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings, schedule: Schedule
 ) -> None:
-    """Garbage, huge ids, keys of a wrong type, foreign queues and lost hashes are dropped, each with a line."""
+    """Garbage, huge ids, keys of a wrong type and lost hashes are dropped, each with a line."""
     (at,) = _scheduled(connection, redis_client, relay_settings, 5)
     redis_client.set("rq:job:7-1", "a string")
     redis_client.rpush("rq:job:8-1", "a list")
-    redis_client.hset("rq:job:9-1", "origin", "someone_elses")
     redis_client.hset("rq:job:10-1", "status", "no origin")
-    redis_client.hset("rq:job:not-ours", "origin", "default")
+    redis_client.hset("rq:job:not-ours", "data", "no origin")
     hostile: dict[Any, float] = {
         b"x" * 10_000_000: 1,
         b"\xff\x00'\n": 2,
@@ -103,7 +102,6 @@ def test_hostile_members_stop_nothing(
         "*": 4,
         "7-1": 5,
         "8-1": 6,
-        "9-1": 7,
         "10-1": 8,
         "11-1": 9,
         "not-ours": float("-inf"),
