@@ -37,6 +37,10 @@ class UnsupportedRedisError(OutboxError):
     """Redis is too old, or a cluster."""
 
 
+class SharedRedisError(OutboxError):
+    """Another installation uses the same Redis database."""
+
+
 class StartError(OutboxError):
     """A process cannot start: a port is taken, a folder is in use, a server does not come up."""
 

@@ -13,6 +13,7 @@ import psycopg
 
 from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
+from outbox.installation import Installation
 from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
 from outbox.queries import query
@@ -82,6 +83,7 @@ class Relay:
         self._redis_retry_at = 0.0
         self._redis_checked = False
         self._client = outbox_redis.connect(settings.redis_url, "outbox-relay")
+        self._installation = Installation(self._client)
         self._schedule = Schedule(self._client, list(settings.queues))
         self._clock = Clock()
         self._rescue = Rescue(settings.lease)
@@ -95,6 +97,7 @@ class Relay:
             NotMigratedError: it lacks migrations.
             SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
             UnsupportedRedisError: Redis is one that cannot serve.
+            SharedRedisError: another installation uses it.
         """
         logs.get().info("started", queues=self._settings.queues)
         try:
@@ -119,6 +122,7 @@ class Relay:
 
     def _serve(self, connection: Connection, drain: Drain) -> None:
         postgres.check_migrated(connection)
+        self._installation.identify(connection)
         poll_interval = self._settings.poll_interval
         if not self._listen(connection):
             poll_interval = min(poll_interval, UNHEARD_INTERVAL)
@@ -179,7 +183,7 @@ class Relay:
         try:
             if not self._redis_checked:
                 outbox_redis.check_supported(self._client)
-                repair(self._client, list(self._settings.queues))
+                self._repair(connection)
                 self._redis_checked = True
             again = duty.step(connection)
         except outbox_redis.AWAY as error:
@@ -251,6 +255,7 @@ class Relay:
 
     def _repair(self, _: Connection) -> float:
         repair(self._client, list(self._settings.queues))
+        self._installation.announce()
         return REPAIR_INTERVAL
 
     def _reconnect(self, _: Connection) -> float:

@@ -4,7 +4,7 @@ import redis
 from rq.queue import Queue
 from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
-from outbox import logs
+from outbox import installation, logs
 from outbox.jobs import intermediate_key, queue_key
 from relay.schedule import SCHEDULED_JOBS
 
@@ -17,7 +17,12 @@ def repair(client: redis.Redis, queues: list[str]) -> None:
     Raises:
         redis.RedisError: Redis is away, read-only or out of memory.
     """
-    kinds = {SCHEDULED_JOBS: b"zset", Queue.redis_queues_keys: b"set", REDIS_WORKER_KEYS: b"set"}
+    kinds = {
+        installation.KEY: b"string",
+        SCHEDULED_JOBS: b"zset",
+        Queue.redis_queues_keys: b"set",
+        REDIS_WORKER_KEYS: b"set",
+    }
     for name in queues:
         key = queue_key(name)
         kinds |= {key: b"list", intermediate_key(name): b"list", WORKERS_BY_QUEUE_KEY % name: b"set"}

@@ -72,6 +72,12 @@ SELECT set_config('lock_timeout', '1s', false);
 SELECT pg_backend_pid() AS session;
 
 
+-- name: installation
+-- Which installation this is, to tell apart two that use the same Redis database: the server's number, which its standbys
+-- share and a dump that was restored elsewhere does not, the database, and the table, as each schema may have its own.
+SELECT system_identifier || '/' || current_database() || '/' || 'outbox'::regclass::oid AS id FROM pg_control_system();
+
+
 -- name: missing_settings
 -- What gives our role those settings that it lacks: behind a pooler no session is ours, and they must be the role's. Not
 -- those that a transaction of ours can do without there, such as a format of times.

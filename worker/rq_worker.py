@@ -18,6 +18,7 @@ from rq.worker import BaseWorker, WorkerStatus
 
 from outbox import logs, start
 from outbox import redis as outbox_redis
+from outbox.installation import Installation
 from outbox.jobs import OutboxJob
 from outbox.outage import one_line
 
@@ -43,6 +44,7 @@ class RQWorker(BaseWorker):
         """Give up what has not ended."""
         self._stop_requested_at = 0.0
         self._client = client
+        self.installation = Installation(client)
         self._commands: PubSubWorkerThread | None = None
         self._beat_at = 0.0
         self._connected_at = 0.0
@@ -68,6 +70,7 @@ class RQWorker(BaseWorker):
 
         Raises:
             UnsupportedRedisError: Redis is one that cannot serve.
+            SharedRedisError: another installation uses it.
             redis.RedisError: Redis is away.
         """
         now = time.monotonic()
@@ -78,6 +81,7 @@ class RQWorker(BaseWorker):
         if self._beat_at == 0.0:
             outbox_redis.check_supported(self._client)  # it may have come back as another
             self._connected_at = now
+        self.installation.announce()
         self.last_heartbeat = rq_now()
         if self.birth_date is None:
             self.birth_date = self.last_heartbeat

@@ -74,6 +74,7 @@ class OutboxWorker(RQWorker):
             NotMigratedError: it lacks migrations.
             SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
             UnsupportedRedisError: Redis is one that cannot serve.
+            SharedRedisError: another installation uses it.
             OverdueError: a handler does not end any more.
             NoThreadsError, ThreadEndedError: it has no threads to work with.
         """
@@ -103,6 +104,7 @@ class OutboxWorker(RQWorker):
                     self._settings.database_url, "outbox worker claims", pooled=self._settings.transaction_pooling
                 ) as connection:
                     postgres.check_migrated(connection)
+                    self.installation.identify(connection)
                     if not self._settings.transaction_pooling:
                         connection.execute(query("limit_lock_wait"))
                     self._marker.start()  # not before: it leaves limits in its session
