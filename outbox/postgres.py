@@ -21,16 +21,30 @@ AWAY = (
     psycopg.errors.IdleInTransactionSessionTimeout,
     psycopg.errors.TransactionTimeout,
 )
-"""What psycopg raises when the server is away, cuts the connection, is a standby for the moment, or took us for gone
-because this process was paused in the middle of a transaction."""
+"""The classes of errors that are not the fault of what a statement writes, so that a later try may succeed: outages,
+and the refusals that come from locks, time limits and a full disk. `is_outage` tells them apart."""
+
+_OUTAGES = ("08", "57P", "25006", "25P03", "25P04")
+"""How the states begin of errors that say that the connection is lost, that the server shuts down, starts or is a
+standby, or that it has ended the session because a transaction idled or took too long."""
 
 
 def is_outage(error: BaseException) -> bool:
-    """Returns whether an error says that Postgres cannot be reached or shuts down, and nothing of the statement."""
-    if not isinstance(error, AWAY):
+    """Returns whether an error says that Postgres cannot be reached, takes no writes, or has ended the session.
+
+    Any other error of Postgres refuses one statement: it was cancelled, met a lock or a deadlock, a trigger raised, or
+    there was no room. The statement is undone, and its connection goes on.
+    """
+    if not isinstance(error, psycopg.Error):
         return False
-    state = error.sqlstate or ""
-    return not state or state.startswith(("08", "57P", "25"))
+    if error.sqlstate is None:
+        return isinstance(error, AWAY)
+    return error.sqlstate.startswith(_OUTAGES) or error.diag.severity_nonlocalized in {"FATAL", "PANIC"}
+
+
+def may_pass(error: BaseException) -> bool:
+    """Returns whether a later try, on a new connection, may succeed."""
+    return isinstance(error, AWAY) or is_outage(error)
 
 
 Connection = psycopg.Connection[dict[str, Any]]

@@ -9,9 +9,9 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool
 
 import outbox
-from outbox import postgres
+from outbox import logs, postgres
 from outbox.errors import OutboxError
-from outbox.outage import Outage
+from outbox.outage import Outage, one_line
 from outbox.queries import query
 from outbox.settings import ServiceSettings
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
@@ -71,7 +71,10 @@ class Store:
                     await connection.close()  # the next one may lead to a new primary
                     raise
         except postgres.AWAY as error:
-            self.outage.away(error)
+            if postgres.is_outage(error):
+                self.outage.away(error)
+            else:
+                logs.get().warning("statement refused", error=one_line(error))
             raise
         self.outage.back()
 

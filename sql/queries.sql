@@ -311,10 +311,12 @@ GROUP BY queue;
 -- A row that already runs in this worker's name was claimed by an earlier try whose answer was lost: it is claimed once
 -- more, without another attempt. The worker asks for no row that it knows to hold.
 -- No lock of these statements is one that a foreign key to the outbox would wait for, or they for it.
+-- It waits for a lock for a second, which is set before the first one is asked for and holds for this transaction: behind
+-- a pooler the session's own limit is the role's, and everything that the worker does waits with a claim.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, task, payload, queue, status, worker, max_retries, timeout, request_id, run_at <= now() AS due
     FROM outbox
-    WHERE id = ANY (%(ids)s)
+    WHERE id = ANY (%(ids)s) AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL
     ORDER BY id
     FOR NO KEY UPDATE
 ), claimed AS (
@@ -331,6 +333,12 @@ WITH locked AS MATERIALIZED (
 SELECT id, delivery, task, payload::text, queue, attempt, max_retries, timeout, request_id, status,
        claimed.id IS NOT NULL AS claimed
 FROM locked LEFT JOIN claimed USING (id);
+
+
+-- name: lock_free
+-- Locks those rows that nobody else has locked, until the end of the transaction: a claim that was refused is repeated
+-- with these.
+SELECT id FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED;
 
 
 -- name: renew_leases

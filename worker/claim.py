@@ -1,11 +1,12 @@
 """Claiming rows: from "Redis says so" to "this worker holds the lease"."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from psycopg.rows import tuple_row
 
 from outbox import logs
+from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
 from outbox.postgres import Connection
 from outbox.queries import query
@@ -49,7 +50,8 @@ def claim(
             of the table, another row of that id: its earlier attempt may still run. The sweep offers it again.
 
     Raises:
-        psycopg.OperationalError: Postgres is away; what was claimed, another try finds.
+        psycopg.OperationalError: Postgres is away; what was claimed, another try finds. Or the claim was refused, for
+            a row that was locked for over a second, say; then nothing is claimed.
     """
     distinct = set(deliveries)
     held_rows = {delivery.row for delivery in held}
@@ -76,6 +78,37 @@ def claim(
     if len(claims) < len(wanted):
         _tell_of_dropped(rows, set(wanted) - {claimed.delivery for claimed in claims})
     return claims
+
+
+def claim_free(
+    connection: Connection,
+    deliveries: Sequence[Delivery],
+    worker: str,
+    lease: float,
+    held: Collection[Delivery] = frozenset(),
+) -> tuple[list[Claim], list[tuple[Delivery, Exception]]]:
+    """Claims those of the rows that nobody else has locked, without waiting, in one transaction.
+
+    Args: as of `claim`.
+
+    Returns:
+        The claims, and what Postgres refuses alone as well, and why.
+
+    Raises:
+        psycopg.Error: as `write_by_halves` does; none of the rows is claimed, unless the commit got no answer.
+    """
+    claims: list[Claim] = []
+
+    def claim_some(some: Sequence[Delivery]) -> None:
+        with connection.transaction():
+            claimed = claim(connection, some, worker, lease, held)
+        claims.extend(claimed)
+
+    with connection.transaction():
+        found = connection.execute(query("lock_free"), {"ids": [delivery.row for delivery in deliveries]})
+        free = {row["id"] for row in found}
+        refused = write_by_halves([delivery for delivery in deliveries if delivery.row in free], claim_some)
+    return claims, refused
 
 
 def _tell_of_dropped(rows: list[tuple[Any, ...]], dropped: set[Delivery]) -> None:

@@ -6,12 +6,16 @@ from threading import Lock
 from psycopg.rows import tuple_row
 
 from outbox import logs
+from outbox.batch import BatchSize
 from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.postgres import Connection
 from outbox.queries import query
 from worker.claim import Claim
+
+MOST_RENEWED = 10_000
+"""Rows in one renewal, unless it was cut for the time that it took; more than a worker holds by default."""
 
 
 class Leases:
@@ -32,6 +36,7 @@ class Leases:
         self.worker = worker
         self._held: set[Delivery] = set()
         self._lock = Lock()
+        self._size = BatchSize(MOST_RENEWED)
         self._missed: set[Delivery] = set()
         """What the last renewal has passed over: somebody has the row locked, or it is no longer ours."""
         self._refused: set[Delivery] = set()
@@ -75,7 +80,11 @@ class Leases:
             cursor.execute(query("renew_leases"), {**columns(some), "lease": self.seconds, "worker": self.worker})
             self._missed.difference_update(Delivery(*renewed) for renewed in cursor)
 
-        refused = dict(write_by_halves(list(deliveries), renew))
+        waiting = list(deliveries)
+        refused: dict[Delivery, Exception] = {}
+        with self._size.trial(len(waiting)) as most:
+            for first in range(0, len(waiting), most):
+                refused.update(write_by_halves(waiting[first : first + most], renew))
         self._missed -= refused.keys()  # their turn comes with the next renewal of all
         if new := refused.keys() - self._refused:
             rows, error = sorted(delivery.row for delivery in new), next(iter(refused.values()))

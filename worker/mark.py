@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any
@@ -13,6 +14,7 @@ from psycopg.rows import tuple_row
 
 from outbox import logs, postgres
 from outbox.backoff import reconnect_delay
+from outbox.batch import BatchSize
 from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
 from outbox.outage import one_line
@@ -68,6 +70,7 @@ class Marker:
         self.leases = leases
         self._on_end = on_end
         self._failures = 0
+        self._size = BatchSize(_BATCH)
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
         self._unwritten: dict[Delivery, Outcome] = {}
         """The latest of each row: a handler may have ended after all when its row was already given back."""
@@ -82,7 +85,7 @@ class Marker:
         self._closing = Event()
         self._connected = Event()
         self._is_blocked = False
-        """Whether the last write waited in vain for a lock of the whole table."""
+        """Whether the last statement was refused for what is no row's fault: a lock of the whole table, a full disk."""
         self._asked_at: float | None = None
         """When the statements began that have not been answered."""
         self._thread = Thread(target=self._run, name="marker", daemon=True)
@@ -204,11 +207,19 @@ class Marker:
                         time.sleep(_GATHERING)
                 self._is_blocked = False
                 self._connected.set()  # not before: what lets us in may refuse to write
-            except psycopg.errors.LockNotAvailable:  # the whole table: single rows are passed over
-                if not self._is_blocked:
-                    logs.get().warning("marks wait for a lock", rows="all")
-                self._is_blocked = True
-                time.sleep(_PAUSE)
+            except postgres.AWAY as error:
+                if postgres.is_outage(error) or connection.closed:
+                    raise
+                self._wait_refused(error)
+
+    def _wait_refused(self, error: psycopg.Error) -> None:
+        is_lock = isinstance(error, psycopg.errors.LockNotAvailable)
+        if not self._is_blocked and is_lock:  # of the whole table: single rows are passed over
+            logs.get().warning("marks wait for a lock", rows="all")
+        elif not self._is_blocked:
+            logs.get().warning("marks refused", error=one_line(error), unwritten=self._kept())
+        self._is_blocked = True
+        time.sleep(_PAUSE if is_lock else _LOOK)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -239,7 +250,8 @@ class Marker:
             self._write_batch(cursor, outcomes)
 
         with self._asking():
-            refused = write_by_halves(list(self._unwritten.values()), write)
+            with self._size.trial(len(self._unwritten)) as rows:
+                refused = write_by_halves(list(islice(self._unwritten.values(), rows)), write)
             if texts := [outcome for outcome, error in refused if _is_about_text(outcome, error)]:
                 refused = [(outcome, error) for outcome, error in refused if outcome not in texts]
                 refused += write_by_halves([outcome._replace(error=UNSTORABLE) for outcome in texts], write)

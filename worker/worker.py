@@ -1,7 +1,6 @@
 """The worker's loop: it takes jobs, claims their rows, runs them, and gives back what it cannot end."""
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from threading import Thread
 
@@ -11,7 +10,6 @@ from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
 from outbox.backoff import retry_delay
 from outbox.context import Context
-from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
 from outbox.log_writer import DRAINING_TIME
 from outbox.outage import Outage, one_line
@@ -20,7 +18,7 @@ from outbox.queries import query
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
 from worker.attempt import Attempted, Outcome, attempt, cut_short, given_back
-from worker.claim import Claim, claim
+from worker.claim import Claim, claim, claim_free
 from worker.database import HandlerPool
 from worker.errors import OverdueError, ThreadEndedError
 from worker.leases import Leases
@@ -110,7 +108,9 @@ class OutboxWorker(RQWorker):
                     self._marker.start()  # not before: it leaves limits in its session
                     self._postgres.back()
                     self._serve(connection, taken)
-            except postgres.AWAY as error:
+            except psycopg.Error as error:
+                if not postgres.may_pass(error):
+                    raise
                 self._may_have_claimed = bool(taken)
                 self.stopping.wait(self._postgres.away(error))
 
@@ -132,17 +132,26 @@ class OutboxWorker(RQWorker):
                     self._marker.put(given_back(claimed))
 
     def _claim(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
-        held, claims = self._leases.held(), list[Claim]()
+        """Claims what was taken; where that is refused, those that can be claimed without waiting and by themselves.
 
-        def claim_some(some: Sequence[Delivery]) -> None:
-            claims.extend(claim(connection, some, self.name, self._settings.lease, held))
-
+        What somebody else has locked is left to the sweep, which hands it over again once it is free.
+        """
+        given = (self.name, self._settings.lease, self._leases.held())
         try:
-            refused = write_by_halves(taken, claim_some)
-        except psycopg.errors.LockNotAvailable as error:
-            # The sweep hands them over again, but for those that are still locked: nobody need wait for these.
-            logs.get().warning("claim timed out waiting for a row lock", error=one_line(error), jobs=len(taken))
-            return claims
+            return claim(connection, taken, *given)
+        except psycopg.Error as error:
+            _raise_outage(connection, error)
+            refusal = error
+        claims: list[Claim] = []
+        refused: list[tuple[Delivery, Exception]] = []
+        try:
+            claims, refused = claim_free(connection, taken, *given)
+        except psycopg.Error as error:
+            _raise_outage(connection, error)
+        if left := len(taken) - len(claims) - len(refused):
+            is_lock = isinstance(refusal, psycopg.errors.LockNotAvailable)
+            event = "claim timed out waiting for a row lock" if is_lock else "claim refused"
+            logs.get().warning(event, error=one_line(refusal), jobs=left)
         if refused:
             rows, why = sorted(delivery.row for delivery, _ in refused), refused[0][1]
             logs.get().error("rows cannot be claimed", rows=rows, error=one_line(why))
@@ -277,6 +286,11 @@ class OutboxWorker(RQWorker):
         if not unfinished:  # else there is an exit to hurry to
             self._database.close(timeout=1)
         logs.get().info("stopped", worker=self.name, cut_short=len(unfinished))
+
+
+def _raise_outage(connection: Connection, error: psycopg.Error) -> None:
+    if postgres.is_outage(error) or connection.closed:
+        raise error
 
 
 def _cut_short(claimed: Claim, *, is_overdue: bool) -> Outcome:

@@ -36,6 +36,7 @@ STATEMENTS: dict[str, dict[str, Any]] = {
     "retention": {"retention": 86_400.0, "batch": 1000},
     "unserved_queues": {"queues": ["critical", "default"]},
     "claim": {"ids": _IDS, "deliveries": [1] * 32, "worker": "w", "lease": 15.0},
+    "lock_free": {"ids": _IDS},
     "renew_leases": {"ids": _IDS, "deliveries": [1] * 32, "lease": 15.0, "worker": "w"},
     "mark": {"ids": _IDS, "deliveries": [1] * 32, "worker": "w", **_OUTCOMES},
     "unmarked": {"ids": _IDS, "deliveries": [1] * 32, "worker": "w"},

@@ -103,11 +103,15 @@ class _Schedule:
 
         With a foreign session they may: it waits FOR UPDATE for a row that a relay has not committed and that another
         session has locked FOR KEY SHARE; a claim that waits for the same relay then locks the row's new version first
-        and needs the old one's lock once more.
+        and needs the old one's lock once more. Beside such a session two claims of one row may do so as well: the one
+        that is refused claims again what is free.
         """
+        has_foreign = any(isinstance(duty, Foreign) for duty in self._duties)
         for names in self._stepper.deadlocks:
             if any(name.startswith("foreign") for name in names):
                 self._counts["deadlocks with a foreign session"] += 1
+            elif has_foreign and all(name.endswith(".claims") for name in names):
+                self._counts["deadlocks of claims beside a foreign session"] += 1
             else:
                 self._setting.books.violate(f"deadlock: {', '.join(names)}")
 

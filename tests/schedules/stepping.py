@@ -160,7 +160,7 @@ class SteppedConnection(LimitedConnection):
             actor.deadlock = {int(pid) for pid in re.findall(r"Process (\d+) waits", error.diag.message_detail or "")}
             self._doom(actor)
             raise
-        except psycopg.errors.QueryCanceled as error:
+        except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:  # by its own limit, too
             self._doom(actor)
             raise psycopg.errors.LockNotAvailable("timed out by the tester") from error
         self._doom(actor)

@@ -11,7 +11,7 @@ from tests.schedules.relays import LEASE
 from tests.schedules.setting import Setting
 from tests.schedules.stepping import TURN, Actor
 from worker.attempt import Outcome, cut_short, given_back
-from worker.claim import Claim, claim
+from worker.claim import Claim, claim, claim_free
 from worker.leases import Leases
 from worker.mark import Marker
 from worker.worker import LEAVING_TIME
@@ -176,13 +176,14 @@ class Claims(Part):
             held, asked_at = self.worker.leases.held(), time.time()
             try:
                 claims = claim(connection, self._taken, self.worker.name, LEASE, held)
-            except psycopg.errors.LockNotAvailable:
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
                 self.note(self.name, "  claim timed out")
-                claims = []
+                claims, _ = claim_free(connection, self._taken, self.worker.name, LEASE, held)
+                asked = {claimed.delivery for claimed in claims}
             else:
                 rows = {delivery.row for delivery in held}
                 asked = {delivery for delivery in self._taken if delivery.row not in rows}
-                self.setting.books.claimed(self.worker.name, claims, asked, asked_at)
+            self.setting.books.claimed(self.worker.name, claims, asked, asked_at)
             self._taken.clear()
             self.worker.hold(claims)
 

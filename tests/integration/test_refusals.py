@@ -1,0 +1,152 @@
+"""A statement that Postgres refuses is no outage: it costs what it was for, and the connection goes on."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+import redis
+from structlog.testing import capture_logs
+
+from outbox import Handler, Task, postgres
+from outbox.settings import WorkerSettings
+from tests.conftest import Connection
+from tests.integration.test_claim import add_row, read_row
+from tests.support.tasks import Nothing
+from tests.support.waiting import eventually
+from worker.attempt import Outcome
+from worker.claim import claim, claim_free
+from worker.leases import Leases
+from worker.mark import Marker
+from worker.worker import OutboxWorker
+
+CASES: list[tuple[LiteralString, bool]] = [
+    ("08006", True),
+    ("25006", True),
+    ("57P01", True),
+    ("57P03", True),
+    ("40001", False),
+    ("40P01", False),
+    ("53100", False),
+    ("53200", False),
+    ("55P03", False),
+    ("57014", False),
+    ("58030", False),
+    ("23505", False),
+    ("P0001", False),
+    ("42501", False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_what_an_outage_is(connection: Connection, case: tuple[LiteralString, bool]) -> None:
+    """By the server's own errors, as it raises them."""
+    state, is_outage = case
+    with pytest.raises(psycopg.Error) as caught:
+        connection.execute(f"DO $$ BEGIN RAISE 'of the test' USING ERRCODE = '{state}'; END $$")
+    assert caught.value.sqlstate == state
+    assert postgres.is_outage(caught.value) is is_outage
+
+
+ENDS: list[LiteralString] = [
+    "SET idle_in_transaction_session_timeout = '10ms'; BEGIN; SELECT 1",
+    "SELECT pg_terminate_backend(pg_backend_pid())",
+]
+
+
+@pytest.mark.parametrize("ending", ENDS)
+def test_an_error_that_ends_the_session_is_an_outage(connection: Connection, ending: LiteralString) -> None:
+    """Whatever its class: the connection is gone."""
+
+    def end() -> None:
+        connection.execute(ending)
+        eventually(lambda: postgres.has_heard(connection), 5, "the session has ended")
+        connection.execute("SELECT 1")
+
+    with pytest.raises(psycopg.Error) as caught:
+        end()
+    assert postgres.is_outage(caught.value)
+
+
+@pytest.fixture
+def lines(worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """All that a worker logs, which runs in a thread until the test ends."""
+    worker = OutboxWorker(worker_settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)})
+    monkeypatch.setattr(worker, "_install_signal_handlers", lambda: None)  # of the main thread alone
+    with capture_logs() as lines, ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(worker.run)
+        try:
+            yield lines
+        finally:
+            worker.stopping.set()
+            ended.result(20)
+
+
+LIMITS: list[LiteralString] = ["'0'", "'300ms'"]
+"""What the database's owner may have set: none, or less than a claim waits for a lock."""
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_locked_row_keeps_no_free_row_waiting(
+    limit: LiteralString, connection: Connection, redis_client: redis.Redis, request: pytest.FixtureRequest
+) -> None:
+    """Those that were to be claimed with it are done at once, the locked one later; Postgres was never away."""
+    name = psycopg.sql.Identifier(connection.info.dbname)
+    connection.execute(psycopg.sql.SQL("ALTER DATABASE {} SET statement_timeout = " + limit).format(name))
+    lines: list[Any] = request.getfixturevalue("lines")
+    rows = [add_row(connection) for _ in range(20)]
+    locked, *free = rows
+    with connection.transaction():
+        connection.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row])
+        redis_client.rpush("rq:queue:default", *[row.job_id for row in rows])
+        eventually(lambda: all(read_row(connection, row)["status"] == "done" for row in free), 10, "the free rows")
+        assert read_row(connection, locked)["status"] == "enqueued", "it is left to the sweep"
+    redis_client.rpush("rq:queue:default", locked.job_id)  # as the next hand-over does
+    eventually(lambda: read_row(connection, locked)["status"] == "done", 5)
+    events = [line["event"] for line in lines]
+    assert "Postgres is away" not in events
+    assert ("claim timed out waiting for a row lock" if limit == "'0'" else "claim refused") in events
+    assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
+
+
+def test_a_claim_limits_its_own_wait(connection: Connection, database_url: str) -> None:
+    """Behind a pooler the session's limit is the role's, ten seconds say; and nothing is left in the session."""
+    delivery = add_row(connection)
+    with postgres.connect(database_url, "test", pooled=True) as claiming, connection.transaction():
+        claiming.execute("SET lock_timeout = '60s'")
+        connection.execute("SELECT FROM outbox FOR UPDATE")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            claim(claiming, [delivery], "me", 15)
+        assert claiming.execute("SHOW lock_timeout").fetchone() == {"lock_timeout": "1min"}
+        assert claim_free(claiming, [delivery], "me", 15) == ([], [])
+
+
+CANCELLED = """
+CREATE FUNCTION cancel() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF (SELECT count(*) FROM changed) > 3 THEN RAISE 'took too long' USING ERRCODE = 'query_canceled'; END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER cancelling AFTER UPDATE ON outbox REFERENCING NEW TABLE AS changed
+FOR EACH STATEMENT EXECUTE FUNCTION cancel();
+"""
+"""Stands for a `statement_timeout` that only few rows keep."""
+
+
+def test_marks_that_are_cancelled_are_written_in_smaller_batches(connection: Connection, database_url: str) -> None:
+    """On the same connection, and so are leases renewed."""
+    marker = Marker(database_url, Leases(1, "me"))
+    deliveries = [add_row(connection) for _ in range(20)]
+    claims = claim(connection, deliveries, "me", 1)
+    marker.leases.hold(claims)
+    connection.execute(CANCELLED)
+    with capture_logs() as lines:
+        marker.start()
+        eventually(lambda: all(read_row(connection, one)["lease"] > 0.5 for one in deliveries), 5, "leases are renewed")
+        for one in claims:
+            marker.put(Outcome(one.delivery, "done", 1))
+        eventually(lambda: not marker.leases.held(), 10, "all are marked")
+        eventually(lambda: marker.is_healthy(0), 5)
+    assert marker.close(5) == []
+    assert lines == []
