@@ -1,6 +1,7 @@
 """Handing over a backlog: two batches at a time, so that Postgres works on one while Redis takes the other."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from types import TracebackType
@@ -46,30 +47,30 @@ class Drain:
         self._thread.shutdown()
         self._closing.close()
 
-    def drain(self, connection: Connection, queue: str) -> bool:
-        """Hands over a queue's rows for about SPELL seconds, as far as its window has room.
+    def drain(self, connection: Connection, queue: str, left_out: Sequence[int] = ()) -> bool:
+        """Hands over a queue's rows for about SPELL seconds, as far as its window has room, but for those left out.
 
         Returns:
             Whether it should go on: neither ran out of rows, and the window has room for a batch.
 
         Raises:
             redis.RedisError: Redis did not take a batch.
-            psycopg.OperationalError: Postgres is away.
+            psycopg.Error: Postgres is away, or refuses a batch.
         """
         if self._second is None and time.monotonic() >= self._retry_at:
             self._open_second()
         room = connection.execute(query("room"), {"queue": queue, "window": self._settings.window}).fetchone()
         assert room is not None
         if self._second is None:
-            return self._publish_all(connection, queue, room["rows"])
+            return self._publish_all(connection, queue, room["rows"], left_out)
         try:
-            other = self._thread.submit(self._publish_all, self._second, queue, room["rows"])
+            other = self._thread.submit(self._publish_all, self._second, queue, room["rows"], left_out)
         except RuntimeError:  # no thread can be started: the relay's own goes on alone
             self._thread.shutdown(wait=False, cancel_futures=True)  # it would do later what was refused now
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="drain")
-            return self._publish_all(connection, queue, room["rows"])
+            return self._publish_all(connection, queue, room["rows"], left_out)
         try:
-            more = self._publish_all(connection, queue, room["rows"])
+            more = self._publish_all(connection, queue, room["rows"], left_out)
         finally:
             wait([other])
         return other.result() and more
@@ -83,14 +84,14 @@ class Drain:
         except psycopg.OperationalError:  # too many connections, say: the relay's own goes on alone
             self._retry_at = time.monotonic() + RETRY
 
-    def _publish_all(self, connection: Connection, queue: str, room: int) -> bool:
+    def _publish_all(self, connection: Connection, queue: str, room: int, left_out: Sequence[int]) -> bool:
         if room < self._settings.batch:
             return False
         share = max(1, room // SHARE)
         ends = time.monotonic() + SPELL
         while True:
             limit = min(self._settings.batch, share)
-            rows = publish(connection, self._client, queue, self._settings, room=room, limit=limit)
+            rows = publish(connection, self._client, queue, self._settings, room=room, limit=limit, left_out=left_out)
             share -= rows
             room -= rows
             if rows < limit:

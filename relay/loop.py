@@ -13,6 +13,7 @@ import psycopg
 
 from outbox import logs, pooler, postgres
 from outbox import redis as outbox_redis
+from outbox.backoff import reconnect_delay
 from outbox.installation import Installation
 from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
@@ -20,19 +21,16 @@ from outbox.queries import query
 from outbox.settings import RelaySettings
 from relay.clock import Clock
 from relay.drain import Drain
-from relay.publish import publish
+from relay.hand_over import HandOver
 from relay.repair import repair
 from relay.rescue import IMPOSSIBLE_LEASE, Rescue
-from relay.retention import BATCH as RETENTION_BATCH
-from relay.retention import retention
+from relay.retention import Retention
 from relay.schedule import Schedule
 from relay.sweep import CLOCK_ERROR, Sweep
 from relay.unserved import tell_of_unserved_queues
 
 UNHEARD_INTERVAL = 1.0
 """Seconds between two polls, at most, where no hint can be heard."""
-REFILL_INTERVAL = 0.1
-"""Seconds until the next batch where the last was not full: what has no room in the window now may have it then."""
 SCHEDULE_INTERVAL = 1.0
 """Seconds between two looks for due jobs, unless one is known to come due earlier."""
 RESCUE_INTERVAL = 1.0
@@ -42,8 +40,6 @@ TOGETHER = 0.1
 """Seconds that a look may come early for a poll, so that one look serves all that are due about now."""
 REPAIR_INTERVAL = 10.0
 """Seconds between two looks for strangers' keys; whatever one of them makes fail, repairs at once."""
-RETENTION_INTERVAL = 60.0
-"""Seconds between two deletions of old rows, unless there was a full batch of them."""
 TELL_INTERVAL = 60.0
 """Seconds between two looks for rows that nobody will hand over, or take from Redis."""
 
@@ -52,11 +48,17 @@ TELL_INTERVAL = 60.0
 class Duty:
     """One thing the relay does again and again."""
 
+    name: str
+    """What the log calls it."""
     step: Callable[[Connection], float]
     """Does it once and returns the seconds until it wants to be done again; infinite: once a look finds work for it."""
     needs_redis: bool = False
     due: float = 0.0
     """When it is to be done next, by the monotonic clock."""
+    refusals: int = 0
+    """How many times in a row Postgres has refused it."""
+    tell_at: float = 0.0
+    """When the log may say that again."""
 
 
 @dataclass
@@ -88,6 +90,13 @@ class Relay:
         self._clock = Clock()
         self._rescue = Rescue(settings.lease)
         self._told_of_polling = False
+        self._hand_overs = {queue: HandOver(self._client, queue, settings) for queue in settings.queues}
+        self._sweep = Sweep(self._client, settings)
+        # What is not urgent keeps its turn over an outage, after which there is other work to do.
+        self._unhurried = [
+            Duty("retention", Retention(settings).step),
+            Duty("look for unserved queues", self._tell_of_unserved_queues),
+        ]
 
     def run(self) -> None:
         """Works until it is told to stop, through outages of either server.
@@ -116,35 +125,38 @@ class Relay:
                     Drain(self._client, self._settings) as drain,
                 ):
                     self._serve(connection, drain)
-            except postgres.AWAY as error:
+            except psycopg.Error as error:
+                if not postgres.may_pass(error):
+                    raise
                 self._rescue.pause()  # what this relay could not write, workers may not have been able to either
                 self._stop.wait(self._postgres.away(error))
 
     def _serve(self, connection: Connection, drain: Drain) -> None:
         postgres.check_migrated(connection)
         self._installation.identify(connection)
+        self._sweep.forget()
         poll_interval = self._settings.poll_interval
         if not self._listen(connection):
             poll_interval = min(poll_interval, UNHEARD_INTERVAL)
-        moving = Duty(self._move_due, needs_redis=True)
-        publishing = {
-            queue: Duty(self._publish(queue, moving, drain), needs_redis=True) for queue in self._settings.queues
+        moving = Duty("move of due jobs", self._move_due, needs_redis=True)
+        handing = {
+            queue: Duty(f"hand-over of {queue}", partial(self._hand_over, hand_over, drain, moving), needs_redis=True)
+            for queue, hand_over in self._hand_overs.items()
         }
-        sweeping = Duty(Sweep(self._client, self._settings).step, needs_redis=True)
+        sweeping = Duty("sweep", self._sweep.step, needs_redis=True)
         polls = [
-            *(Poll(duty, partial(_has_pending, queue), poll_interval) for queue, duty in publishing.items()),
+            *(Poll(duty, partial(_has_pending, queue), poll_interval) for queue, duty in handing.items()),
             Poll(moving, itemgetter("enqueued"), SCHEDULE_INTERVAL),
             Poll(sweeping, itemgetter("unclaimed"), self._settings.sweep_interval),
         ]
         duties = [
-            Duty(partial(self._look, polls)),
-            *publishing.values(),
+            Duty("look", partial(self._look, polls)),
+            *handing.values(),
             moving,
             sweeping,
-            Duty(self._repair, needs_redis=True),
-            Duty(self._reconnect, needs_redis=True),
-            Duty(self._retention),
-            Duty(self._tell_of_unserved_queues),
+            Duty("repair", self._repair, needs_redis=True),
+            Duty("reconnect", self._reconnect, needs_redis=True),
+            *self._unhurried,
         ]
         while not self._stop.is_set():
             for duty in duties:
@@ -153,7 +165,7 @@ class Relay:
                     duty.due = time.monotonic() + again
             self._postgres.back()  # only now: a server may let us in and still refuse to write
             if self._wait(connection, min(duty.due for duty in duties) - time.monotonic()):
-                for duty in publishing.values():
+                for duty in handing.values():
                     duty.due = 0.0
 
     def _listen(self, connection: Connection) -> bool:
@@ -176,8 +188,27 @@ class Relay:
         return True
 
     def _do(self, duty: Duty, connection: Connection) -> float:
-        if not duty.needs_redis:
-            return duty.step(connection)
+        """Does a duty and returns the seconds until its next turn; where Postgres refuses it, the others go on."""
+        try:
+            again = self._do_with_redis(duty, connection) if duty.needs_redis else duty.step(connection)
+        except psycopg.Error as error:
+            if postgres.is_outage(error) or connection.closed:
+                raise
+            return self._put_off(duty, error)
+        duty.refusals = 0
+        return again
+
+    def _put_off(self, duty: Duty, error: psycopg.Error) -> float:
+        duty.refusals += 1
+        delay = reconnect_delay(duty.refusals)
+        if (error.sqlstate or "").startswith(("53", "58")):
+            self._rescue.pause()  # a full disk, say: workers may not be able to write either
+        if time.monotonic() >= duty.tell_at:
+            logs.get().warning("duty refused", duty=duty.name, error=one_line(error), next_try=round(delay, 1))
+            duty.tell_at = time.monotonic() + TELL_INTERVAL
+        return delay
+
+    def _do_with_redis(self, duty: Duty, connection: Connection) -> float:
         if (wait := self._redis_retry_at - time.monotonic()) > 0:
             return wait
         try:
@@ -204,21 +235,12 @@ class Relay:
         # All that have arrived: whatever is left there would wake it once more, one by one.
         return bool(list(connection.notifies(timeout=min(max(seconds, 0.0), 1.0), stop_after=1)))
 
-    def _publish(self, queue: str, moving: Duty, drain: Drain) -> Callable[[Connection], float]:
-        backlog = False
-
-        def step(connection: Connection) -> float:
-            nonlocal backlog
-            if not backlog:
-                rows = publish(connection, self._client, queue, self._settings)
-                if not rows:
-                    return math.inf
-                backlog = rows == self._settings.batch
-            moving.due = 0.0  # one of them may come due before the next look
-            backlog = backlog and drain.drain(connection, queue)
-            return 0 if backlog else REFILL_INTERVAL
-
-        return step
+    @staticmethod
+    def _hand_over(hand_over: HandOver, drain: Drain, moving: Duty, connection: Connection) -> float:
+        again = hand_over.step(connection, drain)
+        if again < math.inf:
+            moving.due = 0.0  # one of the rows may come due before the next look
+        return again
 
     def _look(self, polls: list[Poll], connection: Connection) -> float:
         """Looks in one statement for all that there is to do, and rescues first: every other duty may hold that up."""
@@ -261,15 +283,6 @@ class Relay:
     def _reconnect(self, _: Connection) -> float:
         outbox_redis.drop_connections(self._client)
         return outbox_redis.LIFETIME
-
-    def _retention(self, connection: Connection) -> float:
-        try:
-            deleted = retention(connection, self._settings)
-        except psycopg.IntegrityError as error:
-            # A foreign key of somebody's to the outbox: only they can say what is to become of their rows.
-            logs.get().error("done rows cannot be deleted", error=error.diag.message_primary)
-            return RETENTION_INTERVAL
-        return 0 if deleted == RETENTION_BATCH else RETENTION_INTERVAL
 
     def _tell_of_unserved_queues(self, connection: Connection) -> float:
         tell_of_unserved_queues(connection, self._settings)

@@ -1,6 +1,7 @@
 """Handing pending rows over to Redis."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import redis
@@ -71,6 +72,8 @@ def publish(
     *,
     room: int | None = None,
     limit: int | None = None,
+    left_out: Sequence[int] = (),
+    tried: list[int] | None = None,
 ) -> int:
     """Hands over one batch of a queue's rows and returns how many there were.
 
@@ -84,20 +87,24 @@ def publish(
         settings: batch, window and horizon.
         room: how many rows the window has room for, where that was counted a moment ago.
         limit: how many rows there may be, where that is less than a batch.
+        left_out: ids of rows that stay where they are.
+        tried: gets the row's id before it is handed over, where there may be only one.
 
     Raises:
         redis.RedisError: Redis did not take the batch; nothing is marked.
-        psycopg.OperationalError: Postgres is away.
+        psycopg.Error: Postgres is away, or refuses a row, as by a trigger; nothing is marked.
     """
+    pending = {"queue": queue, "horizon": settings.horizon, "left_out": list(left_out)}
     with connection.transaction():
+        if limit == 1 and tried is not None:
+            tried += [row["id"] for row in connection.execute(query("first_pending"), pending)]
         # Of thousands of rows, numbers that need not be read from text are a fifth of what psycopg takes.
         cursor = connection.cursor(binary=True)
         rows = cursor.execute(
             query("publish"),
             {
-                "queue": queue,
+                **pending,
                 "window": settings.window,
-                "horizon": settings.horizon,
                 "batch": settings.batch if limit is None else min(settings.batch, limit),
                 "room": room,
                 "payload_limit": logs.PAYLOAD_LIMIT,

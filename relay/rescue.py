@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 
-from outbox import logs
+from outbox import logs, postgres
 from outbox.backoff import retry_delay
 from outbox.errors import OutboxError
 from outbox.halving import write_by_halves
@@ -112,13 +112,15 @@ class Rescue:
         expired: list[dict[str, Any]] = []
         try:
             with connection.transaction():
-                connection.execute(query("limit_rescue"))
+                connection.execute(query("limit_wait"))
                 expired = self._expired(connection, batch, now)
                 taken = [] if is_paused else self._take_settled(connection, expired, now)
                 if is_paused:
                     self._touch(connection, expired)
                 _check_in_time(now)
-        except (psycopg.errors.LockNotAvailable, LateError) as error:
+        except (psycopg.Error, LateError) as error:
+            if postgres.is_outage(error) or connection.closed:
+                raise
             if not is_paused:
                 logs.get().warning("rescue paused", why=one_line(error), seconds=self._lease)
                 self._batch = max(1, len(expired) // 2)  # it may have been late because there was so much of it

@@ -1,17 +1,20 @@
 """Taking back rows that Redis has lost: one mechanism for every way in which Redis may forget."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import redis
 
 from outbox import logs
+from outbox.batch import BatchSize
+from outbox.halving import write_by_halves
 from outbox.jobs import Delivery, intermediate_key, queue_key
 from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
+from relay.batches import LeftOut
 from relay.repair import CANARY
 from relay.schedule import SCHEDULED_JOBS
 
@@ -27,6 +30,12 @@ CLOCK_ERROR = 60.0
 
 SETTLING_TIME = 0.25
 """Seconds between the two steps of a sweep: in that time a worker claims what it has popped."""
+
+MOST_SWEPT = 10_000
+"""Rows that are taken back in one statement."""
+
+LEFT_OUT = 60.0
+"""Seconds until a row is tried again that Postgres refuses to take back."""
 
 
 @dataclass
@@ -61,18 +70,24 @@ class Sweep:
         self._client = client
         self._settings = settings
         self._missing: list[Delivery] = []
+        self._size = BatchSize(MOST_SWEPT)
+        self._left_out = LeftOut("rows cannot be swept", LEFT_OUT)
 
     def step(self, connection: Connection) -> float:
         """Does one of the two steps and returns the seconds until the next; infinite when both are done.
 
         Raises:
             redis.RedisError: Redis could not be read completely, or takes no writes; nothing is swept.
-            psycopg.OperationalError: Postgres is away.
+            psycopg.Error: Postgres is away, or refuses for what is no row's fault; the next look finds the rows again.
         """
         if self._missing:
             self.take_back(connection)
-            return math.inf
+            return 0.0 if self._missing else math.inf
         return SETTLING_TIME if self.look(connection) else math.inf
+
+    def forget(self) -> None:
+        """Begins anew with a look: what the last one found was long ago."""
+        self._missing = []
 
     def look(self, connection: Connection) -> int:
         """Finds `enqueued` rows whose job is nowhere in Redis, and returns how many there are.
@@ -80,6 +95,7 @@ class Sweep:
         Postgres is read first and Redis after: a job that is missing then was popped, lost, or never written. One
         relay looks at a time; the others find nothing.
         """
+        left_out = set(self._left_out.rows())
         with connection.transaction():
             locked = connection.execute(query("lock_sweep")).fetchone()
             if not locked or not locked["locked"]:
@@ -90,16 +106,24 @@ class Sweep:
                 return 0
             # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.
             held = held_deliveries(self._client, {row["queue"] for row in candidates})
+        candidates = [row for row in candidates if row["id"] not in left_out]
         self._missing = [Delivery(row["id"], row["delivery"]) for row in candidates if not held.keeps(row)]
         return len(self._missing)
 
     def take_back(self, connection: Connection) -> int:
-        """Returns what was missing to `pending`, unless it moved since, and returns how many rows those were."""
+        """Returns a batch of what was missing to `pending`, unless it moved since, and how many rows those were."""
         missing, self._missing = self._missing, []
-        swept = connection.execute(
-            query("sweep"),
-            {"ids": [delivery.row for delivery in missing], "deliveries": [delivery.number for delivery in missing]},
-        ).fetchall()
+        swept: list[dict[str, Any]] = []
+
+        def sweep(some: Sequence[Delivery]) -> None:
+            ids, deliveries = [delivery.row for delivery in some], [delivery.number for delivery in some]
+            swept.extend(connection.execute(query("sweep"), {"ids": ids, "deliveries": deliveries}).fetchall())
+
+        with self._size.trial(len(missing)) as most:
+            refused = write_by_halves(missing[:most], sweep)
+        self._missing = missing[most:]
+        if refused:
+            self._left_out.add([delivery.row for delivery, _ in refused], refused[0][1])
         if swept:
             connection.execute(query("notify_relays"))
         log = logs.get()

@@ -169,6 +169,7 @@ WITH room AS (
     SELECT id
     FROM outbox
     WHERE status = 'pending' AND queue = %(queue)s
+      AND id <> ALL (%(left_out)s::bigint[])
       AND run_at <= now() + (SELECT CASE WHEN rows * 2 > %(window)s THEN 1 ELSE 0 END FROM room)
                             * make_interval(secs => %(horizon)s)
     ORDER BY run_at, id
@@ -180,6 +181,18 @@ SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
 WHERE id = ANY (ARRAY(SELECT id FROM claimed))
 RETURNING id, delivery, task, left(payload::text, %(payload_limit)s) AS payload, queue, max_retries, timeout, request_id,
           run_at > clock_timestamp() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
+
+
+-- name: first_pending
+-- The row that a batch of one takes, locked for it, so that it can be left out if it is refused.
+SELECT id
+FROM outbox
+WHERE status = 'pending' AND queue = %(queue)s
+  AND id <> ALL (%(left_out)s::bigint[])
+  AND run_at <= now() + make_interval(secs => %(horizon)s)
+ORDER BY run_at, id
+LIMIT 1
+FOR NO KEY UPDATE SKIP LOCKED;
 
 
 -- name: look
@@ -238,8 +251,9 @@ WHERE id = ANY (ARRAY(
 RETURNING id, delivery, task, queue, request_id;
 
 
--- name: limit_rescue
--- How long the statements of a rescue, in its transaction, wait for a lock: while they wait, workers' renewals do too.
+-- name: limit_wait
+-- How long the statements of a rescue, or of a deletion, wait for a lock in its transaction: while a rescue waits, workers'
+-- renewals do too, and all else that the relay does waits with either.
 SELECT set_config('lock_timeout', '100ms', true);
 
 
@@ -273,17 +287,20 @@ FROM unnest(%(ids)s::bigint[], %(statuses)s::text[], %(delays)s::float8[], %(err
 WHERE outbox.id = rescued.id AND outbox.id = ANY (%(ids)s);
 
 
--- name: retention
--- Deletes done rows whose retention time is over, a batch at a time.
-WITH old AS (
-    SELECT id
-    FROM outbox
-    WHERE status = 'done' AND done_at < now() - make_interval(secs => %(retention)s)
-    ORDER BY done_at
-    LIMIT %(batch)s
-    FOR UPDATE SKIP LOCKED
-)
-DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM old));
+-- name: old_rows
+-- Done rows whose retention time is over, locked to be deleted.
+SELECT id
+FROM outbox
+WHERE status = 'done' AND done_at < now() - make_interval(secs => %(retention)s)
+  AND id <> ALL (%(left_out)s::bigint[])
+ORDER BY done_at
+LIMIT %(batch)s
+FOR UPDATE SKIP LOCKED;
+
+
+-- name: delete_rows
+-- Deletes these rows, and with them what others' foreign keys say.
+DELETE FROM outbox WHERE id = ANY (%(ids)s);
 
 
 -- name: unserved_queues

@@ -439,7 +439,7 @@ def test_an_expiry_that_was_mended_is_forgotten(
     relay = Relay(relay_settings, Event())
     # Else it would let workers renew what may have run out before its start.
     relay._rescue.looked(time.time(), time.monotonic(), math.inf)
-    nothing = [loop.Poll(loop.Duty(lambda _: math.inf), lambda _: False, 60.0)]
+    nothing = [loop.Poll(loop.Duty("nothing", lambda _: math.inf), lambda _: False, 60.0)]
     connection.execute(
         "INSERT INTO outbox (task, payload, status, attempts, delivery, worker, lease_until)"
         " VALUES ('t', '{}', 'running', 1, 1, 'w1', now() - interval '1 s')"

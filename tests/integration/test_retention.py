@@ -6,7 +6,7 @@ import psycopg
 from structlog.testing import capture_logs
 
 from outbox.settings import RelaySettings
-from relay.retention import BATCH, retention
+from relay.retention import BATCH, Retention
 from relay.unserved import tell_of_unserved_queues
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -30,10 +30,10 @@ def test_done_rows_go_after_the_retention_time(connection: Connection, relay_set
     """It counts from when they were done, and is what the setting says."""
     _done(connection, 86_401)
     _done(connection, 86_390)
-    assert retention(connection, relay_settings) == 1
-    assert retention(connection, relay_settings) == 0
+    assert Retention(relay_settings).delete(connection) == 1
+    assert Retention(relay_settings).delete(connection) == 0
     assert _count(connection) == 1
-    assert retention(connection, relay_settings.model_copy(update={"retention": 60.0})) == 1
+    assert Retention(relay_settings.model_copy(update={"retention": 60.0})).delete(connection) == 1
 
 
 def test_other_rows_stay_however_old(connection: Connection, relay_settings: RelaySettings) -> None:
@@ -44,14 +44,15 @@ def test_other_rows_stay_however_old(connection: Connection, relay_settings: Rel
             " VALUES ('t', '{}', %s, '2000-01-01', '2000-01-01', '2000-01-01', '2000-01-01', %s)",
             [status, lease],
         )
-    assert retention(connection, relay_settings) == 0
+    assert Retention(relay_settings).delete(connection) == 0
     assert _count(connection) == 4
 
 
 def test_history_goes_in_batches(connection: Connection, relay_settings: RelaySettings) -> None:
     """No statement deletes without bound."""
     _done(connection, 100_000, BATCH + 5)
-    assert [retention(connection, relay_settings) for _ in range(3)] == [BATCH, 5, 0]
+    retention = Retention(relay_settings)
+    assert [retention.delete(connection) for _ in range(3)] == [BATCH, 5, 0]
 
 
 def test_rows_in_a_queue_that_nobody_serves_are_told_of(connection: Connection, relay_settings: RelaySettings) -> None:

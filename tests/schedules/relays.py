@@ -138,6 +138,10 @@ class Rescue(Duty):
 class Retention(Duty):
     """Deletes old rows that are done."""
 
+    def begin(self) -> None:
+        """Is where the process starts."""
+        self._retention = retention.Retention(self.setting.relay_settings)
+
     def turn(self, connection: Connection) -> None:
         """Does it once."""
-        retention.retention(connection, self.setting.relay_settings)
+        self._retention.delete(connection)

@@ -1,0 +1,88 @@
+"""Batches of rows of which Postgres may refuse some: made smaller until the row that is the reason is found."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import psycopg
+
+from outbox import logs, postgres
+from outbox.batch import BatchSize
+from outbox.outage import one_line
+from outbox.postgres import Connection
+
+T = TypeVar("T")
+
+MOST_LEFT_OUT = 100
+"""Rows that are left out at a time, at most: where there are more, it is hardly the rows' fault."""
+
+_NO_ROWS_FAULT = ("42501", "53", "58")
+"""How the states begin of errors that smaller batches do not help against: no right, no room, the system's errors."""
+
+
+class LeftOut:
+    """Rows that Postgres has refused by themselves. A duty leaves them out for a while, and does it for the others.
+
+    So may be refused what a trigger raises for, what somebody's foreign key holds, or what meets a lock each time.
+    """
+
+    def __init__(self, event: str, seconds: float) -> None:
+        """Takes the log event that names the rows, at most once in the time that they are left out."""
+        self._event = event
+        self._seconds = seconds
+        self._until: dict[int, float] = {}
+        self._tell_at = 0.0
+
+    def rows(self) -> list[int]:
+        """Returns the ids of the rows that are left out now."""
+        now = time.monotonic()
+        self._until = {row: until for row, until in self._until.items() if now < until}
+        return sorted(self._until)
+
+    def add(self, rows: list[int], error: Exception) -> None:
+        """Leaves out rows from now on."""
+        now = time.monotonic()
+        self._until |= dict.fromkeys(rows, now + self._seconds)
+        if now >= self._tell_at:
+            logs.get().error(self._event, rows=sorted(rows), error=one_line(error))
+            self._tell_at = now + self._seconds
+
+
+class Batches:
+    """One duty's batches: after a refusal half as large, and at last without the row that is refused alone."""
+
+    def __init__(self, most: int, event: str, seconds: float) -> None:
+        """Takes the rows of a batch, and what `LeftOut` takes."""
+        self._size = BatchSize(most)
+        self.left_out = LeftOut(event, seconds)
+        self.tried: list[int] = []
+        """The rows of the batch that is being written, once they are known."""
+
+    def write(self, connection: Connection, write: Callable[[int], T]) -> T | None:
+        """Writes one batch.
+
+        Args:
+            connection: on which that is done.
+            write: writes so many rows at most; all or none. It puts their ids into `tried` if it knows them, as it must
+                where it may take only one.
+
+        Returns:
+            What `write` has returned, or None after a refusal: the next batch is another.
+
+        Raises:
+            psycopg.Error: Postgres is away, or refuses for what is no row's fault.
+        """
+        self.tried = []
+        try:
+            with self._size.trial() as most:
+                return write(most)
+        except psycopg.Error as error:
+            tried = len(self.tried) or most
+            self._size.rows = max(1, tried // 2)
+            if postgres.is_outage(error) or connection.closed or (error.sqlstate or "").startswith(_NO_ROWS_FAULT):
+                raise
+            if tried == 1:
+                if not self.tried or len(self.left_out.rows()) >= MOST_LEFT_OUT:
+                    raise
+                self.left_out.add(self.tried, error)
+            return None
