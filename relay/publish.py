@@ -95,6 +95,7 @@ def publish(
         psycopg.Error: Postgres is away, or refuses a row, as by a trigger; nothing is marked.
     """
     pending = {"queue": queue, "horizon": settings.horizon, "left_out": list(left_out)}
+    payload_limit = logs.PAYLOAD_LIMIT if logs.get().is_enabled_for(logging.INFO) else 0
     with connection.transaction():
         if limit == 1 and tried is not None:
             tried += [row["id"] for row in connection.execute(query("first_pending"), pending)]
@@ -107,7 +108,7 @@ def publish(
                 "window": settings.window,
                 "batch": settings.batch if limit is None else min(settings.batch, limit),
                 "room": room,
-                "payload_limit": logs.PAYLOAD_LIMIT,
+                "payload_limit": payload_limit,
             },
         ).fetchall()
         if rows:

@@ -5,6 +5,9 @@ from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
 
+MOST = 10_000
+"""Pending rows of a queue, and enqueued ones, that are counted at most."""
+
 
 def tell_of_unserved_queues(connection: Connection, settings: RelaySettings) -> None:
     """Logs an error for each queue that holds pending or enqueued rows and is not in `OUTBOX_QUEUES`.
@@ -12,5 +15,5 @@ def tell_of_unserved_queues(connection: Connection, settings: RelaySettings) -> 
     Raises:
         psycopg.OperationalError: Postgres is away.
     """
-    for row in connection.execute(query("unserved_queues"), {"queues": list(settings.queues)}):
+    for row in connection.execute(query("unserved_queues"), {"queues": list(settings.queues), "most": MOST}):
         logs.get().error("rows wait in a queue that OUTBOX_QUEUES does not name", queue=row["queue"], rows=row["rows"])

@@ -156,7 +156,8 @@ FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s;
 -- Claims due (or soon due) rows of one queue for Redis, as far as its window has room, and marks them enqueued.
 -- Rows whose time has not come get no more than about half of the window: they must not keep due ones waiting.
 -- It is committed only after Redis has taken the jobs. Relays side by side skip each other's rows.
--- Of a payload it returns what is logged: the rest stays in Postgres, however large.
+-- Of a payload it returns what is logged, and of a large one its size alone: to cut one to a length, Postgres would read
+-- and print all of it. What is stored in few bytes may be longer when it is printed, but not without bound.
 -- To count is slow where Redis holds many, so the room may be given by who has counted a moment ago.
 -- The ids go into an array because a join would scan the table where the backlog is long. What is due is decided by
 -- the clock: a row that was added after this transaction began has a time that its now() has not reached.
@@ -179,7 +180,12 @@ WITH room AS (
 UPDATE outbox
 SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
 WHERE id = ANY (ARRAY(SELECT id FROM claimed))
-RETURNING id, delivery, task, left(payload::text, %(payload_limit)s) AS payload, queue, max_retries, timeout, request_id,
+RETURNING id, delivery, task, queue, max_retries, timeout, request_id,
+          CASE
+              WHEN %(payload_limit)s::integer = 0 THEN ''
+              WHEN pg_column_size(payload) <= %(payload_limit)s::integer THEN left(payload::text, %(payload_limit)s::integer)
+              ELSE '(' || pg_column_size(payload) || ' bytes)'
+          END AS payload,
           run_at > clock_timestamp() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
 
 
@@ -305,19 +311,34 @@ DELETE FROM outbox WHERE id = ANY (%(ids)s);
 
 -- name: unserved_queues
 -- Queues that hold work and that these settings do not name: no relay hands over their pending rows, and no worker takes
--- the jobs of their enqueued ones. Counted apart, because each of the two has an index of its own.
+-- the jobs of their enqueued ones. Of either kind it finds the queues one by one, each by a look into the index that begins
+-- behind the one before, and counts rows up to a limit: what it costs does not grow with the backlog.
+WITH RECURSIVE pending (queue) AS (
+    (SELECT queue FROM outbox WHERE status = 'pending' ORDER BY queue LIMIT 1)
+    UNION ALL
+    SELECT (SELECT queue FROM outbox WHERE status = 'pending' AND queue > pending.queue ORDER BY queue LIMIT 1)
+    FROM pending
+    WHERE pending.queue IS NOT NULL
+), enqueued (queue) AS (
+    (SELECT queue FROM outbox WHERE status = 'enqueued' ORDER BY queue LIMIT 1)
+    UNION ALL
+    SELECT (SELECT queue FROM outbox WHERE status = 'enqueued' AND queue > enqueued.queue ORDER BY queue LIMIT 1)
+    FROM enqueued
+    WHERE enqueued.queue IS NOT NULL
+)
 SELECT queue, sum(rows)::bigint AS rows
 FROM (
-    SELECT queue, count(*) AS rows
-    FROM outbox
-    WHERE status = 'pending' AND queue <> ALL (%(queues)s)
-    GROUP BY queue
+    SELECT queue, (SELECT count(*) FROM (SELECT FROM outbox
+                                         WHERE status = 'pending' AND queue = pending.queue
+                                         LIMIT %(most)s) AS row) AS rows
+    FROM pending
     UNION ALL
-    SELECT queue, count(*) AS rows
-    FROM outbox
-    WHERE status = 'enqueued' AND queue <> ALL (%(queues)s)
-    GROUP BY queue
+    SELECT queue, (SELECT count(*) FROM (SELECT FROM outbox
+                                         WHERE status = 'enqueued' AND queue = enqueued.queue
+                                         LIMIT %(most)s) AS row)
+    FROM enqueued
 ) AS waiting
+WHERE queue <> ALL (%(queues)s)
 GROUP BY queue;
 
 
@@ -330,26 +351,27 @@ GROUP BY queue;
 -- No lock of these statements is one that a foreign key to the outbox would wait for, or they for it.
 -- It waits for a lock for a second, which is set before the first one is asked for and holds for this transaction: behind
 -- a pooler the session's own limit is the role's, and everything that the worker does waits with a claim.
+-- It takes rows until their payloads, as they are stored, have so many bytes; the others are put off to another claim.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, task, payload, queue, status, worker, max_retries, timeout, request_id, run_at <= now() AS due
     FROM outbox
     WHERE id = ANY (%(ids)s) AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL
     ORDER BY id
     FOR NO KEY UPDATE
+), free AS MATERIALIZED (
+    SELECT id, sum(pg_column_size(payload)) OVER (ORDER BY id) - pg_column_size(payload) >= %(bytes)s AS put_off
+    FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
+    WHERE status = 'enqueued' AND due OR status = 'running' AND worker = %(worker)s
 ), claimed AS (
     UPDATE outbox
     SET status = 'running', attempts = attempts + CASE status WHEN 'enqueued' THEN 1 ELSE 0 END,
         worker = %(worker)s, started_at = now(), lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
-    WHERE id = ANY (ARRAY(
-        SELECT id
-        FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
-        WHERE status = 'enqueued' AND due OR status = 'running' AND worker = %(worker)s
-    ))
+    WHERE id = ANY (ARRAY(SELECT id FROM free WHERE NOT put_off))
     RETURNING id, attempts AS attempt
 )
-SELECT id, delivery, task, payload::text, queue, attempt, max_retries, timeout, request_id, status,
-       claimed.id IS NOT NULL AS claimed
-FROM locked LEFT JOIN claimed USING (id);
+SELECT id, delivery, task, CASE WHEN claimed.id IS NOT NULL THEN payload::text END AS payload, queue, attempt, max_retries,
+       timeout, request_id, status, claimed.id IS NOT NULL AS claimed, coalesce(put_off, false) AS put_off
+FROM locked LEFT JOIN claimed USING (id) LEFT JOIN free USING (id);
 
 
 -- name: lock_free

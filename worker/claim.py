@@ -11,6 +11,10 @@ from outbox.jobs import Delivery
 from outbox.postgres import Connection
 from outbox.queries import query
 
+MOST_BYTES = 1_000_000
+"""Bytes of payloads, as they are stored, at which a claim takes no further row. Postgres stores them compressed, and as
+text they may have many times as many. Payloads of up to 500 bytes are never the limit: 2,000 rows are."""
+
 
 class Claim(NamedTuple):
     """A row that this worker holds."""
@@ -34,6 +38,8 @@ def claim(
     worker: str,
     lease: float,
     held: Collection[Delivery] = frozenset(),
+    *,
+    put_off: list[Delivery] | None = None,
 ) -> list[Claim]:
     """Claims the rows of these deliveries, as far as they are still to be had.
 
@@ -48,6 +54,8 @@ def claim(
         lease: seconds until the rows are taken away unless renewed.
         held: what this worker holds already. No row of these is begun here, be it a later delivery or, after a restore
             of the table, another row of that id: its earlier attempt may still run. The sweep offers it again.
+        put_off: gets the rows that are left for another claim, as the payloads of those before them have MOST_BYTES;
+            where there is no such list, all rows are claimed at once.
 
     Raises:
         psycopg.OperationalError: Postgres is away; what was claimed, another try finds. Or the claim was refused, for
@@ -70,13 +78,18 @@ def claim(
                 "deliveries": [delivery.number for delivery in wanted],
                 "worker": worker,
                 "lease": lease,
+                "bytes": 2**62 if put_off is None else MOST_BYTES,
             },
         )
         .fetchall()
     )
-    claims = [Claim(Delivery(row, number), *rest) for row, number, *rest, _, is_claimed in rows if is_claimed]
+    claims = [Claim(Delivery(row, number), *rest) for row, number, *rest, _, is_claimed, _ in rows if is_claimed]
     if len(claims) < len(wanted):
-        _tell_of_dropped(rows, set(wanted) - {claimed.delivery for claimed in claims})
+        left = set(wanted) - {claimed.delivery for claimed in claims}
+        if put_off is not None:
+            put_off += [Delivery(row, number) for row, number, *_, is_put_off in rows if is_put_off]
+            left.difference_update(put_off)
+        _tell_of_dropped(rows, left)
     return claims
 
 
@@ -112,7 +125,7 @@ def claim_free(
 
 
 def _tell_of_dropped(rows: list[tuple[Any, ...]], dropped: set[Delivery]) -> None:
-    found = {row: (newest, status) for row, newest, *_, status, _ in rows}
+    found = {row: (newest, status) for row, newest, *_, status, _, _ in rows}
     for delivery in sorted(dropped):
         newest, status = found.get(delivery.row, (None, None))
         if newest is None:

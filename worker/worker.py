@@ -28,6 +28,12 @@ from worker.rq_worker import RQWorker
 from worker.slots import OVERTIME, PUTTING_TIME, Slots
 from worker.take import Queues, Suspended
 
+MOST_TAKEN = 4096
+"""Upper bound of rows taken at a time, where their payloads are small: more than slots have room for by default."""
+
+MOST_CHARACTERS = 64_000_000
+"""Characters of payloads that a worker holds at which it claims nothing of what it has put off."""
+
 MARKING_TIME = 5.0
 """Seconds that the last marks may take when the worker stops, even if its grace is over."""
 
@@ -55,6 +61,10 @@ class OutboxWorker(RQWorker):
         self._is_suspended = False
         self._may_have_claimed = False
         """Whether a claim of what was taken got no answer."""
+        self._put_off: list[Delivery] = []
+        """What the last claim has left for another, because payloads are large."""
+        self._most_taken = MOST_TAKEN
+        """As many rows as one claim may read: so many more are claimed ahead of the handlers as well."""
         self._mailer = Mailer(settings)
         self._postgres = Outage("Postgres")
         self._leases = Leases(settings.lease, self.name)
@@ -125,11 +135,22 @@ class OutboxWorker(RQWorker):
                 claims = (
                     self._claim_again(connection, taken) if self._may_have_claimed else self._claim(connection, taken)
                 )
+                self._most_taken = len(claims) if self._put_off else min(MOST_TAKEN, 2 * self._most_taken)
                 taken.clear()
                 self._may_have_claimed = False
                 self._leases.hold(claims)
                 for claimed in self._slots.begin(claims):
                     self._marker.put(given_back(claimed))
+                if self._put_off:
+                    taken += self._claimable()
+
+    def _claimable(self) -> list[Delivery]:
+        """Returns what was put off, unless too much waits for handlers already; then the sweep hands it over again."""
+        if sum(len(claimed.payload) for claimed in self._slots.unfinished) < MOST_CHARACTERS:
+            return self._put_off
+        why = f"the payloads of rows that were claimed have over {MOST_CHARACTERS:,} characters"
+        logs.get().warning("claim refused", error=why, jobs=len(self._put_off))
+        return []
 
     def _claim(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
         """Claims what was taken; where that is refused, those that can be claimed without waiting and by themselves.
@@ -137,8 +158,9 @@ class OutboxWorker(RQWorker):
         What somebody else has locked is left to the sweep, which hands it over again once it is free.
         """
         given = (self.name, self._settings.lease, self._leases.held())
+        self._put_off = []
         try:
-            return claim(connection, taken, *given)
+            return claim(connection, taken, *given, put_off=self._put_off)
         except psycopg.Error as error:
             _raise_outage(connection, error)
             refusal = error
@@ -223,7 +245,7 @@ class OutboxWorker(RQWorker):
         # Without marks and renewed leases, what is done here would be done again elsewhere.
         if not self._marker.is_healthy(1):
             return []
-        if not (room := self._slots.wait_for_room(1)):
+        if not (room := min(self._slots.wait_for_room(1), self._most_taken)):
             return []
         try:
             self.beat(busy=self.has_unfinished)

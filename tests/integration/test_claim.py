@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 from structlog.testing import capture_logs
 
 from outbox import postgres
@@ -179,3 +180,19 @@ def test_a_row_that_this_worker_holds_is_not_begun_again(connection: Connection)
         assert claim(connection, [delivery], "me", 15, held={Delivery(delivery.row, 7)}) == []
     assert read_row(connection, delivery)["status"] == "enqueued"
     assert [line["why"] for line in lines] == ["this worker holds that row already"]
+
+
+def test_a_claim_is_limited_by_bytes(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes rows until their payloads have so many, at least one, and leaves the others for the next."""
+    monkeypatch.setattr("worker.claim.MOST_BYTES", 1000)
+    payload = f'{{"text": "{"x" * 600}"}}'
+    deliveries = [add_row(connection, payload=payload) for _ in range(5)]
+    wanted, parts = deliveries, []
+    with capture_logs() as lines:
+        while wanted:
+            put_off: list[Delivery] = []
+            parts.append([claimed.delivery for claimed in claim(connection, wanted, "me", 15, put_off=put_off)])
+            wanted = put_off
+    assert parts == [deliveries[:2], deliveries[2:4], deliveries[4:]]
+    assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
+    assert lines == []

@@ -150,3 +150,19 @@ def test_marks_that_are_cancelled_are_written_in_smaller_batches(connection: Con
         eventually(lambda: marker.is_healthy(0), 5)
     assert marker.close(5) == []
     assert lines == []
+
+
+def test_large_payloads_are_claimed_bit_by_bit(
+    connection: Connection,
+    redis_client: redis.Redis,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows that were taken together and have too much for one claim are all done, and none is handed over again."""
+    monkeypatch.setattr("worker.claim.MOST_BYTES", 1000)
+    rows = [add_row(connection, payload=f'{{"text": "{"x" * 600}"}}') for _ in range(40)]
+    redis_client.rpush("rq:queue:default", *[row.job_id for row in rows])
+    lines: list[Any] = request.getfixturevalue("lines")
+    eventually(lambda: all(read_row(connection, row)["status"] == "done" for row in rows), 10)
+    assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
+    assert not [line for line in lines if line["event"] in {"dropped job", "claim refused"}]

@@ -1,10 +1,12 @@
 """Done rows go after their time; dead rows stay; rows that nobody will hand over are told of."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 from structlog.testing import capture_logs
 
+from outbox.queries import query
 from outbox.settings import RelaySettings
 from relay.retention import BATCH, Retention
 from relay.unserved import tell_of_unserved_queues
@@ -83,3 +85,31 @@ def test_rows_that_redis_holds_for_nobody_are_told_of_too(
     with capture_logs() as lines:
         tell_of_unserved_queues(connection, relay_settings)
     assert [(line["log_level"], line["queue"], line["rows"]) for line in lines] == [("error", "retired", 3)]
+
+
+def test_a_look_for_such_queues_does_not_read_the_backlog(
+    connection: Connection, relay_settings: RelaySettings
+) -> None:
+    """Of 30,000 pending rows it reads one for each queue, and of a queue that nobody serves as many as it counts."""
+    connection.execute(
+        "INSERT INTO outbox (task, payload, queue) SELECT 't', '{}', queue"
+        " FROM generate_series(1, 10000), unnest(ARRAY['bulk', 'critical', 'default']) AS queue"
+    )
+    connection.execute("ANALYZE outbox")
+    found = connection.execute(
+        "EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) " + query("unserved_queues"),
+        {"queues": list(relay_settings.queues), "most": 100},
+    ).fetchone()
+    assert found is not None
+    read = sum(
+        node["Actual Rows"] * node["Actual Loops"]
+        for node in _nodes(found["QUERY PLAN"][0]["Plan"])
+        if node.get("Relation Name") == "outbox"
+    )
+    assert 100 <= read < 200
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from _nodes(child)
