@@ -1,6 +1,7 @@
 """Connections to Postgres, and whether its schema is the one that this version needs."""
 
 import select
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 import psycopg
@@ -69,6 +70,10 @@ ANSWER_LIMIT = 20.0
 connections open, so that libpq's limits see nothing. Longer than the limit for a lock, which is a better answer."""
 
 
+CANCEL_LIMIT = 2.0
+"""Seconds that a request to cancel a statement may take: it needs a connection of its own, and an answer."""
+
+
 class LimitedConnection(psycopg.Connection[dict[str, Any]]):
     """A connection that is closed when Postgres does not answer in time: to its user, an outage like any other."""
 
@@ -93,6 +98,7 @@ class LimitedConnection(psycopg.Connection[dict[str, Any]]):
         try:
             return super().wait(gen, interval, limit if timeout is None else timeout)
         except psycopg.OperationalError as error:
+            cancel(self)
             raise_hung(self, error)
             raise
         except OSError as error:
@@ -106,6 +112,25 @@ def refused_by_system(error: OSError) -> psycopg.OperationalError:
     psycopg lets the bare OSError through where this process is short of descriptors.
     """
     return psycopg.OperationalError(f"the system refuses what a connection needs: {error.strerror or error}")
+
+
+def cancels(connection: psycopg.BaseConnection[Any]) -> bool:
+    """Returns whether a connection waits for a statement that can be cancelled in bounded time.
+
+    A statement that is merely abandoned runs on at the server with its session and its locks, and some hundred of them
+    let nobody in. A commit that waits for a synchronous standby ends without the standby when it is cancelled: all see
+    it, and a fail-over may lose it. To us it has had no answer; and whatever is written after it, and has one, waited
+    until the standby had both.
+    """
+    # An older libpq can only cancel without a limit.
+    return connection.pgconn.transaction_status == TransactionStatus.ACTIVE and psycopg.capabilities.has_cancel_safe()
+
+
+def cancel(connection: psycopg.Connection[Any], limit: float = CANCEL_LIMIT) -> None:
+    """Cancels what a connection waits for, if anything, in `limit` seconds; from any thread. A failure is ignored."""
+    if cancels(connection):
+        with suppress(psycopg.Error, OSError):
+            connection.cancel_safe(timeout=limit)
 
 
 def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.OperationalError) -> None:

@@ -1,5 +1,6 @@
 """The service's connections to Postgres."""
 
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 import psycopg
@@ -47,7 +48,12 @@ class AsyncConnection(psycopg.AsyncConnection[dict[str, Any]]):
         try:
             return await super().wait(gen, interval, postgres.ANSWER_LIMIT if timeout is None else timeout)
         except psycopg.OperationalError as error:
-            postgres.raise_hung(self, error)
+            try:
+                if postgres.cancels(self):
+                    with suppress(psycopg.Error, OSError):
+                        await self.cancel_safe(timeout=postgres.CANCEL_LIMIT)
+            finally:
+                postgres.raise_hung(self, error)
             raise
         except OSError as error:
             self.pgconn.finish()

@@ -1,5 +1,6 @@
 """The connections to Postgres that all handlers of a worker share."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -92,6 +93,7 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
 
     def __init__(self, database_url: str, *, pooled: bool = False) -> None:
         options = {**postgres.options("outbox worker handlers", pooled=pooled), "autocommit": False}
+        self._lent: set[Connection[Any]] = set()
         super().__init__(
             database_url,
             connection_class=HandlerConnection,
@@ -127,7 +129,21 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
             TimeLimitError: it has none left.
             psycopg_pool.PoolTimeout: none could be had in time.
         """
-        return super().getconn(deadline.begin_step(self.timeout if timeout is None else timeout))
+        connection = super().getconn(deadline.begin_step(self.timeout if timeout is None else timeout))
+        self._lent.add(connection)
+        return connection
+
+    def putconn(self, conn: Connection[Any]) -> None:
+        """Takes a connection back."""
+        self._lent.discard(conn)
+        super().putconn(conn)
+
+    def cancel(self, limit: float) -> None:
+        """Cancels at the server what handlers wait for, in `limit` seconds, as the process is about to exit."""
+        ends = time.monotonic() + limit
+        for connection in list(self._lent):
+            if (left := ends - time.monotonic()) > 0:
+                postgres.cancel(connection, left)
 
 
 def _check(connection: Connection[Any]) -> None:

@@ -37,10 +37,13 @@ MOST_CHARACTERS = 64_000_000
 MARKING_TIME = 5.0
 """Seconds that the last marks may take when the worker stops, even if its grace is over."""
 
+CANCELLING_TIME = 1.0
+"""Seconds that it may take to cancel the statements of handlers that do not end."""
+
 SIGNING_OFF_TIME = 1.0
 """Seconds that Redis may take to hear that the worker is gone; if it does not, the registration runs out by itself."""
 
-LEAVING_TIME = PUTTING_TIME + MARKING_TIME + 2 * DRAINING_TIME + 2
+LEAVING_TIME = PUTTING_TIME + MARKING_TIME + CANCELLING_TIME + 2 * DRAINING_TIME + 2
 """Seconds after which a row whose attempt was cut short may be handed over again: by then the last outcomes and log
 lines are written, and this process has exited, and with it the handler that did not end."""
 
@@ -305,7 +308,9 @@ class OutboxWorker(RQWorker):
         if unmarked := self._marker.close(last_marks):
             # Their leases run out, and they are done again.
             logs.get().warning("outcomes lost at shutdown", rows=[delivery.row for delivery in unmarked])
-        if not unfinished:  # else there is an exit to hurry to
+        if unfinished:  # there is an exit to hurry to
+            self._database.cancel(CANCELLING_TIME)
+        else:
             self._database.close(timeout=1)
         logs.get().info("stopped", worker=self.name, cut_short=len(unfinished))
 

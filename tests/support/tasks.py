@@ -16,6 +16,7 @@ class Nothing(BaseModel):
 RETURN = Task("return", Nothing)
 PAUSE = Task("pause", Nothing)
 KILL_THE_WORKER = Task("kill_the_worker", Nothing)
+SLEEP_IN_POSTGRES = Task("sleep_in_postgres", Nothing)
 
 
 @handler(RETURN)
@@ -33,3 +34,10 @@ def pause(payload: Nothing, context: Context) -> None:
 def kill_the_worker(payload: Nothing, context: Context) -> None:
     """Ends its own process as the kernel would that runs out of memory."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@handler(SLEEP_IN_POSTGRES)
+def sleep_in_postgres(payload: Nothing, context: Context) -> None:
+    """Waits for a statement that takes ten minutes."""
+    with context.database.connection() as connection:
+        connection.execute("SELECT pg_sleep(600)")

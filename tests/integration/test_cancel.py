@@ -1,0 +1,133 @@
+"""A statement that is given up is cancelled at the server, or abandoned ones would fill `max_connections`."""
+
+import asyncio
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+import redis
+
+from outbox import postgres
+from outbox.settings import ServiceSettings
+from outbox.up.embedded import EmbeddedServer
+from service.pool import create_pool
+from tests.conftest import Connection
+from tests.integration.test_claim import add_row
+from tests.support.processes import Stack, frozen
+from tests.support.waiting import eventually
+from worker.attempt import Outcome
+from worker.claim import claim
+from worker.database import HandlerPool
+from worker.leases import Leases
+from worker.mark import Marker
+
+SLEEP = "SELECT pg_sleep(600)"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits a statement's time to half a second instead of 20."""
+    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
+
+
+def sessions(connection: Connection, name: str) -> int:
+    """Returns how many sessions an application has that wait for anything but a client."""
+    row = connection.execute(
+        "SELECT count(*) AS sessions FROM pg_stat_activity"
+        " WHERE application_name = %s AND datname = current_database() AND state <> 'idle'",
+        [name],
+    ).fetchone()
+    assert row is not None
+    return int(row["sessions"])
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_process_leaves_no_statement_behind(connection: Connection, database_url: str) -> None:
+    """Its connection is closed, as for any outage, and the server has ended the statement."""
+    with (
+        postgres.connect(database_url, "given up") as impatient,
+        pytest.raises(psycopg.OperationalError, match="no answer in time"),
+    ):
+        impatient.execute(SLEEP)
+    assert impatient.closed
+    eventually(lambda: not sessions(connection, "given up"), 5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_service_leaves_no_statement_behind(connection: Connection, service_settings: ServiceSettings) -> None:
+    """Nor does its pool."""
+
+    async def give_up() -> None:
+        async with create_pool(service_settings) as pool:
+            with pytest.raises(psycopg.OperationalError, match="no answer in time"):
+                async with pool.connection() as lent:
+                    await lent.execute(SLEEP)
+            eventually(lambda: not sessions(connection, "outbox service"), 5)
+
+    asyncio.run(give_up())
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_handler_leaves_no_statement_behind(connection: Connection, database_url: str) -> None:
+    """Nor does its pool."""
+    with HandlerPool(database_url) as pool:
+        with pytest.raises(psycopg.OperationalError, match="no answer in time"), pool.connection() as lent:
+            lent.execute(SLEEP)
+        eventually(lambda: not sessions(connection, "outbox worker handlers"), 5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_cannot_cancel_either_is_given_up(own_postgres: EmbeddedServer) -> None:
+    """It hangs: the request to cancel gets no answer, and is given up as well."""
+    with (
+        postgres.connect(own_postgres.url, "given up") as impatient,
+        frozen(own_postgres),
+        pytest.raises(psycopg.OperationalError, match="no answer in time"),
+    ):
+        impatient.execute(SLEEP)
+    assert impatient.closed
+
+
+@pytest.fixture
+def without_standby(own_postgres: EmbeddedServer) -> Iterator[Connection]:
+    """Has each commit wait for a synchronous standby that is gone; yields a connection that does not wait."""
+    with postgres.connect(own_postgres.url, "test") as opened:
+        opened.execute("SET synchronous_commit = local")
+        opened.execute("ALTER SYSTEM SET synchronous_standby_names = 'gone'")
+        opened.execute("SELECT pg_reload_conf()")
+        gone = {"synchronous_standby_names": "gone"}
+        eventually(lambda: opened.execute("SHOW synchronous_standby_names").fetchone() == gone, 5)
+        yield opened
+
+
+def test_commits_that_wait_for_a_standby_do_not_pile_up(
+    own_postgres: EmbeddedServer, without_standby: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each was cancelled; an outcome counts as written only once a commit after it has had its answer."""
+    monkeypatch.setattr("worker.mark.SHORTEST_ANSWER_LIMIT", 0.5)
+    marker = Marker(own_postgres.url, Leases(1, "me"))
+    (one,) = claim(without_standby, [add_row(without_standby)], "me", 60)
+    marker.leases.hold([one])
+    marker.put(Outcome(one.delivery, "done", 1))
+    marker.start()
+    eventually(lambda: marker._failures > 3, 15, "it has tried several times")
+    assert sessions(without_standby, "outbox worker marks") <= 1
+    assert marker.leases.held() == {one.delivery}
+    without_standby.execute("ALTER SYSTEM RESET synchronous_standby_names")
+    without_standby.execute("SELECT pg_reload_conf()")
+    eventually(lambda: not marker.leases.held(), 10, "it is written")
+    assert marker.close(5) == []
+
+
+def test_a_worker_that_stops_leaves_no_statement_behind(
+    stack: Stack, connection: Connection, redis_client: redis.Redis
+) -> None:
+    """A handler's statement runs on when the grace is over, or a second SIGTERM has come: it is cancelled."""
+    stack.environment["OUTBOX_HANDLERS"] = "tests.support.tasks"
+    stack.environment["OUTBOX_GRACE"] = "0.2"
+    row = add_row(connection, task="sleep_in_postgres", timeout=600)
+    redis_client.rpush("rq:queue:default", row.job_id)
+    worker = stack.run("worker")
+    eventually(lambda: sessions(connection, "outbox worker handlers"), 10, "the handler's statement runs")
+    worker.stop()
+    eventually(lambda: not sessions(connection, "outbox worker handlers"), 5)
