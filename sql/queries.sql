@@ -417,7 +417,7 @@ WITH locked AS MATERIALIZED (
 UPDATE outbox
 SET status = outcome.status,
     lease_until = NULL,
-    attempts = outcome.attempts,
+    attempts = coalesce(outcome.attempts, outbox.attempts - 1),
     run_at = CASE WHEN outcome.status = 'done' THEN run_at ELSE now() + make_interval(secs => outcome.delay) END,
     done_at = CASE WHEN outcome.status = 'done' THEN now() END,
     last_error = coalesce(outcome.error, last_error)

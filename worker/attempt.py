@@ -28,8 +28,8 @@ class Outcome(NamedTuple):
 
     delivery: Delivery
     status: Literal["done", "pending", "dead"]
-    attempts: int
-    """How many count from now on."""
+    attempts: int | None
+    """How many count from now on; None: one less, as the last has not begun."""
     delay: float = 0.0
     """Seconds until another attempt may begin."""
     error: str | None = None
@@ -46,6 +46,11 @@ class Attempted(NamedTuple):
 def given_back(claim: Claim) -> Outcome:
     """Returns the outcome of a row whose handler has not begun: another worker may have it, and no attempt counts."""
     return Outcome(claim.delivery, "pending", claim.attempt - 1)
+
+
+def unanswered(delivery: Delivery) -> Outcome:
+    """Returns the outcome of a row that this worker may have claimed, as its claim got no answer, and did not begin."""
+    return Outcome(delivery, "pending", None)
 
 
 def cut_short(claim: Claim, error: str, leaving: float, backoff: float = 0.0) -> Outcome:

@@ -311,6 +311,8 @@ class Marker:
             self._told |= untold
         over = [outcome for outcome in outcomes if outcome.delivery not in locked]
         for outcome in over:
+            if outcome.attempts is None:
+                continue  # it may never have been claimed
             if outcome.delivery not in self._unanswered:
                 why = "the row was taken from this worker meanwhile"
             elif statuses.get(outcome.delivery) == outcome.status:

@@ -17,7 +17,7 @@ from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
-from worker.attempt import Attempted, Outcome, attempt, cut_short, given_back
+from worker.attempt import Attempted, Outcome, attempt, cut_short, given_back, unanswered
 from worker.claim import Claim, claim, claim_free
 from worker.database import HandlerPool
 from worker.errors import OverdueError, ThreadEndedError
@@ -126,6 +126,9 @@ class OutboxWorker(RQWorker):
                     raise
                 self._may_have_claimed = bool(taken)
                 self.stopping.wait(self._postgres.away(error))
+        if self._may_have_claimed:
+            for delivery in taken:
+                self._marker.put(unanswered(delivery))
 
     def _serve(self, connection: Connection, taken: list[Delivery]) -> None:
         while not self.stopping.is_set():
@@ -185,9 +188,16 @@ class OutboxWorker(RQWorker):
     def _claim_again(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
         """Claims one by one what an earlier claim, whose answer was lost, may have claimed.
 
-        A lock that is met must not have the others given up: they may run in this worker's name already.
+        A lock that is met must not have the others given up: they may be running in this worker's name already. What
+        cannot be claimed now may be so too, and is given back once the lock is gone.
         """
-        return [claimed for delivery in taken for claimed in self._claim(connection, [delivery])]
+        claims: list[Claim] = []
+        for delivery in taken:
+            claimed = self._claim(connection, [delivery])
+            claims += claimed
+            if not claimed:
+                self._marker.put(unanswered(delivery))
+        return claims
 
     def _wait_for_overdue(self) -> None:
         """Takes nothing new while a handler is overdue, and lets the others end.

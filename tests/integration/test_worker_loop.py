@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 from rq.job import Job
@@ -29,6 +30,7 @@ from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import Process, Stack, frozen, take_down
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
+from worker.claim import Claim, claim
 from worker.errors import OverdueError, ThreadEndedError
 from worker.leases import Leases
 from worker.mark import Marker
@@ -334,6 +336,60 @@ def test_a_row_that_redis_has_twice_runs_once(
     working.join(10)
     worker._finish()
     assert ran == [row.row]
+
+
+def losing_claims(worker: OutboxWorker, monkeypatch: pytest.MonkeyPatch, lost: Callable[[], object]) -> None:
+    """Has the worker's first claim be committed, and its answer lost."""
+
+    def claim_and_lose(*arguments: Any, **options: Any) -> list[Claim]:
+        monkeypatch.setattr("worker.worker.claim", claim)
+        assert claim(*arguments, **options)
+        lost()
+        raise psycopg.OperationalError("the answer is lost")
+
+    monkeypatch.setattr("worker.worker.claim", claim_and_lose)
+
+
+def test_what_was_claimed_without_an_answer_is_given_back_at_the_end(
+    worker_settings: WorkerSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is stopped before it can ask again: the row has not begun, and loses no attempt."""
+    row = add_row(connection, task="hang", max_retries=0)
+    worker = overdue_worker(worker_settings, monkeypatch, lambda *_: None)
+    losing_claims(worker, monkeypatch, worker.stopping.set)
+    offer(worker._client, row.job_id)
+    worker._work()
+    worker._finish()
+    now = read_row(connection, row)
+    assert (now["status"], now["attempts"]) == ("pending", 0)
+
+
+def test_what_was_claimed_without_an_answer_and_locked_then_is_given_back(
+    worker_settings: WorkerSettings, database_url: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another session has the row locked when the worker asks again: it goes back once the lock is gone."""
+    row = add_row(connection, task="hang", max_retries=0)
+    worker = overdue_worker(worker_settings, monkeypatch, lambda *_: None)
+    with postgres.connect(database_url, "test") as other:
+        locks = other.transaction()
+
+        def lock() -> None:
+            locks.__enter__()
+            other.execute("SELECT FROM outbox FOR UPDATE")
+
+        losing_claims(worker, monkeypatch, lock)
+        offer(worker._client, row.job_id)
+        working = threading.Thread(target=worker._work)
+        with capture_logs() as lines:
+            working.start()
+            eventually(lambda: [line for line in lines if "claim" in line["event"]], 10, "it has met the lock")
+            assert read_row(connection, row)["status"] == "running"
+            locks.__exit__(None, None, None)
+            eventually(lambda: read_row(connection, row)["status"] == "pending", 10, "it is given back")
+        assert read_row(connection, row)["attempts"] == 0
+        worker.stopping.set()
+        working.join(10)
+        worker._finish()
 
 
 def test_a_long_handler_keeps_its_row(stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
