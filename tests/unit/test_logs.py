@@ -104,6 +104,24 @@ def test_output_that_nobody_reads_blocks_nobody() -> None:
     assert (done.stderr, done.returncode) == ("went on True", 0)
 
 
+def test_lines_that_were_lost_are_counted() -> None:
+    """Once somebody reads again, the last line says how many are missing."""
+    code = (
+        "import json, os, sys; r, w = os.pipe(); os.dup2(w, 1)\n"
+        "for row in range(20_000): logs.get().info('x' * 100, row=row)\n"
+        "logs.get().info('stopped'); text = b''\n"
+        "while not text.endswith(b'}\\n') or b'stopped' not in text: text += os.read(r, 65536)\n"
+        "lines = [json.loads(line) for line in text.splitlines()]\n"
+        "print(len(lines), lines[-1]['lost_lines'], end='', file=sys.stderr, flush=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SET_UP.format("json") + code], capture_output=True, text=True, check=False, timeout=60
+    )
+    written, lost = map(int, done.stderr.split())
+    assert lost > 5000
+    assert written + lost in (20_000, 20_001), "the last line may have taken the place of one more"
+
+
 def test_the_last_lines_are_written_before_the_end() -> None:
     """However many there are, and whatever writes them."""
     code = "[logs.get().info('line', row=row) for row in range(5000)]"
