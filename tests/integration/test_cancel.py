@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from outbox import postgres
+from outbox.outage import Outage
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
 from service.pool import create_pool
@@ -58,7 +59,7 @@ def test_a_service_leaves_no_statement_behind(connection: Connection, service_se
     """Nor does its pool."""
 
     async def give_up() -> None:
-        async with create_pool(service_settings) as pool:
+        async with create_pool(service_settings, Outage("Postgres")) as pool:
             with pytest.raises(psycopg.OperationalError, match="no answer in time"):
                 async with pool.connection() as lent:
                     await lent.execute(SLEEP)

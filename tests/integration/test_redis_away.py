@@ -86,7 +86,7 @@ def test_a_relay_drops_its_connections(
 ) -> None:
     """Else it would go on asking the same server after a fail-over."""
     relay = Relay(relay_settings, Event())
-    repairing = Duty(relay._repair, needs_redis=True)
+    repairing = Duty("repair", relay._repair, needs_redis=True)
     with capture_logs() as lines:
         relay._do(repairing, connection)
         before = connections(own_client, "outbox-relay")
