@@ -26,7 +26,7 @@ class Context:
     """Connections for short transactions: a block of `connection()` is one. A statement may take 20 s, or what the
     attempt has left, but at least 1 s: to commit. Hold none while talking to the outside."""
     send: Callable[[EmailMessage | Message], None]
-    """Sends a mail; raises SkipRetry where the server refuses the recipient for good."""
+    """Sends a mail; raises SkipRetry where the server says that the mailbox will never do."""
     settings: WorkerSettings
 
     @property

@@ -18,10 +18,8 @@ from outbox.message import Message
 from outbox.outage import one_line
 from outbox.settings import WorkerSettings
 from outbox.verification import masked
+from worker.replies import Reply, is_final
 from worker.smtp import FINISHING_TIME, Smtp, SmtpOverTls
-
-Reply = tuple[int, bytes]
-"""A mail server's answer: its code, and its text."""
 
 
 class MailError(OutboxError):
@@ -43,7 +41,7 @@ class Mailer:
         """Sends a mail; an `EmailMessage` goes to the address in its `To` header.
 
         Raises:
-            SkipRetry: the server refuses this address for good.
+            SkipRetry: the server knows that this mailbox will never do, or it is no address.
             MailError: the server does not take the mail now, or does not like us, or the connection broke.
             TimeLimitError: the attempt's time is over; the mail is not sent.
         """
@@ -79,7 +77,7 @@ class Mailer:
             self._drop()
         self._local.smtp = smtp = self._connect()
         if options and not smtp.has_extn("smtputf8"):
-            raise SkipRetry("the mail server cannot send to international addresses, and this is one")
+            self._refused("an international address", None, b"no SMTPUTF8 among what it offers")
         code, text = self._offer(smtp, recipient, options)
         if code != 250:
             if _pipelines(smtp):
@@ -105,7 +103,7 @@ class Mailer:
         if code not in (250, 251):
             if pipelines:
                 self._settle(smtp)
-            if _is_final(code, text):
+            if is_final(code, text):
                 raise SkipRetry(f"the mail server refuses {recipient} for good: {_reply(code, text)}")
             self._refused("the recipient", code, text)
         code, text = smtp.getreply() if pipelines else smtp.docmd("DATA")
@@ -126,9 +124,9 @@ class Mailer:
         self._drop()
 
     @staticmethod
-    def _refused(what: str, code: int, text: bytes) -> NoReturn:
-        if code >= 500:
-            # Nothing that a retry alone would mend, and nothing that is the recipient's fault: somebody must look.
+    def _refused(what: str, code: int | None, text: bytes) -> NoReturn:
+        if code is None or code >= 500:
+            # Nothing that a retry alone would mend, and nothing that says it is the recipient's fault.
             logs.get().error("mail server refuses us", refused=what, reply=_reply(code, text))
         raise MailError(f"the mail server does not take {what}: {_reply(code, text)}")
 
@@ -228,17 +226,9 @@ def _pipelines(smtp: Smtp) -> bool:
     return smtp.has_extn("pipelining")
 
 
-def _is_final(code: int, text: bytes) -> bool:
-    """Whether a refused RCPT means that this address will never do.
-
-    A 5xx says so, unless it is about us: 503 (sequence), 530 and 535 (login), or an enhanced code 5.7.x (policy:
-    relaying denied, sender not allowed; RFC 3463, section 3.8).
-    """
-    return 500 <= code < 600 and code not in (503, 530, 535) and not text.startswith(b"5.7.")
-
-
-def _reply(code: int, text: bytes) -> str:
-    return f"{code} {' '.join(masked(text.decode(errors='replace')).split())[:300]}"
+def _reply(code: int | None, text: bytes) -> str:
+    said = " ".join(masked(text.decode(errors="replace")).split())[:300]
+    return said if code is None else f"{code} {said}"
 
 
 def _bytes(text: bytes | str) -> bytes:

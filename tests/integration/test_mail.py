@@ -179,13 +179,24 @@ def test_a_4xx_is_tried_again(mailbox: Mailbox, step: str, reply: str) -> None:
     close(sender)
 
 
-@pytest.mark.parametrize("reply", ["550 5.1.1 no such user", "553 name", "552 5.2.2 full", "501 5.1.3 bad address"])
-def test_a_5xx_for_the_address_is_final(mailbox: Mailbox, reply: str) -> None:
-    """The server knows that this address will never do; the next address is not affected."""
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "550 5.1.1 no such user",
+        "550 5.1.2 no such domain",
+        "501 5.1.3 bad address",
+        "551 5.1.6 moved",
+        "556 5.1.10 accepts no mail",
+        "550 5.2.1 disabled",
+    ],
+)
+def test_a_5xx_that_names_the_mailbox_is_final(mailbox: Mailbox, reply: str) -> None:
+    """The server knows that this mailbox will never do; the next address is not affected."""
     sender = mailer(mailbox.url)
     mailbox.rcpt_reply = reply
-    with pytest.raises(SkipRetry, match=f"refuses alice@example.com for good: {reply}"):
+    with capture_logs() as lines, pytest.raises(SkipRetry, match=f"refuses alice@example.com for good: {reply}"):
         sender.send(mail())
+    assert not lines
     mailbox.rcpt_reply = "250 OK"
     sender.send(mail("bob@example.com"))
     assert len(mailbox.to("bob@example.com")) == 1
@@ -199,9 +210,24 @@ def test_a_5xx_for_the_address_is_final(mailbox: Mailbox, reply: str) -> None:
         ("rcpt_reply", "550 5.7.1 relaying denied"),
         ("rcpt_reply", "530 5.7.0 log in first"),
         ("rcpt_reply", "503 MAIL first"),
+        ("rcpt_reply", "550 relay not permitted"),
+        ("rcpt_reply", "550 Invalid recipient"),
+        ("rcpt_reply", "551 5.7.1 not local"),
+        ("rcpt_reply", "553 sorry, that domain isn't in my list of allowed rcpthosts"),
+        ("rcpt_reply", "504 5.5.2 <myhost>: Helo command rejected: need fully-qualified hostname"),
+        ("rcpt_reply", "550 5.1.0 <no-reply@example.com>: Sender address rejected: User unknown"),
+        ("rcpt_reply", "550 5.1.7 <no-reply@example.com>: Sender address rejected: undeliverable address"),
+        ("rcpt_reply", "550 5.1.8 <no-reply@example.com>: Sender address rejected: Domain not found"),
+        ("rcpt_reply", "550 5.1.11 what is 5.1.1 at its beginning only"),
+        ("rcpt_reply", "550 5.4.5 daily quota exceeded"),
+        ("rcpt_reply", "552 too many recipients"),
+        ("rcpt_reply", "552 5.2.2 full"),
+        ("rcpt_reply", "554 5.4.6 loops back to myself"),
+        ("mail_reply", "550 5.1.1 a sender is no recipient"),
         ("mail_reply", "550 5.7.1 sender not allowed"),
         ("mail_reply", "530 log in first"),
         ("data_reply", "554 5.6.0 message looks like spam"),
+        ("data_reply", "550 5.1.1 too late to say so"),
     ],
 )
 def test_a_5xx_for_us_is_shouted_about_and_tried_again(mailbox: Mailbox, step: str, reply: str) -> None:
@@ -336,7 +362,7 @@ def test_an_endless_reply_is_cut() -> None:
 
 
 def test_an_international_address() -> None:
-    """It is sent with SMTPUTF8 where the server can, and refused with a sentence where it cannot."""
+    """It is sent with SMTPUTF8 where the server can; where it cannot, that is told as ours and tried again."""
     with serve_mailbox(enable_SMTPUTF8=True) as mailbox:
         sender = mailer(mailbox.url)
         sender.send(mail("jürgen@example.com"))
@@ -345,10 +371,11 @@ def test_an_international_address() -> None:
         close(sender)
     with serve_mailbox(enable_SMTPUTF8=False) as mailbox:
         sender = mailer(mailbox.url)
-        with pytest.raises(SkipRetry, match="cannot send to international addresses"):
+        with capture_logs() as lines, pytest.raises(MailError, match="international address: no SMTPUTF8"):
             sender.send(mail("jürgen@example.com"))
+        assert [(line["log_level"], line["event"]) for line in lines] == [("error", "mail server refuses us")]
         sender.send(mail("alice@example.com"))
-        with pytest.raises(SkipRetry, match="cannot send to international addresses"):
+        with pytest.raises(MailError, match="international address: no SMTPUTF8"):
             sender.send(mail("jürgen@example.com"))
         assert len(mailbox.mails) == 1
         close(sender)

@@ -39,7 +39,7 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
     """Sends the mail; every attempt sends the same link under the same Message-ID.
 
     Raises:
-        SkipRetry: the user is gone, or the mail server refuses the address for good.
+        SkipRetry: the user is gone, or the mail server says that the mailbox will never do.
         VerificationError: another row has taken this one's verification.
         MailError: the mail server does not take the mail now.
     """
