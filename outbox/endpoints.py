@@ -173,6 +173,17 @@ def smtp_server(value: object) -> object:
     )
 
 
+_HELO = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?|\[[A-Za-z0-9:.]{1,60}\]")
+"""A domain, or an address in brackets (RFC 5321, 4.1.2)."""
+
+
+def helo_name(value: str) -> str:
+    """Checks what this machine calls itself to a mail server."""
+    if not _HELO.fullmatch(value):
+        raise ValueError("must be a domain name, as in mail.example.com, or an address, as in [192.0.2.1]")
+    return value
+
+
 def mail_from(value: str) -> str:
     """Checks the sender of mails."""
     addresses = email.utils.getaddresses([value])

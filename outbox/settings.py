@@ -168,6 +168,9 @@ class WorkerSettings(_RedisSettings):
     concurrency: int = Field(default=32, ge=1, le=1000, validation_alias="OUTBOX_CONCURRENCY")
     grace: Seconds = Field(default=25, validation_alias="OUTBOX_GRACE")
     smtp_timeout: Seconds = Field(default=10, validation_alias="OUTBOX_SMTP_TIMEOUT")
+    smtp_helo: Annotated[str, AfterValidator(endpoints.helo_name)] | None = Field(
+        default=None, validation_alias="OUTBOX_SMTP_HELO"
+    )
     link_lifetime: Seconds = Field(default=900, validation_alias="OUTBOX_LINK_LIFETIME")
     handlers: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_modules)] = Field(
         default=(), validation_alias="OUTBOX_HANDLERS"

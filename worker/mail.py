@@ -2,7 +2,6 @@
 
 import re
 import smtplib
-import ssl
 import threading
 from contextlib import suppress
 from email import policy
@@ -18,8 +17,9 @@ from outbox.message import Message
 from outbox.outage import one_line
 from outbox.settings import WorkerSettings
 from outbox.verification import masked
+from worker.mail_server import MailServer
 from worker.replies import Reply, is_final
-from worker.smtp import FINISHING_TIME, Smtp, SmtpOverTls
+from worker.smtp import FINISHING_TIME, Smtp
 
 
 class MailError(OutboxError):
@@ -30,11 +30,8 @@ class Mailer:
     """A mail server, as all handlers of a worker use it. Safe to share between threads."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self._server = settings.smtp_server
-        self._timeout = settings.smtp_timeout
+        self._server = MailServer(settings)
         self._sender = deliverable(parseaddr(settings.mail_from)[1])
-        # One for all connections: reading the system's certificates takes longer than a mail.
-        self._tls = None if settings.smtp_server.security == "none" else ssl.create_default_context()
         self._local = threading.local()
 
     def send(self, message: EmailMessage | Message) -> None:
@@ -131,38 +128,14 @@ class Mailer:
         raise MailError(f"the mail server does not take {what}: {_reply(code, text)}")
 
     def _connect(self) -> Smtp:
-        server, smtp = self._server, self._open()
         try:
-            if server.security == "starttls":
-                smtp.starttls(context=self._tls)
-            smtp.ehlo_or_helo_if_needed()
-            if server.user is not None and server.password is not None:
-                smtp.login(server.user, server.password)
+            return self._server.connect()
         except smtplib.SMTPAuthenticationError as error:
-            smtp.close()
             self._refused("the login", error.smtp_code, _bytes(error.smtp_error))
         except smtplib.SMTPResponseException as error:
-            smtp.close()
             self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
         except UnicodeEncodeError:  # its text would quote the password
-            smtp.close()
             raise MailError("the user or password in SMTP_URL has characters that no login can carry") from None
-        except OSError as error:
-            smtp.close()
-            raise self._failed("it cannot be reached", error) from error
-        except BaseException:
-            smtp.close()
-            raise
-        return smtp
-
-    def _open(self) -> Smtp:
-        server = self._server
-        try:
-            if server.security == "tls":
-                return SmtpOverTls(server.host, server.port, timeout=self._timeout, context=self._tls)
-            return Smtp(server.host, server.port, timeout=self._timeout)
-        except smtplib.SMTPConnectError as error:
-            self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
         except (OSError, UnicodeError) as error:
             raise self._failed("it cannot be reached", error) from error
 
@@ -170,8 +143,7 @@ class Mailer:
         """Returns what to raise for a connection that failed."""
         if not deadline.remaining():  # it was given up because of that
             return TimeLimitError("the attempt's time is over")
-        server = self._server
-        return MailError(f"the mail server {server.host}:{server.port}: {how}: {one_line(error)}")
+        return MailError(f"the mail server {self._server}: {how}: {one_line(error)}")
 
     def _reset(self) -> None:
         smtp: Smtp | None = getattr(self._local, "smtp", None)

@@ -12,43 +12,37 @@ FINISHING_TIME = 4.0
 """Seconds that the answer to a whole mail is waited for at least, however little time the attempt has left: the server
 may be taking it. Shorter than the grace after which an attempt is overdue."""
 
-_SHORTEST = 0.001
+SHORTEST = 0.001
 """Seconds: a socket takes 0 for "do not wait"."""
 
 
 class Smtp(smtplib.SMTP):
     """smtplib's commands, with one time limit for the whole of a step: `timeout`, or what the attempt has left.
 
-    smtplib's own limit starts anew with each address that it tries, and with each packet of an answer. The look-up of
-    the server's name is the system's, and not limited.
+    smtplib's own limit starts anew with each packet of an answer.
     """
 
     timeout: float
+    _host: str
+    """Whose certificate TLS expects."""
+    _opened: socket.socket | None = None
     _answers: "_Answers | None" = None
 
-    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        ends = time.monotonic() + deadline.begin_step(timeout)
-        addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        refused: OSError | None = None
-        for number, (family, kind, protocol, _, address) in enumerate(addresses):
-            share = (ends - time.monotonic()) / (len(addresses) - number)
-            try:
-                sock = socket.socket(family, kind, protocol)
-            except OSError as error:  # no IPv6 on this host, say
-                refused = error
-                continue
-            try:
-                sock.settimeout(max(_SHORTEST, share))
-                sock.connect(address)
-            except BaseException as error:
-                sock.close()
-                if not isinstance(error, OSError):
-                    raise
-                refused = error
-            else:
-                sock.settimeout(max(_SHORTEST, ends - time.monotonic()))
-                return sock
-        raise refused or OSError(f"{host} has no address")
+    def begin(self, opened: socket.socket, host: str, port: int) -> None:
+        """Reads the greeting on a connection that is open; `host` is the name that it was looked up by.
+
+        Raises:
+            smtplib.SMTPConnectError: it is no welcome.
+        """
+        self._opened, self._host = opened, host
+        code, text = self.connect(host, port)
+        if code != 220:
+            raise smtplib.SMTPConnectError(code, text)
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:  # noqa: ARG002 - smtplib's signature
+        assert self._opened is not None
+        self._opened.settimeout(max(SHORTEST, min(timeout, deadline.remaining())))
+        return self._opened
 
     def send(self, s: Any) -> None:
         """Sends in one step.

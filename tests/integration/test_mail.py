@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from email.message import EmailMessage
 from threading import Thread
@@ -447,31 +447,6 @@ def test_a_server_that_answers_in_drips_takes_no_longer_than_a_step() -> None:
         assert time.monotonic() - began < 2
 
 
-def test_addresses_that_do_not_answer_share_the_time_of_a_step(
-    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each gets a part of it, so that one behind them is reached, and all together take no longer than the attempt."""
-    with ExitStack() as stack:
-        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):  # connections that nobody accepts: the next one waits
-            waiting = stack.enter_context(socket.socket())
-            waiting.settimeout(0)
-            waiting.connect_ex(full.getsockname())
-        dead = (socket.AF_INET, socket.SOCK_STREAM, 6, "", full.getsockname())
-        alive = (*dead[:4], ("127.0.0.1", int(mailbox.url.rpartition(":")[2])))
-        monkeypatch.setattr("worker.smtp.socket.getaddrinfo", lambda *_: [dead] * 3 + [alive])
-        sender = mailer(mailbox.url, smtp_timeout=2)
-        sender.send(mail())
-        close(sender)
-        monkeypatch.setattr("worker.smtp.socket.getaddrinfo", lambda *_: [dead] * 8)
-        sender = mailer(mailbox.url, smtp_timeout=10)
-        began = time.monotonic()
-        with pytest.raises(TimeLimitError):
-            within(1, lambda: sender.send(mail()))
-        assert time.monotonic() - began < 2
-    assert len(mailbox.mails) == 1
-
-
 @contextmanager
 def slow_tls(mailbox: Mailbox, answer: float, handshake: float) -> Iterator[str]:
     """Passes everything on to a mailbox, but for its answer to STARTTLS and its handshake: these come seconds later."""
@@ -530,7 +505,7 @@ def test_an_address_that_the_system_does_not_know_is_passed_over(
     """A host without IPv6, say: the next address is tried."""
     unknown = (999, socket.SOCK_STREAM, 6, "", ("::1", mailbox.port))
     known = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", mailbox.port))
-    monkeypatch.setattr("worker.smtp.socket.getaddrinfo", lambda *_: [unknown, known])
+    monkeypatch.setattr("worker.addresses.socket.getaddrinfo", lambda *_, **__: [unknown, known])
     sender = mailer(mailbox.url)
     sender.send(mail())
     assert len(mailbox.mails) == 1

@@ -40,6 +40,8 @@ class Mailbox:
     taking: int = 0
     """How many mails it has begun to take over."""
     connections: int = 0
+    helos: list[str] = field(default_factory=list)
+    """What clients called themselves, by connection."""
     lock: Lock = field(default_factory=Lock)
     parsed: list[tuple[str, EmailMessage]] = field(default_factory=list, repr=False)
 
@@ -69,6 +71,7 @@ class Mailbox:
     ) -> list[str]:
         """Counts connections."""
         session.host_name = hostname
+        self.helos.append(hostname)
         self.connections += 1
         return [*(["250-PIPELINING"] if PIPELINING else []), *responses]
 
@@ -156,6 +159,8 @@ class ScriptedServer:
     port: int
     mails: int = 0
     connections: int = 0
+    helos: list[str] = field(default_factory=list)
+    """What clients called themselves, by connection."""
 
     @property
     def url(self) -> str:
@@ -198,7 +203,8 @@ class ScriptedServer:
                     self.mails += 1
                 if not (line := lines.readline()):
                     return
-                step = line.split()[0].decode(errors="replace").upper()
+                step, *words = line.decode(errors="replace").upper().split()
+                self.helos += words if step == "EHLO" else []
 
 
 def _read_mail(lines: BufferedReader) -> bool:

@@ -1,0 +1,97 @@
+"""The mail server that the settings name: how a connection to it is made."""
+
+import smtplib
+import socket
+import ssl
+import time
+
+from outbox import deadline
+from outbox.settings import WorkerSettings
+from worker.addresses import Address, Addresses, OwnName
+from worker.smtp import SHORTEST, Smtp, SmtpOverTls
+
+
+class MailServer:
+    """Where mails go to. Safe to share between threads."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._server = server = settings.smtp_server
+        self._timeout = settings.smtp_timeout
+        self._addresses = Addresses(server.host, server.port)
+        self._own_name = OwnName(settings.smtp_helo)
+        # One for all connections: reading the system's certificates takes longer than a mail.
+        self._tls = None if server.security == "none" else ssl.create_default_context()
+
+    def __str__(self) -> str:
+        return f"{self._server.host}:{self._server.port}"
+
+    def connect(self) -> Smtp:
+        """Returns a connection that has said EHLO and has logged in.
+
+        Its addresses are tried in turn, and share the time: one that is dead, or takes a connection and says nothing,
+        leaves enough for the others, and is tried last the next time.
+
+        Raises:
+            OSError: the first error of the last address that was tried; smtplib's errors are OSErrors.
+            UnicodeError: the name of the server cannot be looked up, or the login cannot be sent.
+            TimeLimitError: the attempt's time was over before it began.
+        """
+        left = deadline.begin_step(self._timeout)
+        began = time.monotonic()
+        addresses = self._addresses.find(left)
+        left -= time.monotonic() - began
+        failed: OSError = OSError(f"{self._server.host} has no address")
+        for number, address in enumerate(addresses):
+            behind = len(addresses) - number
+            began = time.monotonic()
+            try:
+                opened = _open(address, min(left, deadline.remaining()) / behind)
+                left -= time.monotonic() - began
+                smtp = self._introduce(opened, min(self._timeout, deadline.remaining() / behind))
+            except OSError as error:
+                failed = error
+                self._addresses.fails(address)
+                if is_refusal(error) or not deadline.remaining():
+                    break  # another address would say the same, and of failed logins some servers count too many
+            else:
+                self._addresses.works(address)
+                return smtp
+        raise failed
+
+    def _introduce(self, opened: socket.socket, timeout: float) -> Smtp:
+        """Says EHLO and logs in on a connection, with so many seconds for each step."""
+        server, name = self._server, self._own_name.on(opened)
+        smtp = (
+            SmtpOverTls(local_hostname=name, timeout=timeout, context=self._tls)
+            if server.security == "tls"
+            else Smtp(local_hostname=name, timeout=timeout)
+        )
+        try:
+            smtp.begin(opened, server.host, server.port)
+            if server.security == "starttls":
+                smtp.starttls(context=self._tls)
+            smtp.ehlo_or_helo_if_needed()
+            if server.user is not None and server.password is not None:
+                smtp.login(server.user, server.password)
+        except BaseException:
+            smtp.close()
+            opened.close()
+            raise
+        smtp.timeout = self._timeout
+        return smtp
+
+
+def is_refusal(error: Exception) -> bool:
+    """Returns whether an error is a server's answer that it will not have us."""
+    return isinstance(error, smtplib.SMTPResponseException) and error.smtp_code >= 500
+
+
+def _open(address: Address, seconds: float) -> socket.socket:
+    opened = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        opened.settimeout(max(SHORTEST, seconds))
+        opened.connect(address.sockaddr)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
