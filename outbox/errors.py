@@ -61,5 +61,9 @@ class HandlerError(OutboxError):
     """A handler returned an awaitable, a generator or a future: work that nobody does."""
 
 
+class NotNowError(OutboxError):
+    """An attempt cannot do its work now, through no fault of its row: a server is away. It does not count."""
+
+
 class SkipRetry(OutboxError):  # noqa: N818 - the field's own word for it, as in asynq
     """Raised by a handler for what no retry can mend: the row is dead at once, with this text as its last error."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 from outbox import deadline, logs
 from outbox.backoff import retry_delay
 from outbox.context import Context
-from outbox.errors import HandlerError, OutboxError, PayloadError, SkipRetry, TimeLimitError
+from outbox.errors import HandlerError, NotNowError, OutboxError, PayloadError, SkipRetry, TimeLimitError
 from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.postgres import is_outage
@@ -21,6 +21,9 @@ from worker.claim import Claim
 
 UNKNOWN_TASK_DELAY = 15.0
 """Seconds until a task that this worker does not know is offered again, to a newer worker perhaps."""
+
+NOT_NOW_DELAY = 1.0
+"""Seconds until a row is offered again whose attempt did not count, because a server is away."""
 
 
 class Outcome(NamedTuple):
@@ -89,6 +92,9 @@ def _attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
     except (SkipRetry, PayloadError) as error:
         # A payload or a mail server may have made the text long, or put into it what Postgres cannot store.
         return _dead(claim, _text(error).removeprefix(f"{type(error).__name__}: "), error)
+    except NotNowError as error:
+        # No line: whoever finds a server away says so once, and each of its rows would say it again.
+        return Attempted(Outcome(claim.delivery, "pending", claim.attempt - 1, NOT_NOW_DELAY, _text(error)), None)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler must end neither the thread nor the row
         return _failed(claim, error)
     outcome = Outcome(claim.delivery, "done", claim.attempt)

@@ -19,12 +19,12 @@ from structlog.testing import capture_logs
 
 import outbox
 from outbox import Context, Handler, SkipRetry, Task, logs
-from outbox.errors import TimeLimitError
+from outbox.errors import NotNowError, TimeLimitError
 from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
-from worker.attempt import UNKNOWN_TASK_DELAY, Outcome, attempt
+from worker.attempt import NOT_NOW_DELAY, UNKNOWN_TASK_DELAY, Outcome, attempt
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
 from worker.leases import Leases
@@ -130,6 +130,16 @@ def test_a_payload_that_python_cannot_read_is_dead(context: Context) -> None:
     """It is the row's fault, and nobody else's."""
     digits = "1" + "0" * 5000
     assert tried(lambda *_: None, context, payload=f'{{"text": {digits}}}').status == "dead"
+
+
+@pytest.mark.parametrize("attempt_number", [1, 4])
+def test_what_is_no_fault_of_the_row_does_not_count(attempt_number: int, context: Context) -> None:
+    """Not even at the last attempt; the row says what was wrong, and the log does not say it row by row."""
+    with capture_logs() as lines:
+        outcome = tried(raising(NotNowError("a server is away")), context, attempt=attempt_number)
+    error = "NotNowError: a server is away"
+    assert outcome == Outcome(Delivery(1, 1), "pending", attempt_number - 1, NOT_NOW_DELAY, error)
+    assert not lines
 
 
 @pytest.mark.parametrize("attempt_number", [1, 4])
