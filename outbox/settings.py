@@ -168,6 +168,7 @@ class WorkerSettings(_RedisSettings):
     concurrency: int = Field(default=32, ge=1, le=1000, validation_alias="OUTBOX_CONCURRENCY")
     grace: Seconds = Field(default=25, validation_alias="OUTBOX_GRACE")
     smtp_timeout: Seconds = Field(default=10, validation_alias="OUTBOX_SMTP_TIMEOUT")
+    mail_connections: int = Field(default=8, ge=1, le=1000, validation_alias="OUTBOX_MAIL_CONNECTIONS")
     smtp_helo: Annotated[str, AfterValidator(endpoints.helo_name)] | None = Field(
         default=None, validation_alias="OUTBOX_SMTP_HELO"
     )

@@ -1,29 +1,26 @@
-"""Sending mail: one SMTP connection per thread, kept and reused, with a time limit on every step."""
+"""Sending mail, and what becomes of a mail that is not taken."""
 
 import re
 import smtplib
-import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from email import policy
 from email.message import EmailMessage
 from email.utils import parseaddr
-from typing import NoReturn
 
 from email_validator import EmailNotValidError, validate_email
 
 from outbox import deadline, logs
-from outbox.errors import OutboxError, SkipRetry, TimeLimitError
+from outbox.errors import SkipRetry, TimeLimitError
 from outbox.message import Message
 from outbox.outage import one_line
 from outbox.settings import WorkerSettings
-from outbox.verification import masked
-from worker.mail_server import MailServer
-from worker.replies import Reply, is_final
+from worker.connections import IDLE, Connections
+from worker.mail_errors import MailError, MailServerError
+from worker.mail_server import MailServer, refusal
+from worker.replies import CLOSING, Reply, fault_of, quoted
 from worker.smtp import FINISHING_TIME, Smtp
-
-
-class MailError(OutboxError):
-    """The mail server did not take a mail, and may take it later."""
 
 
 class Mailer:
@@ -31,15 +28,25 @@ class Mailer:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._server = MailServer(settings)
+        self._connections = Connections(self._server, settings.mail_connections)
         self._sender = deliverable(parseaddr(settings.mail_from)[1])
-        self._local = threading.local()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the mail server is away, as far as is known."""
+        return self._connections.is_away
+
+    def close_idle(self, seconds: float = IDLE) -> None:
+        """Closes the connections that no mail has needed for so many seconds."""
+        self._connections.close_idle(seconds)
 
     def send(self, message: EmailMessage | Message) -> None:
         """Sends a mail; an `EmailMessage` goes to the address in its `To` header.
 
         Raises:
             SkipRetry: the server knows that this mailbox will never do, or it is no address.
-            MailError: the server does not take the mail now, or does not like us, or the connection broke.
+            MailServerError: the server takes no mail now, whichever it is; nothing was sent.
+            MailError: the server does not take this mail now, or the connection broke over it.
             TimeLimitError: the attempt's time is over; the mail is not sent.
         """
         if isinstance(message, EmailMessage):
@@ -47,47 +54,75 @@ class Mailer:
             content = message.as_bytes(policy=policy.SMTP if recipient.isascii() else policy.SMTPUTF8)
         else:
             recipient, content = _envelope_address(message.recipient), message.content
+        smtp = self._begin(lambda smtp: self._offer(smtp, recipient), is_plain=recipient.isascii())
         try:
-            smtp = self._begin(recipient, ["SMTPUTF8", "BODY=8BITMIME"] if not recipient.isascii() else [])
             self._transfer(smtp, content, recipient)
+        except MailServerError as error:
+            self._connections.refused(smtp, error)
+            raise
         except (SkipRetry, MailError):
-            self._reset()
+            self._connections.works()
+            self._put_back(smtp)
             raise
         except (OSError, smtplib.SMTPException) as error:
-            self._drop()
-            raise self._failed("the connection to it broke", error) from error
+            self._connections.drop(smtp)
+            raise self._broken(error) from error
         except BaseException:  # what was said so far is unknown
-            self._drop()
+            self._connections.drop(smtp)
             raise
+        self._connections.works()
+        self._connections.put_back(smtp)
 
-    def _begin(self, recipient: str, options: list[str]) -> Smtp:
-        """Returns a connection that has taken the sender.
+    def _begin(self, offer: Callable[[Smtp], Reply], *, is_plain: bool = True) -> Smtp:
+        """Returns a connection that has taken the sender, which `offer` tells it.
 
-        The kept one is tried first. The server may have closed it meanwhile, or may want no more mails on it:
-        whatever it answers but yes, a new one decides.
+        A kept one may have been closed meanwhile, or the server may want no more mails on it: whatever it answers but
+        yes, another decides.
         """
-        kept: Smtp | None = getattr(self._local, "smtp", None)
-        if kept is not None:
-            with suppress(OSError, smtplib.SMTPException):
-                if self._offer(kept, recipient, options)[0] == 250:
-                    return kept
-            self._drop()
-        self._local.smtp = smtp = self._connect()
-        if options and not smtp.has_extn("smtputf8"):
-            self._refused("an international address", None, b"no SMTPUTF8 among what it offers")
-        code, text = self._offer(smtp, recipient, options)
-        if code != 250:
-            if _pipelines(smtp):
-                self._drop()  # with its answers to the rest
-            self._refused("the sender", code, text)
-        return smtp
+        began = time.monotonic()
+        while True:
+            smtp, is_new = self._connections.take()
+            broke: Exception | None = None
+            try:
+                code, text = offer(smtp)
+                if code == 250:
+                    return smtp
+            except MailError:
+                self._connections.put_back(smtp)  # nothing was said
+                raise
+            except (OSError, smtplib.SMTPException) as error:
+                broke = error
+                self._connections.close_idle(0)  # they are no younger
+            except BaseException:
+                self._connections.drop(smtp)
+                raise
+            if not is_new and deadline.remaining():
+                self._connections.drop(smtp)
+                continue
+            failed = (
+                self._server.failed("the connection to it broke", broke, began)
+                if broke
+                else refusal("the sender" if is_plain else "an international address", code, text)
+            )
+            if not isinstance(failed, MailServerError):
+                self._connections.drop(smtp)
+                raise failed
+            self._connections.refused(smtp, failed)
+            if not deadline.remaining():
+                raise failed
 
-    def _offer(self, smtp: Smtp, recipient: str, options: list[str]) -> Reply:
+    def _offer(self, smtp: Smtp, recipient: str) -> Reply:
         """Says whom the mail is from, and returns the answer.
 
         Where the server lets us, it says in the same breath what `_transfer` would say next, and finds answered
         there: of a mail's four waits for the server, two are left (RFC 2920).
         """
+        options = [] if recipient.isascii() else ["SMTPUTF8", "BODY=8BITMIME"]
+        if options and not smtp.has_extn("smtputf8"):
+            logs.get().error(
+                "mail server refuses us", refused="an international address", reply="it offers no SMTPUTF8"
+            )
+            raise MailError("the mail server does not take an international address: it offers no SMTPUTF8")
         if not _pipelines(smtp):
             return smtp.mail(self._sender, options)
         mail = " ".join([f"MAIL FROM:<{self._sender}>", *options])
@@ -98,68 +133,80 @@ class Mailer:
         pipelines = _pipelines(smtp)
         code, text = smtp.getreply() if pipelines else smtp.rcpt(recipient)
         if code not in (250, 251):
-            if pipelines:
+            if pipelines and code != CLOSING:
                 self._settle(smtp)
-            if is_final(code, text):
-                raise SkipRetry(f"the mail server refuses {recipient} for good: {_reply(code, text)}")
-            self._refused("the recipient", code, text)
+            if fault_of("the recipient", code, text) == "mailbox":
+                raise SkipRetry(f"the mail server refuses {recipient} for good: {quoted(code, text)}")
+            raise refusal("the recipient", code, text)
         code, text = smtp.getreply() if pipelines else smtp.docmd("DATA")
         if code != 354:
             if code < 400:
-                self._drop()  # it is an answer to something else
-            self._refused("the mail", code, text)
+                smtp.close()  # it is an answer to something else
+            raise refusal("the mail", code, text)
         smtp.send(_with_end(content))
         code, text = smtp.getreply(FINISHING_TIME)
+        if code == CLOSING:
+            raise smtplib.SMTPServerDisconnected(quoted(code, text))
         if code != 250:
-            self._refused("the mail", code, text)
+            raise refusal("the mail", code, text)
 
-    def _settle(self, smtp: Smtp) -> None:
+    @staticmethod
+    def _settle(smtp: Smtp) -> None:
         """Reads the answer to DATA of a refused mail; a server that would take it all the same is left."""
         with suppress(OSError, smtplib.SMTPException):
             if smtp.getreply()[0] != 354:
                 return
-        self._drop()
+        smtp.close()
 
-    @staticmethod
-    def _refused(what: str, code: int | None, text: bytes) -> NoReturn:
-        if code is None or code >= 500:
-            # Nothing that a retry alone would mend, and nothing that says it is the recipient's fault.
-            logs.get().error("mail server refuses us", refused=what, reply=_reply(code, text))
-        raise MailError(f"the mail server does not take {what}: {_reply(code, text)}")
+    def _broken(self, error: Exception) -> MailError | TimeLimitError:
+        """Returns what to raise for a connection that broke over a mail, or said nothing.
 
-    def _connect(self) -> Smtp:
-        try:
-            return self._server.connect()
-        except smtplib.SMTPAuthenticationError as error:
-            self._refused("the login", error.smtp_code, _bytes(error.smtp_error))
-        except smtplib.SMTPResponseException as error:
-            self._refused("the connection", error.smtp_code, _bytes(error.smtp_error))
-        except UnicodeEncodeError:  # its text would quote the password
-            raise MailError("the user or password in SMTP_URL has characters that no login can carry") from None
-        except (OSError, UnicodeError) as error:
-            raise self._failed("it cannot be reached", error) from error
-
-    def _failed(self, how: str, error: Exception) -> MailError | TimeLimitError:
-        """Returns what to raise for a connection that failed."""
-        if not deadline.remaining():  # it was given up because of that
+        The mail may be the reason, and may have been taken, so the attempt counts, unless no other connection takes our
+        sender either.
+        """
+        if not deadline.remaining():
             return TimeLimitError("the attempt's time is over")
-        return MailError(f"the mail server {self._server}: {how}: {one_line(error)}")
+        broken = MailError(f"the mail server {self._server}: the connection to it broke: {one_line(error)}")
+        try:
+            smtp = self._begin(lambda smtp: smtp.mail(self._sender))
+        except MailServerError as away:
+            return away if self.is_away else broken
+        except TimeLimitError:
+            return broken
+        self._connections.works()
+        self._put_back(smtp)
+        return broken
 
-    def _reset(self) -> None:
-        smtp: Smtp | None = getattr(self._local, "smtp", None)
-        if smtp is None:
-            return
+    def _put_back(self, smtp: Smtp) -> None:
+        """Puts a connection back on which a mail was begun."""
         is_reset = False
         with suppress(OSError, smtplib.SMTPException, TimeLimitError):
             is_reset = smtp.rset()[0] == 250
-        if not is_reset:
-            self._drop()
+        if is_reset:
+            self._connections.put_back(smtp)
+        else:
+            self._connections.drop(smtp)
 
-    def _drop(self) -> None:
-        smtp: Smtp | None = getattr(self._local, "smtp", None)
-        self._local.smtp = None
-        if smtp is not None:
-            smtp.close()
+
+class AttemptMails:
+    """The mails of one attempt.
+
+    Once one of them is out, an attempt counts whatever comes: it would be sent again at each try, without an end.
+    """
+
+    def __init__(self, mailer: Mailer) -> None:
+        self._mailer = mailer
+        self._is_out = False
+
+    def send(self, message: EmailMessage | Message) -> None:
+        """Sends a mail, as `Mailer.send` does."""
+        try:
+            self._mailer.send(message)
+        except MailServerError as error:
+            if self._is_out:
+                raise MailError(str(error)) from error
+            raise
+        self._is_out = True
 
 
 _LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
@@ -196,12 +243,3 @@ def _with_end(content: bytes) -> bytes:
 
 def _pipelines(smtp: Smtp) -> bool:
     return smtp.has_extn("pipelining")
-
-
-def _reply(code: int | None, text: bytes) -> str:
-    said = " ".join(masked(text.decode(errors="replace")).split())[:300]
-    return said if code is None else f"{code} {said}"
-
-
-def _bytes(text: bytes | str) -> bytes:
-    return text if isinstance(text, bytes) else text.encode()

@@ -5,10 +5,17 @@ import socket
 import ssl
 import time
 
-from outbox import deadline
+from outbox import deadline, logs
+from outbox.errors import TimeLimitError
+from outbox.outage import one_line
 from outbox.settings import WorkerSettings
 from worker.addresses import Address, Addresses, OwnName
+from worker.mail_errors import MailError, MailServerError
+from worker.replies import Refused, fault_of, quoted
 from worker.smtp import SHORTEST, Smtp, SmtpOverTls
+
+PATIENCE = 3.0
+"""Seconds without an answer that are the server's fault, though the attempt had no more."""
 
 
 class MailServer:
@@ -28,13 +35,37 @@ class MailServer:
     def connect(self) -> Smtp:
         """Returns a connection that has said EHLO and has logged in.
 
-        Its addresses are tried in turn, and share the time: one that is dead, or takes a connection and says nothing,
-        leaves enough for the others, and is tried last the next time.
+        Raises:
+            MailServerError: there is none to be had.
+            TimeLimitError: the attempt has no time for it.
+        """
+        began = time.monotonic()
+        try:
+            return self._connect()
+        except smtplib.SMTPAuthenticationError as error:
+            raise refusal("the login", error.smtp_code, error.smtp_error) from error
+        except smtplib.SMTPResponseException as error:
+            raise refusal("the connection", error.smtp_code, error.smtp_error) from error
+        except UnicodeEncodeError:  # its text would quote the password
+            raise MailServerError("the user or password in SMTP_URL has characters that no login can carry") from None
+        except (OSError, UnicodeError, TimeLimitError) as error:
+            raise self.failed("it cannot be reached", error, began) from error
+
+    def failed(self, how: str, error: Exception, began: float) -> MailServerError | TimeLimitError:
+        """Returns what to raise for a server that has failed to answer since `began`, by the monotonic clock."""
+        if not deadline.remaining() and time.monotonic() - began < PATIENCE:
+            return TimeLimitError("the attempt's time is over")
+        return MailServerError(f"the mail server {self}: {how}: {one_line(error)}")
+
+    def _connect(self) -> Smtp:
+        """Tries the server's addresses in turn.
+
+        They share the time: one that is dead, or takes a connection and says nothing, leaves enough for the others, and
+        is tried last the next time.
 
         Raises:
-            OSError: the first error of the last address that was tried; smtplib's errors are OSErrors.
+            OSError: the error of the last address that was tried; smtplib's errors are OSErrors.
             UnicodeError: the name of the server cannot be looked up, or the login cannot be sent.
-            TimeLimitError: the attempt's time was over before it began.
         """
         left = deadline.begin_step(self._timeout)
         began = time.monotonic()
@@ -51,7 +82,7 @@ class MailServer:
             except OSError as error:
                 failed = error
                 self._addresses.fails(address)
-                if is_refusal(error) or not deadline.remaining():
+                if _is_refusal(error) or not deadline.remaining():
                     break  # another address would say the same, and of failed logins some servers count too many
             else:
                 self._addresses.works(address)
@@ -81,8 +112,19 @@ class MailServer:
         return smtp
 
 
-def is_refusal(error: Exception) -> bool:
-    """Returns whether an error is a server's answer that it will not have us."""
+def refusal(refused: Refused, code: int, text: bytes | str) -> MailError:
+    """Returns what to raise for a refusal; one that names the mailbox is for the caller to tell."""
+    reply = quoted(code, text)
+    sentence = f"the mail server does not take {refused}: {reply}"
+    if fault_of(refused, code, text if isinstance(text, bytes) else text.encode()) == "server":
+        return MailServerError(sentence, refused, reply)
+    if code >= 500:
+        # Nothing that a retry alone would mend, and nothing that says it is the recipient's fault: somebody must look.
+        logs.get().error("mail server refuses us", refused=refused, reply=reply)
+    return MailError(sentence)
+
+
+def _is_refusal(error: Exception) -> bool:
     return isinstance(error, smtplib.SMTPResponseException) and error.smtp_code >= 500
 
 

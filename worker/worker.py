@@ -22,7 +22,7 @@ from worker.claim import Claim, claim, claim_free
 from worker.database import HandlerPool
 from worker.errors import OverdueError, ThreadEndedError
 from worker.leases import Leases
-from worker.mail import Mailer
+from worker.mail import AttemptMails, Mailer
 from worker.mark import Marker
 from worker.rq_worker import RQWorker
 from worker.slots import OVERTIME, PUTTING_TIME, Slots
@@ -252,6 +252,7 @@ class OutboxWorker(RQWorker):
         )
 
     def _take(self) -> list[Delivery]:
+        self._mailer.close_idle()
         if self._slots.are_stuck:
             self._give_back_waiting()
         self._marker.check()
@@ -289,7 +290,7 @@ class OutboxWorker(RQWorker):
             attempt=claimed.attempt,
             deadline=time.monotonic() + claimed.timeout,
             database=self._database,
-            send=self._mailer.send,
+            send=AttemptMails(self._mailer).send,
             settings=self._settings,
         )
         return attempt(claimed, self._registry, context)
@@ -322,6 +323,7 @@ class OutboxWorker(RQWorker):
             self._database.cancel(CANCELLING_TIME)
         else:
             self._database.close(timeout=1)
+            self._mailer.close_idle(0)
         logs.get().info("stopped", worker=self.name, cut_short=len(unfinished))
 
 

@@ -24,7 +24,7 @@ from tests.integration.test_claim import add_row
 from tests.support.mailbox import Mailbox, free_port, link_in, serve_mailbox, serve_script, tls
 from tests.support.processes import add_users
 from tests.support.waiting import eventually
-from worker.attempt import Outcome, attempt
+from worker.attempt import NOT_NOW_DELAY, Outcome, attempt
 from worker.claim import claim
 from worker.database import HandlerPool
 from worker.handlers import registry
@@ -40,7 +40,7 @@ def context(worker_settings: WorkerSettings) -> Iterator[Context]:
     with HandlerPool(settings.database_url) as pool:
         deadline = time.monotonic() + 60
         yield Context(row=0, attempt=1, deadline=deadline, database=pool, send=mailer.send, settings=settings)
-    mailer._drop()
+    mailer.close_idle(0)
 
 
 def run(connection: Connection, context: Context, row: int) -> Outcome:
@@ -174,14 +174,10 @@ HANG = None
 @pytest.mark.parametrize(
     ("replies", "status", "error"),
     [
-        pytest.param({"CONNECT": HANG}, "pending", "timed out", id="hangs at the greeting"),
-        pytest.param({"EHLO": HANG}, "pending", "timed out", id="hangs at EHLO"),
-        pytest.param({"MAIL": HANG}, "pending", "timed out", id="hangs at MAIL"),
         pytest.param({"RCPT": HANG}, "pending", "timed out", id="hangs at RCPT"),
         pytest.param({"DATA": HANG}, "pending", "timed out", id="hangs at DATA"),
         pytest.param({".": HANG}, "pending", "timed out", id="hangs after the dot"),
         pytest.param({"QUIT": HANG}, "done", None, id="hangs at QUIT"),
-        pytest.param({"MAIL": b"451 4.3.0 later"}, "pending", "sender: 451 4.3.0 later", id="4xx at MAIL"),
         pytest.param({"RCPT": b"450 4.2.1 busy"}, "pending", "recipient: 450 4.2.1 busy", id="4xx at RCPT"),
         pytest.param({"DATA": b"452 4.3.1 full"}, "pending", "mail: 452 4.3.1 full", id="4xx at DATA"),
         pytest.param({".": b"451 4.7.1 wait"}, "pending", "mail: 451 4.7.1 wait", id="4xx after the dot"),
@@ -198,6 +194,29 @@ def test_a_mail_server_that_fails(
     assert (outcome.status, outcome.attempts, outcome.delay > 0) == (status, 1, status == "pending")
     assert (error or "") in (outcome.error or "")
     assert "mail server refuses us" not in [line["event"] for line in lines], "it is nobody's mistake"
+
+
+@pytest.mark.parametrize(
+    ("replies", "error"),
+    [
+        pytest.param({"CONNECT": HANG}, "timed out", id="hangs at the greeting"),
+        pytest.param({"CONNECT": b"421 4.7.0 too many"}, "421 4.7.0 too many", id="421 at the greeting"),
+        pytest.param({"CONNECT": b""}, "Connection unexpectedly closed", id="hangs up at the greeting"),
+        pytest.param({"EHLO": HANG}, "timed out", id="hangs at EHLO"),
+        pytest.param({"MAIL": HANG}, "timed out", id="hangs at MAIL"),
+        pytest.param({"MAIL": b"451 4.3.0 later"}, "sender: 451 4.3.0 later", id="4xx at MAIL"),
+        pytest.param({"RCPT": b"421 4.7.0 slow down"}, "421 4.7.0 slow down", id="421 at RCPT"),
+        pytest.param({"DATA": b"421 4.7.0 slow down"}, "421 4.7.0 slow down", id="421 at DATA"),
+    ],
+)
+def test_a_mail_server_that_is_away(
+    connection: Connection, context: Context, replies: dict[str, bytes | None], error: str
+) -> None:
+    """The attempt does not count, and one line says that it is away."""
+    with serve_script(replies) as server, capture_logs() as lines:
+        outcome = tried(connection, context, server.url)
+    assert_not_counted(outcome, error)
+    assert [line["event"] for line in lines] == ["mail server is away"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +237,7 @@ def test_a_mail_server_that_refuses_us(
         url = server.url.replace("//", "//user:password@") if "AUTH" in replies else server.url
         outcome = tried(connection, context, url)
     reply = next(reversed(replies.values())) or b""
-    assert_tried_again(outcome, f"does not take {refused}: {reply.decode()}")
+    assert_not_counted(outcome, f"does not take {refused}: {reply.decode()}")
     shouts = [line for line in lines if line["event"] == "mail server refuses us"]
     assert [(line["log_level"], line["refused"]) for line in shouts] == [("error", refused)]
 
@@ -230,8 +249,8 @@ def test_a_mail_server_that_breaks_off(connection: Connection, context: Context)
 
 
 def test_a_mail_server_that_is_down(connection: Connection, context: Context) -> None:
-    """A connection that is refused is tried again."""
-    assert_tried_again(tried(connection, context, f"smtp://127.0.0.1:{free_port()}"), "Connection refused")
+    """A connection that is refused is tried again, and the attempt does not count."""
+    assert_not_counted(tried(connection, context, f"smtp://127.0.0.1:{free_port()}"), "Connection refused")
 
 
 FLAWS = {
@@ -257,7 +276,13 @@ def test_a_mail_server_that_may_be_another(
     with serve_mailbox(**options) as mailbox:
         outcome = tried(connection, context, mailbox.url.replace("smtp", scheme), timeout=5)
         assert not mailbox.mails
-    assert_tried_again(outcome, FLAWS[flaw])
+    assert_not_counted(outcome, FLAWS[flaw])
+
+
+def assert_not_counted(outcome: Outcome, error: str) -> None:
+    """Checks that the row goes back at once and with its attempt, and that its error names what happened."""
+    assert (outcome.status, outcome.attempts, outcome.delay) == ("pending", 0, NOT_NOW_DELAY)
+    assert error in str(outcome.error)
 
 
 def assert_tried_again(outcome: Outcome, error: str) -> None:
@@ -271,7 +296,7 @@ def tried(connection: Connection, context: Context, url: str, timeout: float = 0
     server = {"smtp_server": endpoints.smtp_server(url), "smtp_timeout": timeout}
     mailer = Mailer(context.settings.model_copy(update=server))
     outcome = run(connection, replace(context, send=mailer.send), row_of(connection, "alice"))
-    mailer._drop()
+    mailer.close_idle(0)
     return outcome
 
 

@@ -5,7 +5,7 @@ import re
 import socket
 import ssl
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email import message_from_bytes, policy
@@ -156,11 +156,19 @@ class ScriptedServer:
     """How many mails it takes on one connection before it answers 421."""
     resets: bool
     """Whether it resets the connection in the middle of a mail."""
+    limit: int | None
+    """How many connections it has at a time; more get 421."""
     port: int
     mails: int = 0
     connections: int = 0
     helos: list[str] = field(default_factory=list)
     """What clients called themselves, by connection."""
+    refused: int = 0
+    """How many connections were one too many."""
+    open: list[socket.socket] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)
+    stop: Callable[[], None] = lambda: None
+    """Ends it as the end of its process would: nobody listens any more, and all connections break."""
 
     @property
     def url(self) -> str:
@@ -174,11 +182,34 @@ class ScriptedServer:
         usual = b"250-this\r\n250 PIPELINING" if step == "EHLO" and PIPELINING else _REPLIES.get(step, b"250 OK")
         return self.replies.get(step, usual)
 
+    def hang_up(self) -> None:
+        """Breaks off all connections."""
+        for connection in list(self.open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def serve(self, connection: socket.socket) -> None:
-        """Talks to one client until one of both hangs up."""
-        self.connections += 1
+        """Talks to one client until one of both hangs up, unless there are too many."""
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self.lock:
+            self.connections += 1
+            is_one_too_many = self.limit is not None and len(self.open) >= self.limit
+            self.refused += is_one_too_many
+            if not is_one_too_many:
+                self.open.append(connection)
+        with connection:
+            if is_one_too_many:
+                connection.sendall(b"421 4.7.0 too many concurrent SMTP connections\r\n")
+                return
+            try:
+                self._talk(connection)
+            finally:
+                with self.lock:
+                    self.open.remove(connection)
+
+    def _talk(self, connection: socket.socket) -> None:
         mails = 0
-        with connection, connection.makefile("rb") as lines:
+        with connection.makefile("rb") as lines:
             step = "CONNECT"
             while True:
                 reply = self.reply_to(step, mails)
@@ -217,7 +248,12 @@ _REPLIES = {"CONNECT": b"220 ready", "DATA": b"354 go on", "QUIT": b"221 bye"}
 
 @contextmanager
 def serve_script(
-    replies: dict[str, bytes | None] | None = None, close_after: int | None = None, *, resets: bool = False
+    replies: dict[str, bytes | None] | None = None,
+    close_after: int | None = None,
+    *,
+    resets: bool = False,
+    limit: int | None = None,
+    port: int = 0,
 ) -> Iterator[ScriptedServer]:
     """Runs a server that misbehaves.
 
@@ -225,9 +261,11 @@ def serve_script(
         replies: what it says at which step, where that is not what it should say.
         close_after: how many mails it takes on one connection.
         resets: whether it resets the connection in the middle of a mail.
+        limit: how many connections it has at a time.
+        port: where it listens; a free port unless given.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = ScriptedServer(dict(replies or {}), close_after, resets, listener.getsockname()[1])
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        server = ScriptedServer(dict(replies or {}), close_after, resets, limit, listener.getsockname()[1])
 
         def accept() -> None:
             while True:
@@ -239,9 +277,16 @@ def serve_script(
 
         accepting = Thread(target=accept, daemon=True)
         accepting.start()
+
+        def stop() -> None:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            accepting.join(5)
+            server.hang_up()
+
+        server.stop = stop
         yield server
-        listener.shutdown(socket.SHUT_RDWR)
-        accepting.join(5)
+        stop()
 
 
 def _serve_quietly(server: ScriptedServer, connection: socket.socket) -> None:
