@@ -1,7 +1,7 @@
 """Taking job ids out of RQ's queues, weighted so that no queue starves."""
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -72,8 +72,8 @@ class Queues:
         self._put_back: tuple[bytes, bytes] | None = None
         """A queue's key, and what was popped there and is not ours."""
 
-    def take(self, count: int) -> list[Delivery]:
-        """Takes up to `count` jobs without waiting.
+    def take(self, count: int, names: Collection[str] | None = None) -> list[Delivery]:
+        """Takes up to `count` jobs without waiting, from all queues or from these.
 
         Raises:
             Suspended: workers are to pause.
@@ -82,8 +82,9 @@ class Queues:
         if self._put_back:
             self._client.lpush(*self._put_back)
             self._put_back = None
-        order = weighted_order(self._weights)
-        shares = shares_of(count, self._weights)
+        weights = self._weights_of(names)
+        order = weighted_order(weights)
+        shares = shares_of(count, weights)
         suspended, job_ids, strange, aside, dropped = self._take(
             keys=[WORKERS_SUSPENDED, *map(queue_key, order)],
             args=[count, Job.redis_job_namespace_prefix, aside_key(""), KEPT, *(shares[name] for name in order)],
@@ -98,8 +99,8 @@ class Queues:
             self._foreign.dropped(job_id, is_job=is_job, key=key.decode())
         return _ours(job_ids)
 
-    def wait(self) -> list[Delivery]:
-        """Waits up to `redis.BLOCK` seconds for a job and takes it.
+    def wait(self, names: Collection[str] | None = None) -> list[Delivery]:
+        """Waits up to `redis.BLOCK` seconds for a job in one of all queues, or of these, and takes it.
 
         BLPOP hands the id to a connection that may be gone by then. Such a row is swept and handed over again.
 
@@ -107,17 +108,20 @@ class Queues:
             Suspended: workers are to pause.
             redis.RedisError: Redis is away.
         """
-        keys = [queue_key(name) for name in weighted_order(self._weights)]
+        keys = [queue_key(name) for name in weighted_order(self._weights_of(names))]
         popped: Any = self._client.blpop(keys, timeout=BLOCK)
         if not popped:
             return []
         key, job_id = popped
         if not (delivery := Delivery.parse(job_id)):
             self._put_back = key, job_id
-            return self.take(1)  # which finds out what it is
+            return self.take(1, names)  # which finds out what it is
         with suppress(redis.RedisError):  # it would run out by itself, and the job must not get lost over it
             self._client.delete(f"{Job.redis_job_namespace_prefix}{delivery.job_id}")
         return [delivery]
+
+    def _weights_of(self, names: Collection[str] | None) -> dict[str, int]:
+        return self._weights if names is None else {name: self._weights[name] for name in names}
 
 
 def weighted_order(weights: Mapping[str, int], draw: random.Random | None = None) -> list[str]:

@@ -21,6 +21,7 @@ from worker.attempt import Attempted, Outcome, attempt, cut_short, given_back, u
 from worker.claim import Claim, claim, claim_free
 from worker.database import HandlerPool
 from worker.errors import OverdueError, ThreadEndedError
+from worker.held_back import PAUSE, HeldBack
 from worker.leases import Leases
 from worker.mail import AttemptMails, Mailer
 from worker.mark import Marker
@@ -69,6 +70,7 @@ class OutboxWorker(RQWorker):
         self._most_taken = MOST_TAKEN
         """As many rows as one claim may read: so many more are claimed ahead of the handlers as well."""
         self._mailer = Mailer(settings)
+        self._held_back = HeldBack(settings.queues)
         self._postgres = Outage("Postgres")
         self._leases = Leases(settings.lease, self.name)
         self._marker = Marker(
@@ -263,7 +265,7 @@ class OutboxWorker(RQWorker):
             return []
         try:
             self.beat(busy=self.has_unfinished)
-            deliveries = self._queues.take(room) or self._queues.wait()
+            deliveries = self._take_from_queues(room)
         except Suspended:
             self._redis.back()
             self._tell_of_suspension(is_suspended=True)
@@ -276,6 +278,15 @@ class OutboxWorker(RQWorker):
         self._redis.back()
         self._tell_of_suspension(is_suspended=False)
         return deliveries
+
+    def _take_from_queues(self, room: int) -> list[Delivery]:
+        if not self._mailer.is_away:
+            self._held_back.release()
+        names, room = self._held_back.takeable(room)
+        if not names:
+            self.stopping.wait(PAUSE / 10)
+            return []
+        return self._queues.take(room, names) or self._queues.wait(names)
 
     def _tell_of_suspension(self, *, is_suspended: bool) -> None:
         if is_suspended and not self._is_suspended:
@@ -293,7 +304,10 @@ class OutboxWorker(RQWorker):
             send=AttemptMails(self._mailer).send,
             settings=self._settings,
         )
-        return attempt(claimed, self._registry, context)
+        attempted = attempt(claimed, self._registry, context)
+        if self._mailer.is_away:
+            self._held_back.note(claimed.queue, is_put_off=attempted.outcome.attempts < claimed.attempt)
+        return attempted
 
     def _sign_off_in_time(self) -> None:
         signing_off = Thread(target=self.sign_off, daemon=True)

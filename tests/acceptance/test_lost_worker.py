@@ -25,15 +25,15 @@ def test_a_killed_workers_rows_are_sent_by_another(stack: Stack, connection: Con
     """SIGKILL while handlers hang in the mail server: after the lease, and not before, another worker sends each."""
     mailbox.data_delay = 60
     first, _ = stack.run_all("worker", "relay")
-    names = [f"user_{n}" for n in range(10)]
+    names = [f"user_{n}" for n in range(8)]  # as many as it has connections to the mail server
     add_users(connection, names)
-    eventually(lambda: mailbox.taking == 10, 10, "ten handlers hang in the mail server")
+    eventually(lambda: mailbox.taking == 8, 10, "eight handlers hang in the mail server")
 
     first.kill()
     mailbox.data_delay = 0
     second = stack.run("worker")
 
-    eventually(lambda: len(mailbox.mails) >= 10, 20, "ten mails")
+    eventually(lambda: len(mailbox.mails) >= 8, 20, "eight mails")
     eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall(), 10, "all done")
     assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in names)
     rows = connection.execute("SELECT attempts, delivery, worker, last_error FROM outbox").fetchall()
