@@ -17,6 +17,9 @@ IDLE = 10.0
 """Seconds after which a connection that nobody needs is closed: another worker may need it."""
 GROWING = 5.0
 """Seconds until one connection more is tried than the server has taken."""
+LONGEST_BACKOFF = 30
+"""How many times the usual wait it may be until a server is tried again that has refused us with 5xx each time: some
+lock out who logs in wrongly too often, and it will not pass by itself."""
 
 
 class Connections:
@@ -48,8 +51,8 @@ class Connections:
         self._try_at = 0.0
         self._is_tried = False
         """Whether somebody tries a server that is away."""
-        self._shouted = ""
-        """What the log has shown last that the server refuses in this outage."""
+        self._refusals = 0
+        """How often in a row it was tried and has refused us with 5xx."""
         self._lock = Lock()
 
     @property
@@ -149,11 +152,11 @@ class Connections:
             self._refusal = self._refusal or str(error)
             return
         if self._away is None or self._is_tried:  # else it has failed along with others
-            if error.reply.startswith("5") and error.refused != self._shouted:
-                # Nothing that a retry alone would mend: somebody must look.
+            self._refusals = self._refusals + 1 if error.reply.startswith("5") else 0
+            if self._refusals == 1:  # nothing that a retry alone would mend: somebody must look
                 logs.get().error("mail server refuses us", refused=error.refused, reply=error.reply)
-                self._shouted = error.refused
-            self._try_at = time.monotonic() + self._outage.away(error)
+            backoff = min(LONGEST_BACKOFF, 2 ** max(0, self._refusals - 1))
+            self._try_at = time.monotonic() + self._outage.away(error) * backoff
         self._away, self._is_tried = error, False
         self._limit, self._refusal = self._most, None
         while self._waiting:
@@ -169,7 +172,7 @@ class Connections:
                 if not self._is_limit_told:
                     logs.get().warning("mail server limits connections", connections=self._limit, error=self._refusal)
                 self._is_limit_told, self._refusal = True, None
-            self._away, self._is_tried, self._shouted = None, False, ""
+            self._away, self._is_tried, self._refusals = None, False, 0
             self._outage.back()
 
     def put_back(self, smtp: Smtp) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from structlog.testing import capture_logs
@@ -164,6 +165,25 @@ def test_only_one_tries_a_server_that_is_away() -> None:
         server.replies.clear()
         send_when_back(sender)
         close(sender)
+
+
+def test_a_login_that_is_refused_is_tried_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers lock out who is wrong too often; a server that is just away is tried every second."""
+    now = [time.monotonic()]
+    monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    tries = []
+    wrong_login: dict[str, bytes | None] = {"EHLO": b"250-me\r\n250 AUTH PLAIN", "AUTH": b"535 5.7.8 not you"}
+    away: dict[str, bytes | None] = {"CONNECT": b"421 4.3.2 not now"}
+    for replies in (wrong_login, away):
+        with serve_script(replies) as server:
+            sender = mailer(server.url.replace("//", "//user:password@"), smtp_timeout=10)
+            for _ in range(120):
+                with pytest.raises(MailServerError):
+                    sender.send(mail())
+                now[0] += 1
+            tries.append(server.connections)
+    assert tries[0] < 20
+    assert tries[1] == 120
 
 
 def test_a_mail_that_breaks_its_connection_counts() -> None:
