@@ -306,7 +306,7 @@ class OutboxWorker(RQWorker):
         )
         attempted = attempt(claimed, self._registry, context)
         if self._mailer.is_away:
-            self._held_back.note(claimed.queue, is_put_off=attempted.outcome.attempts < claimed.attempt)
+            self._held_back.note(claimed.queue, is_put_off=attempted.outcome.attempts != claimed.attempt)
         return attempted
 
     def _sign_off_in_time(self) -> None:
