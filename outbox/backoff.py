@@ -1,4 +1,4 @@
-"""How long to wait: before a task is tried again, and before a server that is away is tried again."""
+"""How long to wait: before a task is tried or offered again, and before a server that is away is tried again."""
 
 import random
 
@@ -16,6 +16,20 @@ def retry_delay(attempt: int, draw: random.Random | None = None) -> float:
     """
     retried = attempt - 1
     return float(retried**4 + 15 + (draw or random).uniform(0, 30) * (retried + 1))
+
+
+def unhandled_delay(unhandled_for: float, draw: random.Random | None = None) -> float:
+    """Returns the seconds until a row is offered again that a worker cannot handle.
+
+    A quarter of its age, from 0.25 s up to 15 s, and jitter: another worker has it at once, and where none can handle
+    it, it is no loop that costs much.
+
+    Args:
+        unhandled_for: seconds since it was first given back so; 0 at the first time.
+        draw: where the jitter comes from.
+    """
+    ceiling = min(15.0, max(0.25, unhandled_for / 4))
+    return float(ceiling * (draw or random).uniform(0.5, 1))
 
 
 def reconnect_delay(failures: int, draw: random.Random | None = None) -> float:

@@ -72,6 +72,22 @@ def retry(connection: Connection, rows: Sequence[int]) -> list[int]:
     return sorted(retried)
 
 
+def unhandled_ids(connection: Connection, task: str | None) -> list[int]:
+    """Returns the ids of rows of `task`, or of all tasks, that workers give back because they cannot handle them."""
+    found = connection.execute(query("unhandled_ids"), {"task": task}).fetchone()
+    assert found is not None
+    return list(found["ids"])
+
+
+def give_up(connection: Connection, rows: Sequence[int]) -> list[int]:
+    """Makes such rows dead, as `retry` retries dead ones, and returns their ids."""
+    return sorted(
+        row["id"]
+        for batch in _batches(rows)
+        for row in connection.execute(query("give_up_unhandled"), {"ids": batch}).fetchall()
+    )
+
+
 def discard(connection: Connection, rows: Sequence[int]) -> list[int]:
     """Deletes dead rows, as `retry` retries them, and returns their ids."""
     return sorted(

@@ -133,6 +133,27 @@ def discard(ids: tuple[int, ...], *, as_json: bool) -> None:
     _answer("discarded", discarded, others, as_json=as_json)
 
 
+@dead.command("give-up")
+@click.option("--all", "every", is_flag=True, help="Such rows of all tasks.")
+@_task
+@_as_json
+def give_up(task: str | None, *, every: bool, as_json: bool) -> None:
+    """Give up rows that no worker can handle, before their hour is over.
+
+    Workers give a row back whose task they do not know, or whose payload does not fit its model: another may handle it.
+    A row that a worker holds at this moment is left to it. --json prints {"given_up": [ids]}.
+    """
+    if (task is not None) == every:
+        raise UsageError("say which rows to give up: those of one --task, or --all")
+    with _database() as connection:
+        given_up = letters.give_up(connection, letters.unhandled_ids(connection, task))
+    if as_json:
+        click.echo(json.dumps({"given_up": given_up}))
+    else:
+        of_task = "" if task is None else f" of task '{printable(task)}'"
+        click.echo(f"gave up {len(given_up)} row{'' if len(given_up) == 1 else 's'}{of_task}")
+
+
 @contextmanager
 def _database() -> Iterator[Connection]:
     settings = DatabaseSettings.from_environment()

@@ -173,6 +173,7 @@ class WorkerSettings(_RedisSettings):
         default=None, validation_alias="OUTBOX_SMTP_HELO"
     )
     link_lifetime: Seconds = Field(default=900, validation_alias="OUTBOX_LINK_LIFETIME")
+    unhandled_grace: float = Field(default=3600, ge=0, le=86_400 * 365, validation_alias="OUTBOX_UNHANDLED_GRACE")
     handlers: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_modules)] = Field(
         default=(), validation_alias="OUTBOX_HANDLERS"
     )

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -44,12 +44,13 @@ class Task(Generic[P]):
         """Turns a stored payload, which is JSON, into the task's model.
 
         Raises:
-            PayloadError: it does not fit; the text names each field.
+            PayloadError: it does not fit; the text names each field and the kind of its violation, and quotes no value:
+                it is stored and logged, and the payload may be private.
         """
         try:
             return self.payload.model_validate_json(stored)
         except ValidationError as error:
-            raise self._misfit(_violations(error)) from None
+            raise self._misfit(_kinds(error)) from None
 
     def dump(self, payload: P | Mapping[str, object]) -> dict[str, object]:
         """Turns a payload into what is stored: JSON that Postgres takes and that `parse` will read.
@@ -95,8 +96,17 @@ def _unstorable(value: object, field: str) -> Iterator[tuple[str, str]]:
                 yield from _unstorable(member, f"{field}.{index}")
 
 
+def _kinds(error: ValidationError) -> str:
+    violations = error.errors(include_url=False, include_context=False, include_input=False)
+    return "; ".join(f"{_field(violation['loc'])}: {violation['type']}" for violation in violations)
+
+
 def _violations(error: ValidationError) -> str:
     return "; ".join(
-        f"{'.'.join(map(str, violation['loc'])) or 'payload'}: {violation['msg']}"
+        f"{_field(violation['loc'])}: {violation['msg']}"
         for violation in error.errors(include_url=False, include_input=False)
     )
+
+
+def _field(path: Sequence[int | str]) -> str:
+    return ".".join(map(str, path)) or "payload"

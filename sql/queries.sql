@@ -353,7 +353,8 @@ GROUP BY queue;
 -- a pooler the session's own limit is the role's, and everything that the worker does waits with a claim.
 -- It takes rows until their payloads, as they are stored, have so many bytes; the others are put off to another claim.
 WITH locked AS MATERIALIZED (
-    SELECT id, delivery, task, payload, queue, status, worker, max_retries, timeout, request_id, run_at <= now() AS due
+    SELECT id, delivery, task, payload, queue, status, worker, max_retries, timeout, request_id, unhandled_since,
+           run_at <= now() AS due
     FROM outbox
     WHERE id = ANY (%(ids)s) AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL
     ORDER BY id
@@ -370,7 +371,8 @@ WITH locked AS MATERIALIZED (
     RETURNING id, attempts AS attempt
 )
 SELECT id, delivery, task, CASE WHEN claimed.id IS NOT NULL THEN payload::text END AS payload, queue, attempt, max_retries,
-       timeout, request_id, status, claimed.id IS NOT NULL AS claimed, coalesce(put_off, false) AS put_off
+       timeout, request_id, extract(epoch FROM now() - unhandled_since)::float8 AS unhandled_for, status,
+       claimed.id IS NOT NULL AS claimed, coalesce(put_off, false) AS put_off
 FROM locked LEFT JOIN claimed USING (id) LEFT JOIN free USING (id);
 
 
@@ -409,8 +411,8 @@ WITH locked AS MATERIALIZED (
 ), outcome AS MATERIALIZED (
     SELECT job.*
     FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[], %(statuses)s::text[],
-                %(delays)s::float8[], %(attempts)s::integer[], %(errors)s::text[])
-        AS job (id, delivery, status, delay, attempts, error)
+                %(delays)s::float8[], %(attempts)s::integer[], %(errors)s::text[], %(unhandled)s::boolean[])
+        AS job (id, delivery, status, delay, attempts, error, unhandled)
     JOIN locked USING (id, delivery)
     WHERE before = 'running' AND worker = %(worker)s
 )
@@ -420,7 +422,8 @@ SET status = outcome.status,
     attempts = coalesce(outcome.attempts, outbox.attempts - 1),
     run_at = CASE WHEN outcome.status = 'done' THEN run_at ELSE now() + make_interval(secs => outcome.delay) END,
     done_at = CASE WHEN outcome.status = 'done' THEN now() END,
-    last_error = coalesce(outcome.error, last_error)
+    last_error = coalesce(outcome.error, last_error),
+    unhandled_since = CASE WHEN outcome.unhandled THEN coalesce(unhandled_since, now()) END
 FROM outcome
 WHERE outbox.id = outcome.id
 RETURNING outbox.id, outbox.delivery;
@@ -493,7 +496,7 @@ WITH dead AS (
 )
 UPDATE outbox
 SET status = 'pending', attempts = 0, run_at = least(greatest(now(), run_at), now() + interval '1 minute'),
-    lease_until = NULL, worker = NULL
+    lease_until = NULL, worker = NULL, unhandled_since = NULL
 WHERE id = ANY (ARRAY(SELECT id FROM dead))
 RETURNING id;
 
@@ -504,6 +507,29 @@ WITH dead AS (
     SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR UPDATE
 )
 DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM dead)) RETURNING id;
+
+
+-- name: unhandled_ids
+-- Every row that workers give back because they cannot handle it, of one task or of all.
+SELECT coalesce(array_agg(id ORDER BY id), '{}') AS ids
+FROM (
+    SELECT id, task FROM outbox WHERE status = 'pending' AND unhandled_since IS NOT NULL
+    UNION ALL
+    SELECT id, task FROM outbox WHERE status = 'enqueued' AND unhandled_since IS NOT NULL
+) AS unhandled
+WHERE %(task)s::text IS NULL OR task = %(task)s;
+
+
+-- name: give_up_unhandled
+-- Gives such rows up; one that a worker holds at this moment is left to it.
+WITH unhandled AS (
+    SELECT id
+    FROM outbox
+    WHERE id = ANY (%(ids)s) AND status IN ('pending', 'enqueued') AND unhandled_since IS NOT NULL
+    ORDER BY id
+    FOR NO KEY UPDATE
+)
+UPDATE outbox SET status = 'dead', unhandled_since = NULL WHERE id = ANY (ARRAY(SELECT id FROM unhandled)) RETURNING id;
 
 
 -- name: statuses

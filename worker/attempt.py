@@ -9,8 +9,10 @@ from functools import partial
 from inspect import isasyncgen, isawaitable, iscoroutine, isgenerator
 from typing import Any, Literal, NamedTuple, cast
 
+from pydantic import BaseModel
+
 from outbox import deadline, logs
-from outbox.backoff import retry_delay
+from outbox.backoff import retry_delay, unhandled_delay
 from outbox.context import Context
 from outbox.errors import HandlerError, NotNowError, OutboxError, PayloadError, SkipRetry, TimeLimitError
 from outbox.jobs import Delivery
@@ -18,9 +20,10 @@ from outbox.outage import one_line
 from outbox.postgres import is_outage
 from outbox.registry import Handler, Registry
 from worker.claim import Claim
+from worker.tally import Tally
 
-UNKNOWN_TASK_DELAY = 15.0
-"""Seconds until a task that this worker does not know is offered again, to a newer worker perhaps."""
+_unhandled = Tally()
+"""Rows that this worker has given back because it cannot handle them, by task and reason."""
 
 NOT_NOW_DELAY = 1.0
 """Seconds until a row is offered again whose attempt did not count, because a server is away."""
@@ -36,6 +39,8 @@ class Outcome(NamedTuple):
     delay: float = 0.0
     """Seconds until another attempt may begin."""
     error: str | None = None
+    unhandled: bool = False
+    """Whether the worker cannot handle the row, and another may."""
 
 
 class Attempted(NamedTuple):
@@ -44,6 +49,14 @@ class Attempted(NamedTuple):
     outcome: Outcome
     report: Callable[[], None] | None
     """Logs it, if there is anything to log. To be called once the outcome is on its way: a log may fail."""
+
+
+class _NotHandledError(OutboxError):
+    """This worker cannot handle a row, and another may."""
+
+    def __init__(self, event: str, why: str) -> None:
+        super().__init__(why)
+        self.event = event
 
 
 def given_back(claim: Claim) -> Outcome:
@@ -83,15 +96,14 @@ def attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
 def _attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
     logs.bind(type=claim.task, row=claim.delivery.row, delivery=claim.delivery.number, request_id=claim.request_id)
     deadline.limit(context.deadline)
-    handler = registry.get(claim.task)
-    if handler is None:
-        return _unknown(claim)
     started = time.monotonic()
     try:
-        fields = _call(handler, claim, context)
-    except (SkipRetry, PayloadError) as error:
+        fields = _call(claim, registry, context)
+    except _NotHandledError as error:
+        return _not_handled(claim, error, context.settings.unhandled_grace)
+    except SkipRetry as error:
         # A payload or a mail server may have made the text long, or put into it what Postgres cannot store.
-        return _dead(claim, _text(error).removeprefix(f"{type(error).__name__}: "), error)
+        return _dead(claim, _sentence(error), error)
     except NotNowError as error:
         # No line: whoever finds a server away says so once, and each of its rows would say it again.
         return Attempted(Outcome(claim.delivery, "pending", claim.attempt - 1, NOT_NOW_DELAY, _text(error)), None)
@@ -103,8 +115,9 @@ def _attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
     return Attempted(outcome, partial(_report_done, claim, fields, round(time.monotonic() - started, 6)))
 
 
-def _call(handler: Handler[Any], claim: Claim, context: Context) -> Mapping[str, object] | None:
-    result: object = handler.function(handler.task.parse(claim.payload), context)
+def _call(claim: Claim, registry: Registry, context: Context) -> Mapping[str, object] | None:
+    handler, payload = _handler_and_payload(claim, registry)
+    result: object = handler.function(payload, context)
     if isawaitable(result) or isgenerator(result) or isasyncgen(result) or isinstance(result, Future):
         if iscoroutine(result) or isgenerator(result):
             result.close()
@@ -115,16 +128,32 @@ def _call(handler: Handler[Any], claim: Claim, context: Context) -> Mapping[str,
     return cast("Mapping[str, object] | None", result)
 
 
-def _unknown(claim: Claim) -> Attempted:
-    # It does not count: during a deploy this may happen many times before a newer worker gets it.
-    outcome = Outcome(
-        claim.delivery,
-        "pending",
-        claim.attempt - 1,
-        UNKNOWN_TASK_DELAY,
-        f"no handler for task {claim.task!r}: the worker was older than the row, or OUTBOX_HANDLERS misses it",
-    )
-    return Attempted(outcome, partial(logs.get().error, "task is unknown to this worker", next_try=UNKNOWN_TASK_DELAY))
+def _handler_and_payload(claim: Claim, registry: Registry) -> tuple[Handler[Any], BaseModel]:
+    handler = registry.get(claim.task)
+    if handler is None:
+        why = f"no handler for task {claim.task!r}: the worker was older than the row, or OUTBOX_HANDLERS misses it"
+        raise _NotHandledError("task is unknown to this worker", why)
+    try:
+        return handler, handler.task.parse(claim.payload)
+    except PayloadError as error:
+        raise _NotHandledError("payload does not fit its model", str(error)) from None
+
+
+def _not_handled(claim: Claim, error: _NotHandledError, grace: float) -> Attempted:
+    """Gives a row back that a newer or older worker may handle, or gives it up after `grace` seconds of that.
+
+    It does not count: during a deploy this may happen many times before the right worker gets it.
+    """
+    claim = claim._replace(attempt=claim.attempt - 1)
+    text = _sentence(error)
+    unhandled_for = claim.unhandled_for or 0.0
+    if unhandled_for >= grace:
+        return _dead(claim, text, error)
+    delay = unhandled_delay(unhandled_for)
+    outcome = Outcome(claim.delivery, "pending", claim.attempt, delay, text, unhandled=True)
+    if not (times := _unhandled.count(claim.task, text)):
+        return Attempted(outcome, None)
+    return Attempted(outcome, partial(logs.get().error, error.event, error=text, times=times, next_try=round(delay, 1)))
 
 
 def _report_done(claim: Claim, fields: Mapping[str, object] | None, duration: float) -> None:
@@ -169,6 +198,10 @@ def _dead(claim: Claim, text: str, error: BaseException) -> Attempted:
 def _traced(error: BaseException) -> dict[str, Any]:
     """Returns the traceback's field. Errors of ours and outages of Postgres get none: their sentence says it all."""
     return {} if isinstance(error, OutboxError) or is_outage(error) else {"exc_info": error}
+
+
+def _sentence(error: OutboxError) -> str:
+    return _text(error).removeprefix(f"{type(error).__name__}: ")
 
 
 def _text(error: BaseException) -> str:

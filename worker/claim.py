@@ -30,6 +30,8 @@ class Claim(NamedTuple):
     timeout: int
     """Seconds."""
     request_id: str | None
+    unhandled_for: float | None = None
+    """Seconds since a worker first gave the row back because it could not handle it, if none has handled it since."""
 
 
 def claim(

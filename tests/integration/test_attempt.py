@@ -14,7 +14,7 @@ import pytest
 import structlog
 from psycopg import Cursor, IsolationLevel
 from psycopg_pool import ConnectionPool
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 from structlog.testing import capture_logs
 
 import outbox
@@ -24,7 +24,7 @@ from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
-from worker.attempt import NOT_NOW_DELAY, UNKNOWN_TASK_DELAY, Outcome, attempt
+from worker.attempt import NOT_NOW_DELAY, Outcome, attempt
 from worker.claim import Claim, claim
 from worker.database import HandlerPool
 from worker.leases import Leases
@@ -126,12 +126,6 @@ def test_a_strange_return_value_is_no_failure(fields: Any, context: Context) -> 
     assert lines[0]["payload"] == {"text": "hello"}
 
 
-def test_a_payload_that_python_cannot_read_is_dead(context: Context) -> None:
-    """It is the row's fault, and nobody else's."""
-    digits = "1" + "0" * 5000
-    assert tried(lambda *_: None, context, payload=f'{{"text": {digits}}}').status == "dead"
-
-
 @pytest.mark.parametrize("attempt_number", [1, 4])
 def test_what_is_no_fault_of_the_row_does_not_count(attempt_number: int, context: Context) -> None:
     """Not even at the last attempt; the row says what was wrong, and the log does not say it row by row."""
@@ -159,11 +153,35 @@ def test_skip_retry_is_dead_at_once(attempt_number: int, context: Context) -> No
     ]
 
 
-def test_a_payload_that_does_not_fit_is_dead(context: Context) -> None:
-    """The handler is not called, and the error names the field."""
-    outcome = tried(raising(AssertionError("called")), context, payload='{"text": [1]}')
-    assert outcome.status == "dead"
+def test_a_payload_that_does_not_fit_is_kept_for_another_worker(context: Context) -> None:
+    """The handler is not called, the attempt does not count, and the error names the field."""
+    outcome = tried(raising(AssertionError("called")), context, payload='{"text": [1]}', attempt=99)
+    assert (outcome.status, outcome.attempts, outcome.unhandled) == ("pending", 98, True)
     assert "text: " in str(outcome.error)
+
+
+def test_a_payload_that_a_handler_adds_and_does_not_fit_is_a_failure(context: Context) -> None:
+    """It is the handler's mistake and not its row's: it counts, and is tried again as any other."""
+
+    def add(_: Note, __: Context) -> None:
+        NOTED.dump({"text": 5})
+
+    with capture_logs():
+        outcome = tried(add, context, attempt=2)
+    assert (outcome.status, outcome.attempts, outcome.unhandled) == ("pending", 2, False)
+
+
+def test_a_model_that_raises_is_a_failure(context: Context) -> None:
+    """A validator is the application's code, and what else it raises than ValueError counts."""
+
+    class Picky(BaseModel):
+        @model_validator(mode="after")
+        def check(self) -> "Picky":
+            raise ZeroDivisionError("no luck")
+
+    claimed = claim_of(task="picky", payload="{}")
+    outcome = attempt(claimed, {"picky": Handler(Task("picky", Picky), lambda *_: None)}, context).outcome
+    assert (outcome.status, outcome.attempts, outcome.error) == ("pending", 1, "ZeroDivisionError: no luck")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +220,7 @@ def test_retries_are_used_up(context: Context) -> None:
 def test_an_unknown_task_is_kept_for_a_newer_worker(context: Context) -> None:
     """It is not counted, however often that was tried, and the error names the task."""
     outcome = tried(raising(AssertionError()), context, task="brand_new", attempt=99)
-    assert (outcome.status, outcome.attempts, outcome.delay) == ("pending", 98, UNKNOWN_TASK_DELAY)
+    assert (outcome.status, outcome.attempts, outcome.unhandled) == ("pending", 98, True)
     assert "brand_new" in str(outcome.error)
 
 

@@ -365,6 +365,31 @@ def _waits_for_a_lock(connection: Connection, name: str) -> None:
     )
 
 
+# --- give up
+
+
+def test_rows_that_no_worker_can_handle_are_given_up(
+    connection: Connection, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a task, or all; rows that workers handle are left alone, and so is one that a worker holds."""
+    monkeypatch.setattr(dead, "BATCH", 2)
+    statuses = ["pending", "pending", "enqueued", "running"]
+    rows = [add_row(connection, task="new", status=status, last_error="no handler") for status in statuses]
+    other = add_row(connection, task="other", status="pending")
+    connection.execute("UPDATE outbox SET unhandled_since = now()")
+    handled = add_row(connection, task="new", status="pending")
+    assert run("give-up", "--task", "new\x1b") == (0, "gave up 0 rows of task 'new\\x1b'\n", "")
+    assert run("give-up", "--task", "new") == (0, "gave up 3 rows of task 'new'\n", "")
+    found = all_rows(connection)
+    assert [found[row]["status"] for row in rows] == ["dead", "dead", "dead", "running"]
+    assert found[rows[0]]["last_error"] == "no handler"
+    assert (found[other]["status"], found[handled]["status"]) == ("pending", "pending")
+    ended = run("give-up", "--all", "--json")
+    assert (ended.code, json.loads(ended.out)) == (0, {"given_up": [other]})
+    assert run("retry", rows[0]).code == 0
+    assert run("give-up", "--all").out == "gave up 0 rows\n", "what was retried is not yet back from a worker"
+
+
 # --- discard
 
 
@@ -391,6 +416,8 @@ def test_a_discarded_row_is_gone(connection: Connection, run: Run) -> None:
         (["retry", "1", "1.0"], "'1.0' is not the id of a row"),
         (["retry", "1", "\u0661"], "'\u0661' is not the id of a row"),
         (["retry", "1", "--", "-1"], "'-1' is not the id of a row"),
+        (["give-up"], "say which rows to give up: those of one --task, or --all"),
+        (["give-up", "--all", "--task", "send"], "say which rows to give up: those of one --task, or --all"),
         (["discard"], "say which rows to discard: their ids"),
         (["discard", "1", str(2**63)], "'9223372036854775808' is not the id of a row"),
         (["discard", "1", "9" * 5000], f"'{'9' * 39}…' is not the id of a row"),

@@ -22,6 +22,7 @@ _OUTCOMES = {
     "delays": [0.0] * 32,
     "attempts": [1] * 32,
     "errors": [None] * 32,
+    "unhandled": [False] * 32,
 }
 _PENDING = {"queue": "default", "horizon": 60.0, "left_out": [1]}
 _CLOCK = {"clock_error": 60.0}
@@ -50,6 +51,8 @@ STATEMENTS: dict[str, dict[str, Any]] = {
     "dead_ids": {"task": None},
     "retry_dead": {"ids": _MANY[:500]},
     "discard_dead": {"ids": _MANY[:500]},
+    "unhandled_ids": {"task": "t"},
+    "give_up_unhandled": {"ids": _MANY[:500]},
     "statuses": {"ids": _MANY},
 }
 """Every statement of relay, worker and `outbox dead` that touches the outbox, with parameters as they come."""

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from outbox.backoff import reconnect_delay, retry_delay
+from outbox.backoff import reconnect_delay, retry_delay, unhandled_delay
 
 
 @pytest.mark.parametrize("attempt", [1, 2, 3, 10, 25, 1001])
@@ -29,3 +29,10 @@ def test_a_server_is_tried_again_within_a_second(failures: int) -> None:
     ceiling = min(1.0, 0.1 * 2 ** min(failures - 1, 10))
     for seed in range(50):
         assert ceiling / 2 <= reconnect_delay(failures, random.Random(seed)) <= ceiling
+
+
+@pytest.mark.parametrize(("age", "ceiling"), [(0, 0.25), (1, 0.25), (8, 2), (60, 15), (3600, 15)])
+def test_a_row_that_no_worker_can_handle_is_offered_less_and_less_often(age: float, ceiling: float) -> None:
+    """At once at first, so that another worker has it, and every quarter of a minute in the end."""
+    for seed in range(50):
+        assert ceiling / 2 <= unhandled_delay(age, random.Random(seed)) <= ceiling

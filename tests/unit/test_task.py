@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator
 
 from outbox import Context, Handler, PayloadError, Task, TaskError, handler
 from outbox.registry import load_registry
@@ -116,6 +116,21 @@ def test_a_misfit_names_every_field_and_no_value() -> None:
     assert "name: " in text
     assert "times: " in text
     assert "12345" not in text
+
+
+def test_a_stored_payload_that_does_not_fit_is_told_by_fields_alone() -> None:
+    """What an application's own validator says may quote the value; it goes into logs and the row."""
+
+    class Picky(BaseModel):
+        name: str
+
+        @field_validator("name")
+        @classmethod
+        def check(cls, name: str) -> str:
+            raise ValueError(f"{name} is on the list")
+
+    with pytest.raises(PayloadError, match=r"^the payload of picky does not fit: name: value_error$"):
+        Task("picky", Picky).parse('{"name": "private"}')
 
 
 def test_a_model_is_checked_like_a_mapping() -> None:
