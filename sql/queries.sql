@@ -353,27 +353,33 @@ GROUP BY queue;
 -- a pooler the session's own limit is the role's, and everything that the worker does waits with a claim.
 -- It takes rows until their payloads, as they are stored, have so many bytes; the others are put off to another claim.
 WITH locked AS MATERIALIZED (
-    SELECT id, delivery, task, payload, queue, status, worker, max_retries, timeout, request_id, unhandled_since,
-           run_at <= now() AS due
+    SELECT id, delivery, task, payload, queue, status, max_retries, timeout, request_id, unhandled_since,
+           status = 'enqueued' AND run_at <= now() OR status = 'running' AND worker = %(worker)s AS free
     FROM outbox
-    WHERE id = ANY (%(ids)s) AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL
+    WHERE id = ANY (%(ids)s)
+      AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL
     ORDER BY id
     FOR NO KEY UPDATE
-), free AS MATERIALIZED (
-    SELECT id, sum(pg_column_size(payload)) OVER (ORDER BY id) - pg_column_size(payload) >= %(bytes)s AS put_off
-    FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
-    WHERE status = 'enqueued' AND due OR status = 'running' AND worker = %(worker)s
 ), claimed AS (
     UPDATE outbox
     SET status = 'running', attempts = attempts + CASE status WHEN 'enqueued' THEN 1 ELSE 0 END,
         worker = %(worker)s, started_at = now(), lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
-    WHERE id = ANY (ARRAY(SELECT id FROM free WHERE NOT put_off))
+    WHERE id = ANY (ARRAY(
+        SELECT id
+        FROM (
+            SELECT id, delivery, free, sum(pg_column_size(payload)) OVER (ROWS UNBOUNDED PRECEDING) AS bytes,
+                   pg_column_size(payload) AS own_bytes
+            FROM locked
+        ) AS counted
+        JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
+        WHERE free AND bytes - own_bytes < %(bytes)s
+    ))
     RETURNING id, attempts AS attempt
 )
 SELECT id, delivery, task, CASE WHEN claimed.id IS NOT NULL THEN payload::text END AS payload, queue, attempt, max_retries,
        timeout, request_id, extract(epoch FROM now() - unhandled_since)::float8 AS unhandled_for, status,
-       claimed.id IS NOT NULL AS claimed, coalesce(put_off, false) AS put_off
-FROM locked LEFT JOIN claimed USING (id) LEFT JOIN free USING (id);
+       claimed.id IS NOT NULL AS claimed, free
+FROM locked LEFT JOIN claimed USING (id);
 
 
 -- name: lock_free

@@ -89,8 +89,9 @@ def claim(
     if len(claims) < len(wanted):
         left = set(wanted) - {claimed.delivery for claimed in claims}
         if put_off is not None:
-            put_off += [Delivery(row, number) for row, number, *_, is_put_off in rows if is_put_off]
-            left.difference_update(put_off)
+            free = {Delivery(row, number) for row, number, *_, is_free in rows if is_free}
+            put_off += sorted(left & free)
+            left -= free
         _tell_of_dropped(rows, left)
     return claims
 

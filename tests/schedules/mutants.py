@@ -49,7 +49,7 @@ MUTANTS: dict[str, Mutant] = {
     "claim_judges_first": _rewritten(
         "claim", "WHERE id = ANY (%(ids)s)\n", "WHERE id = ANY (%(ids)s) AND status IN ('enqueued', 'running')\n"
     ),
-    "claim_without_time": _rewritten("claim", "status = 'enqueued' AND due", "status = 'enqueued'"),
+    "claim_without_time": _rewritten("claim", "status = 'enqueued' AND run_at <= now()", "status = 'enqueued'"),
     "rescue_without_lease": _both(
         _rewritten("look", "WHERE status = 'running' AND lease_until < now()", "WHERE status = 'running'"),
         _rewritten(

@@ -138,6 +138,8 @@ class Rescue(Duty):
 class Retention(Duty):
     """Deletes old rows that are done."""
 
+    passes = Duty.passes | {"delete_rows", END_OF_TRANSACTION}  # it has all rows locked by then
+
     def begin(self) -> None:
         """Is where the process starts."""
         self._retention = retention.Retention(self.setting.relay_settings)
