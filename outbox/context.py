@@ -24,7 +24,8 @@ class Context:
     """When the attempt's time is over, in seconds of the monotonic clock."""
     database: ConnectionPool[Any]
     """Connections for short transactions: a block of `connection()` is one. A statement may take 20 s, or what the
-    attempt has left, but at least 1 s: to commit. Hold none while talking to the outside."""
+    attempt has left, but at least 1 s: to commit. Hold none while talking to the outside. Where none
+    is to be had in 10 s, let the `PoolTimeout` through: the row is given back, and the attempt does not count."""
     send: Callable[[EmailMessage | Message], None]
     """Sends a mail; raises SkipRetry where the server says that the mailbox will never do."""
     settings: WorkerSettings

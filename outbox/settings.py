@@ -166,6 +166,7 @@ class WorkerSettings(_RedisSettings):
     public_url: Annotated[str, AfterValidator(endpoints.http_url)] = Field(validation_alias="PUBLIC_URL")
     secret_key: Annotated[str, AfterValidator(_secret_key)] = Field(validation_alias="SECRET_KEY", repr=False)
     concurrency: int = Field(default=32, ge=1, le=1000, validation_alias="OUTBOX_CONCURRENCY")
+    handler_connections: int = Field(default=4, ge=1, le=1000, validation_alias="OUTBOX_HANDLER_CONNECTIONS")
     grace: Seconds = Field(default=25, validation_alias="OUTBOX_GRACE")
     smtp_timeout: Seconds = Field(default=10, validation_alias="OUTBOX_SMTP_TIMEOUT")
     mail_connections: int = Field(default=8, ge=1, le=1000, validation_alias="OUTBOX_MAIL_CONNECTIONS")

@@ -549,12 +549,18 @@ SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 -- Ids of outbox rows come again, after a restore for one: a verification that is found under one is taken only if it is
 -- this user's, for the address that the user has now, and not used. Else the row gets none here.
 -- OFFSET 0 has each user looked up by name: for some hundred names, the planner would read all users.
+-- A user whom somebody has locked is found without an email, and waits for another time: the foreign key's check would
+-- wait for this lock, and all others' mails with it. Other locks are waited for no longer than a quarter of a second.
 WITH recipient AS MATERIALIZED (
     SELECT outbox_id, username, full_name, email, is_email_verified
     FROM unnest(%(outbox_ids)s::bigint[], %(usernames)s::text[]) AS row (outbox_id, username)
-    CROSS JOIN LATERAL (
-        SELECT full_name, email, is_email_verified FROM users WHERE users.username = row.username OFFSET 0
-    ) AS found
+    LEFT JOIN LATERAL (
+        SELECT full_name, email, is_email_verified FROM users WHERE users.username = row.username
+        OFFSET 0
+        FOR KEY SHARE SKIP LOCKED
+    ) AS found ON true
+    WHERE (SELECT set_config('lock_timeout', '250ms', true)) IS NOT NULL
+      AND (email IS NOT NULL OR (SELECT true FROM users WHERE users.username = row.username))
 ), opened AS (
     INSERT INTO verify_emails (outbox_id, username, email, expired_at)
     SELECT outbox_id, username, email, now() + make_interval(secs => %(lifetime)s)

@@ -9,16 +9,16 @@ import psycopg
 from psycopg import Connection, Copy, Cursor
 from psycopg.abc import PQGen
 from psycopg.rows import tuple_row
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, PoolTimeout
 
-from outbox import deadline, postgres
-from outbox.errors import TimeLimitError
+from outbox import deadline, logs, postgres
+from outbox.errors import NotNowError, TimeLimitError
 from outbox.postgres import T
 from outbox.queries import query
+from worker.tally import Tally
 
-SIZE = 4
 WAIT = 10.0
-"""Seconds that a handler may wait for a connection: an outage that is shorter costs no attempt."""
+"""Seconds that a handler may wait for a connection; then its row is given back, and no attempt counts."""
 FINISHING_TIME = 1.0
 """Seconds that a statement gets at least, even if the attempt's time is nearly over: to commit what was done in it."""
 
@@ -88,10 +88,15 @@ class HandlerConnection(postgres.LimitedConnection):
             raise
 
 
+class NoConnectionError(NotNowError, PoolTimeout):
+    """A handler got no connection in time: all are lent, or Postgres is away. That is no fault of its row."""
+
+
 class HandlerPool(ConnectionPool[Connection[Any]]):
     """A pool whose `connection()` is one transaction: the end of its block commits it, an exception rolls it back."""
 
-    def __init__(self, database_url: str, *, pooled: bool = False) -> None:
+    def __init__(self, database_url: str, *, size: int = 4, pooled: bool = False) -> None:
+        self._tally = Tally()
         options = {**postgres.options("outbox worker handlers", pooled=pooled), "autocommit": False}
         self._lent: set[Connection[Any]] = set()
         super().__init__(
@@ -99,7 +104,7 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
             connection_class=HandlerConnection,
             kwargs={"row_factory": tuple_row, "cursor_factory": HandlerCursor, **options},
             min_size=0,
-            max_size=SIZE,
+            max_size=size,
             timeout=WAIT,
             reconnect_timeout=postgres.RECONNECT_TIMEOUT,
             configure=_check_writable if pooled else _limit_session,
@@ -127,9 +132,17 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
 
         Raises:
             TimeLimitError: it has none left.
-            psycopg_pool.PoolTimeout: none could be had in time.
+            NoConnectionError: none could be had in time.
         """
-        connection = super().getconn(deadline.begin_step(self.timeout if timeout is None else timeout))
+        timeout = deadline.begin_step(self.timeout if timeout is None else timeout)
+        try:
+            connection = super().getconn(timeout)
+        except PoolTimeout as error:
+            if times := self._tally.count():
+                logs.get().warning("no connection for a handler", size=self.max_size, times=times)
+            raise NoConnectionError(
+                f"no connection within {timeout:.1f} s: all {self.max_size} are lent, or Postgres is away"
+            ) from error
         self._lent.add(connection)
         return connection
 

@@ -76,7 +76,9 @@ class OutboxWorker(RQWorker):
         self._marker = Marker(
             settings.database_url, self._leases, pooled=settings.transaction_pooling, on_end=self.stopping.set
         )
-        self._database = HandlerPool(settings.database_url, pooled=settings.transaction_pooling)
+        self._database = HandlerPool(
+            settings.database_url, size=settings.handler_connections, pooled=settings.transaction_pooling
+        )
         self._slots = Slots(settings.concurrency, self._handle, self._marker.put)
 
     def run(self) -> None:

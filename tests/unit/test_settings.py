@@ -227,6 +227,7 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
     (WorkerSettings, "OUTBOX_MAIL_CONNECTIONS", ["hunter2", "0", "1001"]),
     (WorkerSettings, "OUTBOX_SMTP_HELO", ["my_hunter2", "two words", "hunter2\r\nRSET", "[hunter2", "hunter2."]),
     (WorkerSettings, "OUTBOX_LINK_LIFETIME", ["hunter2", "0"]),
+    (WorkerSettings, "OUTBOX_HANDLER_CONNECTIONS", ["hunter2", "0", "1001", "1.5"]),
     (WorkerSettings, "OUTBOX_UNHANDLED_GRACE", ["hunter2", "-1", "nan", "31536001"]),
 ]
 

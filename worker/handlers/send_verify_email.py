@@ -19,14 +19,16 @@ from psycopg import Cursor
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 
-from outbox import Context, SkipRetry, handler, logs
-from outbox.errors import OutboxError, TimeLimitError
+from outbox import Context, SkipRetry, handler, logs, postgres
+from outbox.errors import NotNowError, OutboxError, TimeLimitError
 from outbox.message import Message, alternatives
+from outbox.outage import one_line
 from outbox.queries import query
 from outbox.settings import WorkerSettings
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox.verification import secret_code
 from worker.mail import deliverable
+from worker.tally import Tally
 from worker.together import Together
 
 
@@ -41,12 +43,15 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
     Raises:
         SkipRetry: the user is gone, or the mail server says that the mailbox will never do.
         VerificationError: another row has taken this one's verification.
+        NotNowError: somebody has the user locked, or Postgres cannot open the verification now.
         MailError: the mail server does not take the mail now.
     """
     verification = _open_verification(Recipient(context.row, payload.username), context)
     if verification is None:
         raise SkipRetry(f"the user {payload.username} is gone")
     recipient = verification["email"]
+    if recipient is None:
+        raise _put_off("locked", f"the user {payload.username} is locked by another transaction")
     if verification["is_email_verified"]:
         # An earlier attempt sent the mail and died before it could say so; the user was quicker than the retry.
         return {"email": recipient, "already_verified": True}
@@ -70,22 +75,40 @@ class Recipient(NamedTuple):
 _together: WeakKeyDictionary[ConnectionPool[Any], Together[Recipient, dict[str, Any] | None]] = WeakKeyDictionary()
 """By database: what is wanted of one is not opened in another."""
 
+_tally = Tally()
+"""Mails that were put off, by reason."""
+
 
 def _open_verification(recipient: Recipient, context: Context) -> dict[str, Any] | None:
     try:
         together = _together.setdefault(context.database, Together())
         return together(recipient, partial(_open_verifications, context))
+    except NotNowError:
+        raise  # nobody gets a connection
     except (psycopg.Error, TimeLimitError):
         # It may be another row's fault or the end of another's time, or the connection broke, and nothing is sent yet.
         return _open_alone(recipient, context)
 
 
 def _open_alone(recipient: Recipient, context: Context) -> dict[str, Any] | None:
-    # Handlers' sessions have the isolation level that the database gives them. A stricter one means to try conflicts
-    # again, while the attempt has time.
-    while True:
-        with suppress(psycopg.errors.SerializationFailure):
-            return _open_verifications(context, [recipient])[0]
+    try:
+        # Handlers' sessions have the isolation level that the database gives them. A stricter one means to try
+        # conflicts again, while the attempt has time.
+        while True:
+            with suppress(psycopg.errors.SerializationFailure):
+                return _open_verifications(context, [recipient])[0]
+    except (*postgres.AWAY, TimeLimitError) as error:
+        if isinstance(error, NotNowError):
+            raise
+        # A lock, an outage, or all of the attempt's time spent on waiting for them.
+        why = f"the verification cannot be opened now: {one_line(error)}"
+        raise _put_off(type(error).__name__, why) from error
+
+
+def _put_off(kind: str, why: str) -> NotNowError:
+    if times := _tally.count(kind):
+        logs.get().warning("mail put off", why=why, times=times)
+    return NotNowError(why)
 
 
 def _open_verifications(context: Context, recipients: Sequence[Recipient]) -> list[dict[str, Any] | None]:
@@ -94,7 +117,9 @@ def _open_verifications(context: Context, recipients: Sequence[Recipient]) -> li
     with context.database.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
         connection.autocommit = True  # one statement nearly always: it needs no round trips to begin and to commit
         opened = _open(cursor, wanted, context)
-        if stale := [row for row, found in opened.items() if found["id"] is None and not found["is_email_verified"]]:
+        if stale := [
+            row for row, found in opened.items() if found["id"] is None and found["is_email_verified"] is False
+        ]:
             # Another user's, as after a restore, or for an address that was changed: it must not be taken for ours.
             logs.get().warning("detached verification", rows=stale)
             with connection.transaction():

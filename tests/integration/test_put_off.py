@@ -1,0 +1,157 @@
+"""Locks on users, and a pool of connections that is lent: others' mails go out, and nobody loses an attempt."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import psycopg_pool
+import pytest
+from structlog.testing import capture_logs
+
+from outbox import Context, Handler, Task, postgres
+from outbox.jobs import Delivery
+from outbox.registry import Registry
+from outbox.settings import WorkerSettings
+from tests.conftest import Connection
+from tests.integration.test_claim import add_row
+from tests.support.processes import add_users
+from tests.support.tasks import Nothing
+from worker.attempt import Outcome, attempt
+from worker.claim import claim
+from worker.database import HandlerPool
+from worker.handlers import registry
+from worker.worker import OutboxWorker
+
+
+@pytest.fixture
+def sent() -> list[str]:
+    """Whom mails were sent to."""
+    return []
+
+
+@pytest.fixture
+def context(worker_settings: WorkerSettings, sent: list[str]) -> Iterator[Context]:
+    """What the handler is given."""
+
+    def send(message: Any) -> None:
+        sent.append(message.recipient)
+
+    with HandlerPool(worker_settings.database_url) as pool:
+        deadline = time.monotonic() + 60
+        yield Context(row=0, attempt=1, deadline=deadline, database=pool, send=send, settings=worker_settings)
+
+
+def run_all(connection: Connection, context: Context, handlers: Registry | None = None) -> list[tuple[str, Outcome]]:
+    """Makes one attempt at every row that is not done, 32 at a time as a worker does; returns users and outcomes."""
+    rows = connection.execute(
+        "UPDATE outbox SET status = 'enqueued', delivery = 1, lease_until = NULL, run_at = now()"
+        " RETURNING id, payload ->> 'username' AS name"
+    ).fetchall()
+    names = {row["id"]: row["name"] for row in rows}
+    claims = claim(connection, [Delivery(row, 1) for row in names], "me", 60)
+    own = handlers or registry()
+    with ThreadPoolExecutor(32) as threads:
+        tries = threads.map(lambda one: attempt(one, own, replace(context, row=one.delivery.row)).outcome, claims)
+        return [(names[outcome.delivery.row], outcome) for outcome in tries]
+
+
+LOCKS = {
+    "for update": "SELECT FROM users WHERE username LIKE 'locked%' FOR UPDATE",
+    "deleted": "DELETE FROM users WHERE username LIKE 'locked%'",
+    "renamed": "UPDATE users SET username = 'x' || username WHERE username LIKE 'locked%'",
+    "verifications": "SELECT FROM verify_emails WHERE username LIKE 'locked%' FOR UPDATE",
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_locked_users_hold_up_no_other_and_lose_no_attempt(
+    connection: Connection, context: Context, sent: list[str], database_url: str, lock: str
+) -> None:
+    """Their rows are given back, whatever holds them; the others' mails go out in the meantime."""
+    locked, others = [f"locked_{n}" for n in range(5)], [f"other_{n}" for n in range(40)]
+    add_users(connection, locked + others)
+    if lock == "verifications":
+        connection.execute(
+            "INSERT INTO verify_emails (outbox_id, username, email, expired_at)"
+            " SELECT outbox.id, username, email, now() FROM outbox JOIN users ON username = payload ->> 'username'"
+            " WHERE username LIKE 'locked%'"
+        )
+    with postgres.connect(database_url, "application") as application, application.transaction(force_rollback=True):
+        application.execute(LOCKS[lock])
+        tries = run_all(connection, context)
+        assert sorted(sent) == sorted(f"{name}@example.com" for name in others), "while the lock is held"
+    for name, outcome in tries:
+        if name in others:
+            assert outcome.status == "done"
+        else:
+            assert (outcome.status, outcome.attempts) == ("pending", 0)
+            assert 0 < outcome.delay < 5
+            assert "lock" in str(outcome.error)
+    assert {outcome.status for _, outcome in run_all(connection, context)} == {"done"}, "once the lock is gone"
+    assert len(sent) == len(others) + len(locked + others)
+
+
+def test_a_lock_of_the_whole_table_costs_no_attempt(
+    connection: Connection, context: Context, sent: list[str], database_url: str
+) -> None:
+    """Neither where the lock is waited for in vain, nor where all of the attempt's time goes by over it."""
+    add_users(connection, [f"user_{n}" for n in range(9)])
+    with postgres.connect(database_url, "application") as application, application.transaction():
+        application.execute("LOCK TABLE users")
+        tries = run_all(connection, replace(context, deadline=time.monotonic() + 1.5))
+    assert {(outcome.status, outcome.attempts) for _, outcome in tries} == {("pending", 0)}
+    assert not sent
+
+
+@pytest.fixture
+def lent(context: Context) -> Iterator[None]:
+    """All connections of the pool, lent to others."""
+    with ExitStack() as stack:
+        for _ in range(context.database.max_size):
+            stack.enter_context(context.database.connection())
+        yield
+
+
+@pytest.mark.usefixtures("lent")
+def test_a_mail_that_gets_no_connection_is_put_off(connection: Connection, context: Context, sent: list[str]) -> None:
+    """All connections are lent to other handlers: the limit is our own, and a line in the log says so once."""
+    context.database.timeout = 0.2
+    add_users(connection, [f"user_{n}" for n in range(9)])
+    with capture_logs() as lines:
+        tries = run_all(connection, context)
+    assert {(outcome.status, outcome.attempts) for _, outcome in tries} == {("pending", 0)}
+    assert not sent
+    assert [(line["event"], line["size"]) for line in lines] == [("no connection for a handler", 4)]
+
+
+def want(_: Nothing, context: Context) -> None:
+    """A handler of an application's own."""
+    with context.database.connection() as lent:
+        lent.execute("SELECT 1")
+
+
+def fail(_: Nothing, context: Context) -> None:
+    """A handler whose own pool, somewhere else, has no connection."""
+    raise psycopg_pool.PoolTimeout("mine")
+
+
+@pytest.mark.usefixtures("lent")
+@pytest.mark.parametrize(("handle", "attempts"), [(want, 0), (fail, 1)])
+def test_an_applications_handler_that_gets_no_connection_is_put_off(
+    connection: Connection, context: Context, handle: Callable[[Nothing, Context], None], attempts: int
+) -> None:
+    """Not even its last attempt counts; where a pool of the application's is short, it does."""
+    context.database.timeout = 0.2
+    add_row(connection, task="own", payload="{}", max_retries=5)
+    ((_, outcome),) = run_all(connection, context, {"own": Handler(Task("own", Nothing), handle)})
+    assert (outcome.status, outcome.attempts) == ("pending", attempts)
+
+
+def test_the_size_of_the_pool_is_a_setting(worker_settings: WorkerSettings) -> None:
+    """It counts among the connections that Postgres must allow."""
+    assert OutboxWorker(worker_settings, {})._database.max_size == 4
+    settings = worker_settings.model_copy(update={"handler_connections": 9})
+    assert OutboxWorker(settings, {})._database.max_size == 9
