@@ -376,6 +376,7 @@ def test_a_write_that_is_repeated_knows_its_own(
 ) -> None:
     """Postgres took longer than its answer was waited for, and has committed: nobody has taken the row meanwhile."""
     monkeypatch.setattr("worker.mark.SHORTEST_ANSWER_LIMIT", 0.3)
+    monkeypatch.setattr("outbox.postgres.cancels", lambda _: False)  # as with an older libpq, which cannot in time
     marker = Marker(database_url, Leases(0.9, "me"))
     (one,) = claimed(connection)
     marker.leases.hold([one])

@@ -71,8 +71,9 @@ def test_an_error_that_ends_the_session_is_an_outage(connection: Connection, end
 
 @pytest.fixture
 def lines(worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """All that a worker logs, which runs in a thread until the test ends."""
-    worker = OutboxWorker(worker_settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)})
+    """All that a worker logs, which runs in a thread until the test ends, with the limits that its role has."""
+    settings = worker_settings.model_copy(update={"transaction_pooling": True})  # else it sets its own
+    worker = OutboxWorker(settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)})
     monkeypatch.setattr(worker, "_install_signal_handlers", lambda: None)  # of the main thread alone
     with capture_logs() as lines, ThreadPoolExecutor(1) as thread:
         ended = thread.submit(worker.run)
