@@ -18,17 +18,22 @@ def retry_delay(attempt: int, draw: random.Random | None = None) -> float:
     return float(retried**4 + 15 + (draw or random).uniform(0, 30) * (retried + 1))
 
 
-def unhandled_delay(unhandled_for: float, draw: random.Random | None = None) -> float:
+LONGEST_UNHANDLED_DELAY = 15.0
+"""Seconds at most until a row is offered again that a worker cannot handle."""
+
+
+def unhandled_delay(unhandled_for: float, ahead: float = 0.0, draw: random.Random | None = None) -> float:
     """Returns the seconds until a row is offered again that a worker cannot handle.
 
-    A quarter of its age, from 0.25 s up to 15 s, and jitter: another worker has it at once, and where none can handle
-    it, it is no loop that costs much.
+    Half as long as it has been waiting, from 0.25 s up to 15 s, less a random part of up to half: another worker has it
+    at once, and where none can handle it, it costs little.
 
     Args:
         unhandled_for: seconds since it was first given back so; 0 at the first time.
+        ahead: seconds that others, given back just before, want at the pace that is good for all.
         draw: where the jitter comes from.
     """
-    ceiling = min(15.0, max(0.25, unhandled_for / 4))
+    ceiling = min(LONGEST_UNHANDLED_DELAY, max(0.25, unhandled_for / 2, ahead))
     return float(ceiling * (draw or random).uniform(0.5, 1))
 
 

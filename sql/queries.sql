@@ -417,8 +417,8 @@ WITH locked AS MATERIALIZED (
 ), outcome AS MATERIALIZED (
     SELECT job.*
     FROM unnest(%(ids)s::bigint[], %(deliveries)s::integer[], %(statuses)s::text[],
-                %(delays)s::float8[], %(attempts)s::integer[], %(errors)s::text[], %(unhandled)s::boolean[])
-        AS job (id, delivery, status, delay, attempts, error, unhandled)
+                %(delays)s::float8[], %(attempts)s::integer[], %(errors)s::text[])
+        AS job (id, delivery, status, delay, attempts, error)
     JOIN locked USING (id, delivery)
     WHERE before = 'running' AND worker = %(worker)s
 )
@@ -429,7 +429,7 @@ SET status = outcome.status,
     run_at = CASE WHEN outcome.status = 'done' THEN run_at ELSE now() + make_interval(secs => outcome.delay) END,
     done_at = CASE WHEN outcome.status = 'done' THEN now() END,
     last_error = coalesce(outcome.error, last_error),
-    unhandled_since = CASE WHEN outcome.unhandled THEN coalesce(unhandled_since, now()) END
+    unhandled_since = CASE WHEN outbox.id = ANY (%(unhandled)s::bigint[]) THEN coalesce(unhandled_since, now()) END
 FROM outcome
 WHERE outbox.id = outcome.id
 RETURNING outbox.id, outbox.delivery;

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 from pydantic import BaseModel
 
 from outbox import deadline, logs
-from outbox.backoff import retry_delay, unhandled_delay
+from outbox.backoff import LONGEST_UNHANDLED_DELAY, retry_delay, unhandled_delay
 from outbox.context import Context
 from outbox.errors import HandlerError, NotNowError, OutboxError, PayloadError, SkipRetry, TimeLimitError
 from outbox.jobs import Delivery
@@ -20,10 +20,13 @@ from outbox.outage import one_line
 from outbox.postgres import is_outage
 from outbox.registry import Handler, Registry
 from worker.claim import Claim
+from worker.pace import Pace
 from worker.tally import Tally
 
 _unhandled = Tally()
 """Rows that this worker has given back because it cannot handle them, by task and reason."""
+_unhandled_pace = Pace(200, LONGEST_UNHANDLED_DELAY)
+"""How many of them a second are offered again at once: ten thousand of a new task must not keep all others waiting."""
 
 NOT_NOW_DELAY = 1.0
 """Seconds until a row is offered again whose attempt did not count, because a server is away."""
@@ -149,7 +152,7 @@ def _not_handled(claim: Claim, error: _NotHandledError, grace: float) -> Attempt
     unhandled_for = claim.unhandled_for or 0.0
     if unhandled_for >= grace:
         return _dead(claim, text, error)
-    delay = unhandled_delay(unhandled_for)
+    delay = unhandled_delay(unhandled_for, _unhandled_pace.wait())
     outcome = Outcome(claim.delivery, "pending", claim.attempt, delay, text, unhandled=True)
     if not (times := _unhandled.count(claim.task, text)):
         return Attempted(outcome, None)

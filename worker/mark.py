@@ -270,7 +270,7 @@ class Marker:
                     "delays": [float(outcome.delay) for outcome in outcomes],
                     "attempts": [outcome.attempts for outcome in outcomes],
                     "errors": [outcome.error for outcome in outcomes],
-                    "unhandled": [outcome.unhandled for outcome in outcomes],
+                    "unhandled": [outcome.delivery.row for outcome in outcomes if outcome.unhandled],
                 },
             )
         except Exception as error:

@@ -74,6 +74,7 @@ def _done(deliveries: Sequence[Delivery]) -> dict[str, Any]:
         "delays": [0.0] * count,
         "attempts": [1] * count,
         "errors": [None] * count,
+        "unhandled": [],
     }
 
 

@@ -22,7 +22,7 @@ _OUTCOMES = {
     "delays": [0.0] * 32,
     "attempts": [1] * 32,
     "errors": [None] * 32,
-    "unhandled": [False] * 32,
+    "unhandled": [1],
 }
 _PENDING = {"queue": "default", "horizon": 60.0, "left_out": [1]}
 _CLOCK = {"clock_error": 60.0}

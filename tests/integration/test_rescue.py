@@ -128,6 +128,6 @@ def test_a_late_worker_is_shut_out(connection: Connection) -> None:
     rescue(connection)
     late = {"ids": [1], "deliveries": [1], "worker": "w1"}
     assert connection.execute(query("renew_leases"), {**late, "lease": 15.0}).rowcount == 0
-    outcome = {**late, "statuses": ["done"], "delays": [0.0], "attempts": [1], "errors": [None], "unhandled": [False]}
+    outcome = {**late, "statuses": ["done"], "delays": [0.0], "attempts": [1], "errors": [None], "unhandled": []}
     assert connection.execute(query("mark"), outcome).fetchall() == []
     assert _states(connection) == ["pending"]

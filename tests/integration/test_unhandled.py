@@ -24,6 +24,7 @@ from worker.claim import claim
 from worker.database import HandlerPool
 from worker.leases import Leases
 from worker.mark import Marker
+from worker.pace import Pace
 
 OLD = """
 from pydantic import BaseModel
@@ -154,15 +155,22 @@ def test_a_grace_of_nothing_gives_it_up_at_once(connection: Connection, marker: 
     assert tried(connection, marker, context, delivery).status == "dead"
 
 
-def test_many_rows_are_one_line(connection: Connection, context: Context) -> None:
-    """One error per task and reason in a minute, from whatever thread, and not one per row and bounce."""
+def test_many_rows_are_one_line_and_no_flood(
+    connection: Connection, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error per task and reason in a minute, from whatever thread; a part is offered at once, the rest later."""
+    monkeypatch.setattr("worker.attempt._unhandled_pace", Pace(rate=20, most=15))
+    delays = []
     rows = [add_row(connection, task=f"unheard_of_{n % 2}") for n in range(200)]
     rows += [add_row(connection, task="noted_by_many", payload='{"text": null}') for _ in range(100)]
     claims = claim(connection, rows, "me", 60)
     with capture_logs() as lines, ThreadPoolExecutor(8) as threads:
         for attempted in threads.map(lambda claimed: attempt(claimed, REGISTRY, context), claims):
+            delays.append(attempted.outcome.delay)
             if attempted.report is not None:
                 attempted.report()
+    assert min(delays) < 1
+    assert max(delays) > 5, "so that others are not kept waiting"
     assert sorted((line["event"], line["times"]) for line in lines) == [
         ("payload does not fit its model", 1),
         ("task is unknown to this worker", 1),

@@ -31,8 +31,13 @@ def test_a_server_is_tried_again_within_a_second(failures: int) -> None:
         assert ceiling / 2 <= reconnect_delay(failures, random.Random(seed)) <= ceiling
 
 
-@pytest.mark.parametrize(("age", "ceiling"), [(0, 0.25), (1, 0.25), (8, 2), (60, 15), (3600, 15)])
-def test_a_row_that_no_worker_can_handle_is_offered_less_and_less_often(age: float, ceiling: float) -> None:
-    """At once at first, so that another worker has it, and every quarter of a minute in the end."""
+@pytest.mark.parametrize(
+    ("age", "ahead", "ceiling"),
+    [(0, 0, 0.25), (0.5, 0, 0.25), (4, 0, 2), (60, 0, 15), (3600, 0, 15), (0, 5, 5), (0, 99, 15)],
+)
+def test_a_row_that_no_worker_can_handle_is_offered_less_and_less_often(
+    age: float, ahead: float, ceiling: float
+) -> None:
+    """At once at first, so that another worker has it, and every 15 s in the end, or where they are many."""
     for seed in range(50):
-        assert ceiling / 2 <= unhandled_delay(age, random.Random(seed)) <= ceiling
+        assert ceiling / 2 <= unhandled_delay(age, ahead, random.Random(seed)) <= ceiling
