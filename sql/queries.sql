@@ -367,12 +367,13 @@ WITH locked AS MATERIALIZED (
     WHERE id = ANY (ARRAY(
         SELECT id
         FROM (
-            SELECT id, delivery, free, sum(pg_column_size(payload)) OVER (ROWS UNBOUNDED PRECEDING) AS bytes,
-                   pg_column_size(payload) AS own_bytes
+            SELECT id, delivery, pg_column_size(payload) AS own_bytes,
+                   sum(pg_column_size(payload)) OVER (ROWS UNBOUNDED PRECEDING) AS bytes
             FROM locked
+            WHERE free
         ) AS counted
         JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
-        WHERE free AND bytes - own_bytes < %(bytes)s
+        WHERE bytes - own_bytes < %(bytes)s
     ))
     RETURNING id, attempts AS attempt
 )

@@ -131,8 +131,7 @@ class OutboxWorker(RQWorker):
                 self._may_have_claimed = bool(taken)
                 self.stopping.wait(self._postgres.away(error))
         if self._may_have_claimed:
-            for delivery in taken:
-                self._marker.put(unanswered(delivery))
+            self._give_back_unanswered(taken)
 
     def _serve(self, connection: Connection, taken: list[Delivery]) -> None:
         while not self.stopping.is_set():
@@ -142,17 +141,27 @@ class OutboxWorker(RQWorker):
                 taken += dict.fromkeys(self._take())  # Redis may have a job twice
             if taken:
                 self._marker.check()  # else the sweep offers them to another worker
-                claims = (
-                    self._claim_again(connection, taken) if self._may_have_claimed else self._claim(connection, taken)
-                )
-                self._most_taken = len(claims) if self._put_off else min(MOST_TAKEN, 2 * self._most_taken)
-                taken.clear()
-                self._may_have_claimed = False
+                # What an earlier claim may have claimed is claimed again one by one: a lock that one of them meets must
+                # not keep the others waiting, which may be running in this worker's name already.
+                batch = taken[:1] if self._may_have_claimed else taken.copy()
+                claims = self._claim(connection, batch)
+                self._most_taken = max(1, len(claims)) if self._put_off else min(MOST_TAKEN, 2 * self._most_taken)
+                del taken[: len(batch)]
                 self._leases.hold(claims)
                 for claimed in self._slots.begin(claims):
                     self._marker.put(given_back(claimed))
+                if self._may_have_claimed and not claims:
+                    self._give_back_unanswered(batch)
+                self._may_have_claimed = self._may_have_claimed and bool(taken)
                 if self._put_off:
                     taken += self._claimable()
+
+    def _give_back_unanswered(self, taken: list[Delivery]) -> None:
+        """Gives back what this worker may have claimed, and does not begin; nothing changes where it has not."""
+        held = self._leases.held()
+        for delivery in taken:
+            if delivery not in held:  # else it runs, and this is a copy of its job
+                self._marker.put(unanswered(delivery))
 
     def _claimable(self) -> list[Delivery]:
         """Returns what was put off, unless too much waits for handlers already; then the sweep hands it over again."""
@@ -187,20 +196,6 @@ class OutboxWorker(RQWorker):
         if refused:
             rows, why = sorted(delivery.row for delivery, _ in refused), refused[0][1]
             logs.get().error("rows cannot be claimed", rows=rows, error=one_line(why))
-        return claims
-
-    def _claim_again(self, connection: Connection, taken: list[Delivery]) -> list[Claim]:
-        """Claims one by one what an earlier claim, whose answer was lost, may have claimed.
-
-        A lock that is met must not have the others given up: they may be running in this worker's name already. What
-        cannot be claimed now may be so too, and is given back once the lock is gone.
-        """
-        claims: list[Claim] = []
-        for delivery in taken:
-            claimed = self._claim(connection, [delivery])
-            claims += claimed
-            if not claimed:
-                self._marker.put(unanswered(delivery))
         return claims
 
     def _wait_for_overdue(self) -> None:

@@ -182,6 +182,22 @@ def test_a_row_that_this_worker_holds_is_not_begun_again(connection: Connection)
     assert [line["why"] for line in lines] == ["this worker holds that row already"]
 
 
+def test_a_large_row_that_is_not_to_be_had_puts_off_no_other(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of a done row do not count, and those of a row under an old delivery delay the others by one claim."""
+    monkeypatch.setattr("worker.claim.MOST_BYTES", 1000)
+    payload = f'{{"text": "{"x" * 1500}"}}'
+    done = add_row(connection, payload=payload, status="done")
+    live = add_row(connection)
+    assert [claimed.delivery for claimed in claim(connection, [done, live], "me", 15, put_off=[])] == [live]
+    newer, other, put_off = add_row(connection, payload=payload, delivery=2), add_row(connection), list[Delivery]()
+    stale = Delivery(newer.row, 1)
+    assert claim(connection, [stale, other], "me", 15, put_off=put_off) == []
+    assert put_off == [other]
+    assert [claimed.delivery for claimed in claim(connection, put_off, "me", 15, put_off=[])] == [other]
+
+
 def test_a_claim_is_limited_by_bytes(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes rows until their payloads have so many, at least one, and leaves the others for the next."""
     monkeypatch.setattr("worker.claim.MOST_BYTES", 1000)
