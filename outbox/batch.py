@@ -5,25 +5,24 @@ from contextlib import contextmanager
 
 import psycopg
 
-from outbox.postgres import is_outage
+from outbox.postgres import NoAnswerError
 
 SUCCESSES = 16
 """Statements that were not cut after one that was, until twice as many rows are tried."""
 
 
 class BatchSize:
-    """Rows per statement: half as many after one that Postgres refused or did not answer, and then more again.
+    """Rows per statement: half as many after one that took too long, and twice as many after some that did not.
 
-    A statement that was cut because of all that it had to do would be cut again, so that twice as many are tried only
-    after some that were not. After another refusal they are tried after each.
+    A statement that was cut because of all that it had to do would be cut again. What failed for another reason, such
+    as a lost connection, says nothing about the size.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self.rows = most
-        self._wanted = 1
-        """Successes in a row after which more are tried."""
-        self._successes = 0
+        self._successes = SUCCESSES
+        """Statements of full size in a row that were not cut."""
 
     @contextmanager
     def trial(self, wanted: int | None = None) -> Iterator[int]:
@@ -35,11 +34,10 @@ class BatchSize:
         rows = self.rows if wanted is None else min(wanted, self.rows)
         try:
             yield rows
-        except psycopg.Error as error:
-            self.rows = max(1, rows // 2)
-            is_cut = isinstance(error, psycopg.errors.QueryCanceled) or is_outage(error)
-            self._wanted, self._successes = SUCCESSES if is_cut else 1, 0
+        except (psycopg.errors.QueryCanceled, NoAnswerError):
+            self.rows, self._successes = max(1, rows // 2), 0
             raise
-        self._successes += 1
-        if self._successes >= self._wanted:
-            self.rows, self._successes = min(self._most, 2 * self.rows), 0
+        if rows == self.rows < self._most:
+            self._successes += 1
+            if self._successes >= SUCCESSES:
+                self.rows = min(self._most, 2 * self.rows)

@@ -133,6 +133,10 @@ def cancel(connection: psycopg.Connection[Any], limit: float = CANCEL_LIMIT) -> 
             connection.cancel_safe(timeout=limit)
 
 
+class NoAnswerError(psycopg.OperationalError):
+    """A statement got no answer in time, and its connection is closed: to its user, an outage like any other."""
+
+
 def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.OperationalError) -> None:
     """Closes a connection that still waits for an answer, and raises what that means.
 
@@ -141,7 +145,7 @@ def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.Operation
     """
     if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
         connection.pgconn.finish()
-        raise psycopg.OperationalError("no answer in time") from error
+        raise NoAnswerError("no answer in time") from error
 
 
 def options(name: str, *, pooled: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from outbox.postgres import Connection
 
 T = TypeVar("T")
 
-MOST_LEFT_OUT = 100
+MOST_LEFT_OUT = 1000
 """Rows that are left out at a time, at most: where there are more, it is hardly the rows' fault."""
 
 _NO_ROWS_FAULT = ("42501", "53", "58")
@@ -77,10 +77,12 @@ class Batches:
             with self._size.trial() as most:
                 return write(most)
         except psycopg.Error as error:
-            tried = len(self.tried) or most
-            self._size.rows = max(1, tried // 2)
             if postgres.is_outage(error) or connection.closed or (error.sqlstate or "").startswith(_NO_ROWS_FAULT):
                 raise
+            if isinstance(error, psycopg.errors.LockNotAvailable) and not self.tried:
+                raise  # a lock of the whole table: single rows are passed over
+            tried = len(self.tried) or most
+            self._size.rows = max(1, tried // 2)
             if tried == 1:
                 if not self.tried or len(self.left_out.rows()) >= MOST_LEFT_OUT:
                     raise

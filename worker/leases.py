@@ -82,9 +82,10 @@ class Leases:
 
         waiting = list(deliveries)
         refused: dict[Delivery, Exception] = {}
-        with self._size.trial(len(waiting)) as most:
-            for first in range(0, len(waiting), most):
-                refused.update(write_by_halves(waiting[first : first + most], renew))
+        while waiting:
+            with self._size.trial(len(waiting)) as most:
+                refused.update(write_by_halves(waiting[:most], renew))
+            del waiting[:most]
         self._missed -= refused.keys()  # their turn comes with the next renewal of all
         if new := refused.keys() - self._refused:
             rows, error = sorted(delivery.row for delivery in new), next(iter(refused.values()))
