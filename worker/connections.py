@@ -152,8 +152,9 @@ class Connections:
             self._refusal = self._refusal or str(error)
             return
         if self._away is None or self._is_tried:  # else it has failed along with others
-            self._refusals = self._refusals + 1 if error.reply.startswith("5") else 0
-            if self._refusals == 1:  # nothing that a retry alone would mend: somebody must look
+            is_refusal = error.reply.startswith("5")
+            self._refusals += is_refusal
+            if is_refusal and self._refusals == 1:  # nothing that a retry alone would mend: somebody must look
                 logs.get().error("mail server refuses us", refused=error.refused, reply=error.reply)
             backoff = min(LONGEST_BACKOFF, 2 ** max(0, self._refusals - 1))
             self._try_at = time.monotonic() + self._outage.away(error) * backoff

@@ -52,7 +52,8 @@ def test_an_outage_of_the_mail_server_spends_no_attempt(stack: Stack, connection
         assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in names)
     assert connection.execute("SELECT DISTINCT attempts FROM outbox").fetchall() == [{"attempts": 1}]
     for worker in workers:
-        assert changes(worker) == ["mail server is away", "mail server is back"]
+        assert changes(worker)[0] == "mail server is away"
+        assert changes(worker)[1:] in ([], ["mail server is back"]), "the other may have sent all mails by then"
         assert not worker.events("process task failed")
         assert "Traceback" not in worker.text()
 

@@ -27,8 +27,8 @@ SLEEP = "SELECT pg_sleep(600)"
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits a statement's time to half a second instead of 20."""
-    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
+    """Limits a statement's time to two seconds instead of 20."""
+    monkeypatch.setattr(postgres, "ANSWER_LIMIT", 2.0)
 
 
 def sessions(connection: Connection, name: str) -> int:

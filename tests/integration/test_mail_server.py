@@ -183,7 +183,7 @@ def test_a_live_address_behind_dead_ones_is_reached_and_remembered(
         began = time.monotonic()
         within(4, lambda: sender.send(mail()))
         close(sender)
-        assert time.monotonic() - began < 0.7, "it has not tried the dead ones again"
+        assert time.monotonic() - began < 2, "it has not tried the dead ones again, which takes three seconds"
         assert len(mailbox.mails) == 2
 
 

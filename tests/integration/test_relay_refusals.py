@@ -27,9 +27,10 @@ FOR EACH ROW WHEN (NEW.id = 3) EXECUTE FUNCTION refuse()
 
 
 @pytest.fixture
-def settings(relay_settings: RelaySettings) -> RelaySettings:
-    """Settings of a relay that a test may change before it asks for its lines."""
-    return relay_settings.model_copy(update={"poll_interval": 0.2, "sweep_interval": 0.5, "batch": 32})
+def settings(relay_settings: RelaySettings, request: pytest.FixtureRequest) -> RelaySettings:
+    """Settings of a relay; as behind a pooler, where the role's limits hold, if the parameter says so."""
+    pooled = {"transaction_pooling": getattr(request, "param", False)}
+    return relay_settings.model_copy(update={"poll_interval": 0.2, "sweep_interval": 0.5, "batch": 32, **pooled})
 
 
 @pytest.fixture
@@ -168,7 +169,10 @@ CREATE TRIGGER slow BEFORE UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION take_l
 """
 
 
-@pytest.mark.parametrize("limited_by", ["the server", "the relay"])
+@pytest.mark.parametrize(
+    ("settings", "limited_by"), [(True, "the server"), (False, "the relay")], indirect=["settings"]
+)
+@pytest.mark.usefixtures("settings")
 def test_a_batch_that_was_cut_is_tried_smaller(
     connection: Connection, limited_by: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,3 +186,5 @@ def test_a_batch_that_was_cut_is_tried_smaller(
         monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
     request.getfixturevalue("lines")
     eventually(lambda: set(statuses(connection)) == {"enqueued"}, 20)
+    batches = connection.execute("SELECT DISTINCT enqueued_at FROM outbox").fetchall()
+    assert len(batches) > 1, "all in one take 1.6 s"

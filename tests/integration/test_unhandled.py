@@ -193,13 +193,13 @@ def test_in_a_rolling_deploy_the_right_worker_gets_it_soon(
     ]
     old.await_event("started")
     new.await_event("started")
-    for number in range(40):
+    for number in range(20):
         task, text = ("brand_new", '"new"') if number % 2 else ("noted", "1")
         connection.execute(
             "INSERT INTO outbox (task, payload, max_retries) VALUES (%s, %s, 0)", [task, f'{{"text": {text}}}']
         )
     undone = "SELECT id, status, last_error FROM outbox WHERE status <> 'done'"
-    eventually(lambda: not connection.execute(undone).fetchall(), 12, "all rows are done")
+    eventually(lambda: not connection.execute(undone).fetchall(), 45, "all rows are done")
     assert connection.execute("SELECT max(attempts) AS attempts FROM outbox").fetchone() == {"attempts": 1}
     assert len(old.events("task is unknown to this worker")) <= 1
     assert len(old.events("payload does not fit its model")) <= 1
