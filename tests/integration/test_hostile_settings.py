@@ -37,6 +37,8 @@ from worker.leases import Leases
 from worker.mail import Mailer
 from worker.mark import Marker
 
+pytestmark = pytest.mark.once
+
 HOSTILE = [
     ("DateStyle", "German, DMY"),
     ("DateStyle", "SQL, MDY"),
