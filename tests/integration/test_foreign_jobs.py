@@ -128,6 +128,7 @@ def test_a_redis_that_is_full_loses_none(own_redis: EmbeddedServer) -> None:
         assert client.lrange(ASIDE, 0, -1) == theirs
 
 
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")  # by rq-scheduler itself
 def test_scheduled_jobs_are_left_alone(
     connection: Connection,
     redis_client: redis.Redis,

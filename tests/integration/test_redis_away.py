@@ -1,6 +1,5 @@
 """Whatever Redis answers that is an outage to us: no connection outlives it."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
@@ -21,29 +20,28 @@ from tests.support.waiting import eventually
 from worker.worker import OutboxWorker
 
 
-def _read_only(client: redis.Redis, _: Path) -> None:
+def _read_only(client: redis.Redis) -> None:
     client.replicaof("127.0.0.1", free_port())
 
 
-def _master_down(client: redis.Redis, _: Path) -> None:
+def _master_down(client: redis.Redis) -> None:
     client.config_set("replica-serve-stale-data", "no")
     client.replicaof("127.0.0.1", free_port())
 
 
-def _few_replicas(client: redis.Redis, _: Path) -> None:
+def _few_replicas(client: redis.Redis) -> None:
     client.config_set("min-replicas-to-write", 1)
 
 
-def _out_of_memory(client: redis.Redis, _: Path) -> None:
+def _out_of_memory(client: redis.Redis) -> None:
     client.config_set("maxmemory", 1)
 
 
-def _cannot_save(client: redis.Redis, folder: Path) -> None:
-    gone = folder / "gone"
-    gone.mkdir()
-    client.config_set("dir", str(gone))
+def _cannot_save(client: redis.Redis) -> None:
+    found = client.config_get("dir", "dbfilename")
+    # A file cannot take a folder's place.
+    (Path(str(found["dir"])) / str(found["dbfilename"]) / "in the way").mkdir(parents=True)
     client.config_set("save", "3600 1")
-    shutil.rmtree(gone)
     client.bgsave()
     eventually(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", 10, "it cannot save")
 
@@ -82,7 +80,6 @@ def test_a_relay_drops_its_connections(
     relay_settings: RelaySettings,
     own_client: redis.Redis,
     connection: Connection,
-    tmp_path: Path,
 ) -> None:
     """Else it would go on asking the same server after a fail-over."""
     relay = Relay(relay_settings, Event())
@@ -91,7 +88,7 @@ def test_a_relay_drops_its_connections(
         relay._do(repairing, connection)
         before = connections(own_client, "outbox-relay")
         assert before
-        STATES[refusal](own_client, tmp_path)
+        STATES[refusal](own_client)
         relay._do(repairing, connection)
         assert [line["event"] for line in lines] == ["Redis is away"]
     eventually(lambda: not before & connections(own_client, "outbox-relay"), 5, "the old ones are closed")
@@ -110,14 +107,12 @@ def worker(worker_settings: WorkerSettings) -> Iterator[OutboxWorker]:
 
 
 @pytest.mark.parametrize("refusal", STATES)
-def test_a_worker_drops_its_connections(
-    refusal: str, worker: OutboxWorker, own_client: redis.Redis, tmp_path: Path
-) -> None:
+def test_a_worker_drops_its_connections(refusal: str, worker: OutboxWorker, own_client: redis.Redis) -> None:
     """The one on which it hears RQ's commands as well, and connects both anew once Redis can serve."""
     worker._take()
     before = connections(own_client, "outbox-worker")
     assert len(before) == 2
-    STATES[refusal](own_client, tmp_path)
+    STATES[refusal](own_client)
     worker._beat_at = 0.0  # its heartbeat is due: some of these let an idle worker wait for jobs
     worker._take()
     eventually(lambda: not before & connections(own_client, "outbox-worker"), 5, "the old ones are closed")
