@@ -116,9 +116,10 @@ def test_a_connection_that_breaks_is_an_outage(connection: Connection, drain: Dr
 
 
 def test_where_there_is_no_second_connection_the_relay_goes_on_alone(
-    connection: Connection, redis_client: redis.Redis, settings: RelaySettings
+    connection: Connection, redis_client: redis.Redis, settings: RelaySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Postgres that lets nobody else in is no outage, and is not asked again at once: it may take seconds."""
+    monkeypatch.setattr("relay.drain.SPELL", 60.0)
     asked = []
 
     class Refusal(socketserver.BaseRequestHandler):

@@ -38,7 +38,7 @@ def _out_of_memory(client: redis.Redis) -> None:
 
 
 def _cannot_save(client: redis.Redis) -> None:
-    found = client.config_get("dir", "dbfilename")
+    found = client.config_get("dir") | client.config_get("dbfilename")
     # A file cannot take a folder's place.
     (Path(str(found["dir"])) / str(found["dbfilename"]) / "in the way").mkdir(parents=True)
     client.config_set("save", "3600 1")

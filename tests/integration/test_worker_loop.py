@@ -478,6 +478,7 @@ def test_rows_are_given_back_where_no_thread_can_be_started(
 ) -> None:
     """A limit of processes counts threads: the rows that were claimed have not begun, and lose no attempt."""
     worker = stack.run("tests.support.threadless", THREADLESS="worker")
+    eventually(lambda: redis_client.scard("rq:workers"), 20, "it takes rows, and has the threads for its marks")
     worker.send(signal.SIGUSR1)
     rows = [add_row(connection) for _ in range(7)]
     offer(redis_client, *(row.job_id for row in rows))
