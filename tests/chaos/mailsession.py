@@ -8,8 +8,6 @@ import socket
 import ssl
 import struct
 import time
-from email import policy
-from email.message import EmailMessage
 from typing import TYPE_CHECKING
 
 from tests.chaos.evidence import Mail, Overlap, Session
@@ -180,14 +178,15 @@ class MailSession:
         self._last = mail
 
     def _take(self, content: bytes) -> Mail:
-        message = email.message_from_bytes(content, policy=policy.default)
-        assert isinstance(message, EmailMessage)
-        body = message.get_body(("plain",))
-        link = re.search(r"https?://\S+", body.get_content() if body is not None else "")
+        # By the package's older interface, which takes a tenth of the newer one's 3 ms: thousands may come at once.
+        message = email.message_from_bytes(content)
+        texts = (part for part in message.walk() if part.get_content_type() == "text/plain")
+        body = next((part.get_payload(decode=True) for part in texts), b"")
+        link = re.search(rb"https?://\S+", body if isinstance(body, bytes) else b"")
         mail = Mail(
             recipient=self._recipient,
-            message_id=str(message["Message-ID"]),
-            link=link[0] if link else "",
+            message_id=str(message["Message-ID"]).strip(),
+            link=link[0].decode() if link else "",
             worker=self._record.worker,
             session=self._record.number,
             accepted=time.time(),
