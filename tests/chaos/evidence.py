@@ -6,13 +6,20 @@ from typing import Any
 SHORTAGES = frozenset({"worker.few-descriptors", "worker.little-memory"})
 """Faults that leave a process short of what it needs: it may end by itself, and says so by its code."""
 
+AWAY_WITH_BACKLOG = "mail.away-with-backlog"
+MAIL_OUTAGES = frozenset({AWAY_WITH_BACKLOG, "mail.connection-limit"})
+"""Faults of the mail server that are no mail's fault: they may spend no attempt."""
+
+IMPORTED = "imported"
+
 
 @dataclass
 class Attempt:
     """One request of a client, and what it was told."""
 
     intent: str
-    """`new`, `impatient` (hangs up early), `taken username`, `taken email` or `invalid`."""
+    """`new`, `impatient` (hangs up early), `taken username`, `taken email` or `invalid`; `imported` is none of a
+    client's: an application has written the user straight into Postgres, due at once."""
     username: str
     email: str
     service: int
@@ -156,3 +163,7 @@ class Evidence:
     """Pickles that somebody has loaded."""
     calm: float = 0.0
     """When the last fault was over."""
+
+    def delay_of(self, attempt: Attempt) -> float:
+        """Returns the seconds after which the mail to a user is due."""
+        return 0.0 if attempt.intent == IMPORTED else self.delays[attempt.service]

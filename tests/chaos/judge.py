@@ -8,6 +8,7 @@ from tests.chaos import logbook
 from tests.chaos.duplicates import copies, duplicates
 from tests.chaos.evidence import SHORTAGES, Attempt, Evidence
 from tests.chaos.intervals import Span, overlaps
+from tests.chaos.spent_attempts import spent_attempts
 
 EXPECTED_REFUSALS = frozenset({400, 409, 413, 415, 422})
 """What a client may be told that asked for what cannot be."""
@@ -223,7 +224,7 @@ def _early(evidence: Evidence) -> Iterator[tuple[str, str]]:
     created = {user.username: user.created for user in evidence.users}
     for attempt in evidence.attempts:
         if attempt.status == 201 and attempt.email in first and attempt.username in created:
-            early = created[attempt.username] + evidence.delays[attempt.service] - first[attempt.email]
+            early = created[attempt.username] + evidence.delay_of(attempt) - first[attempt.email]
             jumped = any(overlaps((attempt.sent, first[attempt.email]), span) for span in jumps)
             if early > _EARLY and not jumped:
                 yield attempt.email, f"got the mail {early:.2f} s too early"
@@ -257,4 +258,5 @@ CHECKS: dict[str, Callable[[Evidence], Iterator[tuple[str, str]]]] = {
     "lost jobs": _lost_jobs,
     "early mails": _early,
     "hostile code": _bombs,
+    "spent attempts": spent_attempts,
 }

@@ -3,10 +3,16 @@
 from collections.abc import Iterable
 from fnmatch import fnmatch
 
-from tests.chaos import mail_faults, process_faults, server_faults, wire_faults
+from tests.chaos import mail_faults, mail_outages, process_faults, server_faults, wire_faults
 from tests.chaos.faults import Kind
 
-ALL: tuple[Kind, ...] = (*process_faults.KINDS, *server_faults.KINDS, *wire_faults.KINDS, *mail_faults.KINDS)
+ALL: tuple[Kind, ...] = (
+    *process_faults.KINDS,
+    *server_faults.KINDS,
+    *wire_faults.KINDS,
+    *mail_faults.KINDS,
+    *mail_outages.KINDS,
+)
 
 
 class UnknownKindError(Exception):

@@ -60,6 +60,8 @@ class MailServer:
             "wrong name": _context(trusted, "mail.example.org"),
             "unknown authority": _context(trustme.CA(), "127.0.0.1"),
         }
+        self.most: int | None = None
+        """Connections that it takes at a time; None for any number."""
         self._servers: list[asyncio.Server] = []
         self._open: set[MailSession] = set()
 
@@ -81,11 +83,19 @@ class MailServer:
         for session in list(self._open):
             session.close()
 
-    def hang_up(self) -> None:
-        """Closes idle sessions, as servers do."""
-        for session in list(self._open):
-            if session.is_idle:
-                session.close()
+    def hang_up(self, most: int | None = None) -> None:
+        """Closes idle sessions, as servers do; no more than so many."""
+        for session in [session for session in self._open if session.is_idle][:most]:
+            session.close()
+
+    def limit(self, most: int) -> None:
+        """Takes no more connections at a time, and hangs up on idle ones above that."""
+        self.most = most
+        self.hang_up(max(0, len(self._open) - most))
+
+    def has_too_many(self) -> bool:
+        """Whether there are more connections than it takes."""
+        return self.most is not None and len(self._open) > self.most
 
     def misbehaves(self, step: str, worker: int) -> str:
         """Returns what is to be done wrong at a step this time; nothing most of the time."""

@@ -60,6 +60,8 @@ class MailSession:
         self._reader, self._writer = reader, writer
         self._is_secure = False
         self._recipient = ""
+        self._is_begun = False
+        """Whether it has taken the sender of a mail."""
         self._last: Mail | None = None
 
     def close(self) -> None:
@@ -69,13 +71,14 @@ class MailSession:
     @property
     def is_idle(self) -> bool:
         """Whether it is between two mails."""
-        return not self._recipient
+        return not self._is_begun
 
     def forget_recipient(self) -> None:
         """Takes note that this session sends to nobody now."""
         if self._server.handled.get(self._recipient) is self._record:
             del self._server.handled[self._recipient]
         self._recipient = ""
+        self._is_begun = False
 
     async def talk(self) -> None:
         """Serves the client.
@@ -83,6 +86,9 @@ class MailSession:
         Raises:
             Ended, OSError, EOFError: the session is over.
         """
+        if self._server.has_too_many():
+            await self._say("421 4.7.0 too many connections")
+            return
         await self._reply("connect", "220 ready")
         while line := await self._reader.readline():
             if self._last is not None:
@@ -94,6 +100,8 @@ class MailSession:
                 await self._say("502 5.5.2 what?")
             else:
                 await serve(rest)
+            if self.is_idle and self._server.has_too_many():
+                return
 
     async def _ehlo(self, _: str) -> None:
         extensions = ["AUTH PLAIN" if self._is_secure else "STARTTLS", "8BITMIME"]
@@ -128,7 +136,7 @@ class MailSession:
         await self._reply("auth", "235 2.7.0 welcome")
 
     async def _mail(self, _: str) -> None:
-        await self._reply("mail", "250 2.1.0 OK")
+        self._is_begun = await self._reply("mail", "250 2.1.0 OK")
 
     async def _rcpt(self, rest: str) -> None:
         found = re.search(r"<(.*)>", rest)

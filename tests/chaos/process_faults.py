@@ -171,6 +171,8 @@ async def _await_work(act: Act, slot: Slot, pid: int) -> None:
     since, mails = time.time(), act.stage.mail.mails
     first = len(mails)
     while not act.over.is_set():
+        if not act.stage.proxies["mail"][slot.number].takes_connections:
+            since, first = time.time(), len(mails)  # it could send nothing
         senders = [mail.worker for mail in mails[first:]]
         if slot.pid != pid:
             act.fault.note += f"; ended, code {act.stage.processes.last_code(slot)}"

@@ -26,6 +26,8 @@ class Proxy:
         self.name = name
         self.port = free_port()
         self.cuts: list[Cut] = []
+        self.resets = False
+        """Whether it takes further connections and resets them at once."""
         self._upstream = upstream
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
@@ -34,6 +36,11 @@ class Proxy:
         """Begins, or begins again, to take connections."""
         if self._server is None:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    @property
+    def takes_connections(self) -> bool:
+        """Whether further connections are served."""
+        return self._server is not None and not self.resets
 
     def refuse(self) -> None:
         """Stops listening: further connections are refused by the system."""
@@ -80,6 +87,9 @@ class Proxy:
         connection.reset()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.resets:
+            _reset(writer)
+            return
         try:
             if isinstance(self._upstream, Path):
                 upstream = await asyncio.open_unix_connection(self._upstream)

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from tests.chaos.duplicates import copies
-from tests.chaos.evidence import Evidence, Fault
+from tests.chaos.evidence import AWAY_WITH_BACKLOG, IMPORTED, Evidence, Fault
 from tests.chaos.intervals import Span, overlaps, without
 
 PUNCTUAL = 1.5
@@ -16,7 +16,7 @@ DEFINITION = (
     "A fault of the service touches those who got no answer, or 503. "
     "Recovery is from a fault's end to the last mail whose lateness is charged to it: of all that held a mail up, the "
     "one that was over last is charged. After a failed attempt that includes the backoff of 15 s and more, after a "
-    "killed worker the lease of 15 s."
+    "killed worker the lease of 15 s. Who waits behind the backlog of a longer outage is charged to that outage alone."
 )
 
 _CLIENTS = ("service",)
@@ -34,6 +34,11 @@ class Recovery:
     """Usernames."""
     seconds: float | None = None
     """From its end to the last mail that is charged to it; None where there is none."""
+
+    def add(self, username: str, seconds: float) -> None:
+        """Charges a mail to it that came so long after its end."""
+        self.touched.add(username)
+        self.seconds = max(self.seconds or 0.0, seconds, 0.0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ def recoveries(evidence: Evidence) -> dict[int, Recovery]:
     faults = sorted(evidence.faults, key=lambda fault: fault.start)
     holding = [fault for fault in faults if fault.targets != _CLIENTS]
     clients = [fault for fault in faults if fault.targets == _CLIENTS]
+    backlogs = _backlogs(evidence, first, waits)
     for attempt in evidence.attempts:
         if attempt.status in (None, 503):
             for fault in clients:
@@ -61,17 +67,30 @@ def recoveries(evidence: Evidence) -> dict[int, Recovery]:
         got = first.get(attempt.email)
         if attempt.status != 201 or got is None:
             continue
-        if got < attempt.answered + evidence.delays[attempt.service] + PUNCTUAL:
+        if got < attempt.answered + evidence.delay_of(attempt) + PUNCTUAL:
             continue
         own = [wait for wait in waits.get(attempt.username, ()) if wait.span[0] < got]
+        behind = [fault for fault, span in backlogs if overlaps(span, (attempt.answered, got))]
+        if behind and not own:
+            found[behind[-1].number].add(attempt.username, got - behind[-1].end)
+            continue
         exposed = without((attempt.answered, got), [wait.span for wait in own])
         touching = [fault for fault in holding if any(overlaps((fault.start, fault.end), span) for span in exposed)]
         for fault in touching:
             found[fault.number].touched.add(attempt.username)
         if charged := _charged(touching, own, got):
-            recovery = found[charged.number]
-            recovery.touched.add(attempt.username)
-            recovery.seconds = max(recovery.seconds or 0.0, got - charged.end, 0.0)
+            found[charged.number].add(attempt.username, got - charged.end)
+    return found
+
+
+def _backlogs(evidence: Evidence, first: dict[str, float], waits: dict[str, list[_Wait]]) -> list[tuple[Fault, Span]]:
+    """Returns the outages in which users were imported, each until these had their mails, but for rows of a wait."""
+    imported = [one for one in evidence.attempts if one.intent == IMPORTED and one.username not in waits]
+    found = []
+    for fault in evidence.faults:
+        if fault.kind == AWAY_WITH_BACKLOG:
+            got = [first.get(one.email, 0.0) for one in imported if fault.start <= one.sent <= fault.end]
+            found.append((fault, (fault.start, max(got, default=fault.end))))
     return found
 
 

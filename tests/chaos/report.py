@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from tests.chaos.duplicates import Duplicate, duplicates
-from tests.chaos.evidence import Evidence
+from tests.chaos.evidence import IMPORTED, Evidence
 from tests.chaos.judge import Failure
 from tests.chaos.recovery import DEFINITION, recoveries
 
@@ -105,13 +105,15 @@ def summary(of: Report) -> dict[str, Any]:
     """Returns the run's totals."""
     evidence = of.evidence
     rows = [row.status for row in evidence.rows]
+    asked = [attempt for attempt in evidence.attempts if attempt.intent != IMPORTED]
     return {
         "users": len(evidence.users),
-        "requests": len(evidence.attempts),
-        "acknowledged": sum(attempt.status == 201 for attempt in evidence.attempts),
-        "no answer": sum(attempt.status is None for attempt in evidence.attempts),
-        "answered 503": sum(attempt.status == 503 for attempt in evidence.attempts),
-        "refused": sum(attempt.status is not None and 400 <= attempt.status < 500 for attempt in evidence.attempts),
+        "imported": len(evidence.attempts) - len(asked),
+        "requests": len(asked),
+        "acknowledged": sum(attempt.status == 201 for attempt in asked),
+        "no answer": sum(attempt.status is None for attempt in asked),
+        "answered 503": sum(attempt.status == 503 for attempt in asked),
+        "refused": sum(attempt.status is not None and 400 <= attempt.status < 500 for attempt in asked),
         "mails": len(evidence.mails),
         "faults": len(evidence.faults),
         "processes ended": len(evidence.exits),

@@ -1,6 +1,7 @@
 """One run, from the first user to the evidence."""
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Coroutine
@@ -22,7 +23,7 @@ from tests.chaos.stage import LEASE, Stage, open_stage
 _WARM_UP = 2.0
 """Seconds of load before the first fault."""
 _LATEST = 60.0
-"""Seconds after the last row is due by which it must be done or dead."""
+"""Seconds after the last row is due, or after fewer rows are left than before, by which all must be done or dead."""
 _LONGEST_CALM = 900.0
 
 
@@ -60,7 +61,7 @@ async def run(options: Options) -> tuple[Evidence, Observer]:
         await _await_calm(stage, observer)
         evidence.users, evidence.rows = await observer.snapshot()
     # The processes have ended by now, and their ends count.
-    evidence.attempts, evidence.faults = load.attempts, injector.faults
+    evidence.attempts, evidence.faults = [*load.attempts, *stage.imported], injector.faults
     evidence.mails, evidence.sessions = stage.mail.mails, stage.mail.sessions
     evidence.overlaps, evidence.refused = stage.mail.overlaps, stage.mail.refused
     evidence.cuts = [cut for proxy in stage.proxies["mail"] for cut in proxy.cuts]
@@ -95,12 +96,14 @@ async def _await_calm(stage: Stage, observer: Observer) -> None:
 
 async def _await_done(observer: Observer) -> None:
     longest = time.time() + _LONGEST_CALM
-    limit = time.time() + _LATEST
+    limit, fewest = time.time() + _LATEST, math.inf
     while time.time() < min(limit, longest):
         rows, due_in = await observer.waiting(_LONGEST_CALM)
         if not rows:
             return
         limit = max(limit, time.time() + due_in + _LATEST)
+        if rows < fewest:
+            fewest, limit = rows, max(limit, time.time() + _LATEST)
         await asyncio.sleep(0.5)
 
 

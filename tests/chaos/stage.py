@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from outbox.up.embedded import embedded_postgres, embedded_redis
+from tests.chaos.evidence import Attempt
 from tests.chaos.mailserver import MailServer
 from tests.chaos.ports import free_port
 from tests.chaos.processes import ROOT, Processes, Slot, clean_environment
@@ -40,6 +41,8 @@ class Stage:
     """By target: `service` and `mail` one per slot, `postgres` one per worker and one for all else, `redis` one."""
     delays: tuple[float, ...]
     folder: Path
+    imported: list[Attempt] = field(default_factory=list)
+    """Users that faults have written straight into Postgres."""
 
     async def restore(self) -> None:
         """Ends whatever a fault may have left in force, and waits until all is up."""
@@ -47,7 +50,7 @@ class Stage:
         if self.postgres.clock is not None:
             self.postgres.clock.set_ahead(0)
         self.redis.send(signal.SIGCONT)
-        self.mail.misbehaviour = None
+        self.mail.misbehaviour = self.mail.most = None
         for proxy in self.all_proxies():
             proxy.mend()
             await proxy.open()

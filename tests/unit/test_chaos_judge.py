@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 
 from tests.chaos.duplicates import duplicates
-from tests.chaos.evidence import Attempt, Cut, Evidence, Exit, Fault, Mail, Overlap, Row, Session, User
+from tests.chaos.evidence import (
+    Attempt,
+    Cut,
+    Evidence,
+    Exit,
+    Fault,
+    Mail,
+    Overlap,
+    Row,
+    Session,
+    User,
+)
 from tests.chaos.intervals import covered, without
 from tests.chaos.judge import judge
 from tests.chaos.recovery import recoveries
@@ -389,6 +400,73 @@ def test_a_pickle_that_was_loaded() -> None:
     assert failed(made) == ["hostile code"]
 
 
+def with_outage(kind: str = "mail.away-with-backlog") -> Evidence:
+    """Returns a good run with an outage of the mail server, which the first row lived through."""
+    made = evidence()
+    made.faults.append(Fault(0, kind, ("mail",), 99.7, 100.8))
+    return made
+
+
+def failed_line(at: float, error: str = "MailError: the connection to it broke") -> dict[str, Any]:
+    """Returns the line of an attempt at the first row that failed and counts."""
+    return {"event": "process task failed", "row": 1, "at": at, "next_try": 15.0, "error": error, "slot": "worker-0"}
+
+
+def test_an_imported_user() -> None:
+    """Is no client's, and due at once; it gets a mail as any."""
+    made = evidence()
+    made.delays = (0.5,)
+    made.attempts.append(Attempt("imported", "user_3", "user_3@x", 0, 99.0, 100.0, 201))
+    made.users.append(User("user_3", "user_3@x", 99.5))
+    made.rows.append(row(3))
+    assert failed(made) == ["orphans"]
+    made.mails.append(mail(3, 99.6, session=0))
+    assert failed(made) == []
+
+
+@pytest.mark.parametrize("kind", ["mail.away-with-backlog", "mail.connection-limit"])
+@pytest.mark.parametrize("error", ["MailError: it broke", "TimeLimitError: the attempt took longer than its 30 s"])
+def test_an_attempt_that_failed_because_of_an_outage(kind: str, error: str) -> None:
+    """No other fault of the server or the worker was there or just over, and this machine did not fall behind."""
+    made = with_outage(kind)
+    made.lines.append(failed_line(100.5, error))
+    made.rows[0] = row(1, attempts=2)
+    assert failed(made) == ["spent attempts"]
+    made.faults.append(Fault(1, "mail.reset-at-rcpt", ("mail",), 98.0, 99.0))
+    assert failed(made) == []
+    made.faults[1] = Fault(1, "worker.pause", ("worker",), 98.0, 99.0, slots=("worker-1",))
+    assert failed(made) == (["spent attempts"] if error.startswith("Mail") else [])
+    made.faults[1].slots = ("worker-0",)
+    assert failed(made) == []
+    made.faults.pop()
+    made.lags.append((99.0, 101.0))
+    assert failed(made) == []
+
+
+@pytest.mark.parametrize(("at", "error"), [(99.5, "MailError: it broke"), (100.5, "OperationalError: it broke")])
+def test_an_attempt_that_failed_for_other_reasons(at: float, error: str) -> None:
+    """Before the outage, or not over a mail."""
+    made = with_outage()
+    made.lines.append(failed_line(at, error))
+    made.rows[0] = row(1, attempts=2)
+    assert failed(made) == []
+
+
+def test_an_attempt_that_nobody_accounts_for() -> None:
+    """Each but the last has a line: it failed, or its worker died. A process that ended may have kept one back."""
+    made = with_outage()
+    made.rows[0] = row(1, attempts=3)
+    assert failed(made) == ["spent attempts"]
+    made.lines.append({"event": "rescued row", "row": 1, "at": 100.2})
+    assert failed(made) == ["spent attempts"]
+    made.exits.append(Exit("worker-0", "worker", 100.1, -9, "SIGKILL"))
+    assert failed(made) == []
+    made.rows[0] = row(1, attempts=4)
+    assert failed(made) == ["spent attempts"]
+    made.faults[0] = replace(made.faults[0], start=102.0, end=103.0)
+    assert failed(made) == [], "the row did not meet the outage"
+
+
 def late(*faults: Fault, lines: list[dict[str, Any]] | None = None) -> dict[int, tuple[int, float | None]]:
     """Returns what these faults are charged with when the first user's mail comes at second 120 instead of 100."""
     made = evidence()
@@ -411,6 +489,19 @@ def test_a_fault_during_a_backoff_is_not_charged() -> None:
     two = Fault(1, "relay.kill", ("relay",), 110.0, 112.0)
     line = {"event": "process task failed", "row": 1, "at": 100.5, "next_try": 19.0, "error": "MailError: 450"}
     assert late(one, two, lines=[line]) == {0: (1, 19.0), 1: (0, None)}
+
+
+def test_who_waits_behind_a_backlog_is_charged_to_the_outage() -> None:
+    """From when the mail server was back, whatever else struck meanwhile."""
+    made = evidence()
+    made.faults.append(Fault(0, "mail.away-with-backlog", ("mail",), 90.0, 98.0))
+    made.faults.append(Fault(1, "relay.kill", ("relay",), 115.0, 116.0))
+    made.mails[0].accepted = 120.0
+    made.attempts.append(Attempt("imported", "user_3", "user_3@x", 0, 91.0, 92.0, 201))
+    made.mails.append(mail(3, 110.0, session=0))
+    found = recoveries(made)
+    assert (found[0].touched, found[0].seconds) == ({"user_1", "user_3"}, 22.0)
+    assert (found[1].touched, found[1].seconds) == (set(), None)
 
 
 def test_a_punctual_mail_is_charged_to_nobody() -> None:
