@@ -135,6 +135,18 @@ class Row:
 
 
 @dataclass
+class ForeignJob:
+    """A job of another application in our Redis database."""
+
+    id: str
+    places: tuple[str, ...]
+    """The keys under which its owner may find it."""
+    written: float
+    looks: list[tuple[float, str, bool]] = field(default_factory=list)
+    """Each time that somebody looked: under which key it was, empty for none, and whether it had its hash."""
+
+
+@dataclass
 class Evidence:
     """All that is known after a run."""
 
@@ -161,6 +173,7 @@ class Evidence:
     """Spans in which this process, through which all bytes pass, fell behind."""
     bombs: int = 0
     """Pickles that somebody has loaded."""
+    foreign: list[ForeignJob] = field(default_factory=list)
     calm: float = 0.0
     """When the last fault was over."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tests.chaos import logbook
 from tests.chaos.duplicates import copies, duplicates
 from tests.chaos.evidence import SHORTAGES, Attempt, Evidence
+from tests.chaos.foreign_jobs import lost_foreign_jobs
 from tests.chaos.intervals import Span, overlaps
 from tests.chaos.spent_attempts import spent_attempts
 
@@ -231,9 +232,9 @@ def _early(evidence: Evidence) -> Iterator[tuple[str, str]]:
 
 
 def _bombs(evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """Nothing that a stranger writes to Redis is loaded."""
+    """Nothing that a stranger writes to Redis is loaded or run."""
     if evidence.bombs:
-        yield "redis.hostile-jobs", f"{evidence.bombs} pickles were loaded"
+        yield "redis", f"{evidence.bombs} faults' pickles were loaded, or their jobs run"
 
 
 def _dead_by_address(evidence: Evidence) -> set[str]:
@@ -259,4 +260,5 @@ CHECKS: dict[str, Callable[[Evidence], Iterator[tuple[str, str]]]] = {
     "early mails": _early,
     "hostile code": _bombs,
     "spent attempts": spent_attempts,
+    "lost foreign jobs": lost_foreign_jobs,
 }

@@ -3,7 +3,14 @@
 from collections.abc import Iterable
 from fnmatch import fnmatch
 
-from tests.chaos import mail_faults, mail_outages, process_faults, server_faults, wire_faults
+from tests.chaos import (
+    foreign_faults,
+    mail_faults,
+    mail_outages,
+    process_faults,
+    server_faults,
+    wire_faults,
+)
 from tests.chaos.faults import Kind
 
 ALL: tuple[Kind, ...] = (
@@ -12,6 +19,7 @@ ALL: tuple[Kind, ...] = (
     *wire_faults.KINDS,
     *mail_faults.KINDS,
     *mail_outages.KINDS,
+    *foreign_faults.KINDS,
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from tests.chaos import logbook
 from tests.chaos.evidence import Evidence
 from tests.chaos.faults import Injector, Kind
+from tests.chaos.foreign_faults import look
 from tests.chaos.load import Load
 from tests.chaos.observer import Observer
 from tests.chaos.progress import tell
@@ -60,8 +61,10 @@ async def run(options: Options) -> tuple[Evidence, Observer]:
         evidence.calm = time.time()
         await _await_calm(stage, observer)
         evidence.users, evidence.rows = await observer.snapshot()
+        await look(stage.redis, stage.foreign)
     # The processes have ended by now, and their ends count.
     evidence.attempts, evidence.faults = [*load.attempts, *stage.imported], injector.faults
+    evidence.foreign = stage.foreign
     evidence.mails, evidence.sessions = stage.mail.mails, stage.mail.sessions
     evidence.overlaps, evidence.refused = stage.mail.overlaps, stage.mail.refused
     evidence.cuts = [cut for proxy in stage.proxies["mail"] for cut in proxy.cuts]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from outbox.up.embedded import embedded_postgres, embedded_redis
-from tests.chaos.evidence import Attempt
+from tests.chaos.evidence import Attempt, ForeignJob
 from tests.chaos.mailserver import MailServer
 from tests.chaos.ports import free_port
 from tests.chaos.processes import ROOT, Processes, Slot, clean_environment
@@ -43,6 +43,7 @@ class Stage:
     folder: Path
     imported: list[Attempt] = field(default_factory=list)
     """Users that faults have written straight into Postgres."""
+    foreign: list[ForeignJob] = field(default_factory=list)
 
     async def restore(self) -> None:
         """Ends whatever a fault may have left in force, and waits until all is up."""

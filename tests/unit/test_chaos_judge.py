@@ -12,6 +12,7 @@ from tests.chaos.evidence import (
     Evidence,
     Exit,
     Fault,
+    ForeignJob,
     Mail,
     Overlap,
     Row,
@@ -465,6 +466,37 @@ def test_an_attempt_that_nobody_accounts_for() -> None:
     assert failed(made) == ["spent attempts"]
     made.faults[0] = replace(made.faults[0], start=102.0, end=103.0)
     assert failed(made) == [], "the row did not meet the outage"
+
+
+def test_a_foreign_job_that_got_lost() -> None:
+    """From its queue, from where it was put aside, or its hash; a fault that took Redis' data since is to blame."""
+    made = evidence()
+    places = ("rq:queue:app", "outbox:foreign:rq:queue:app")
+    made.foreign.append(ForeignJob("x", places, 100.0, [(105.0, places[0], True), (200.0, places[1], True)]))
+    assert failed(made) == []
+    for lost in ((200.0, "", True), (200.0, places[0], False)):
+        made.foreign[0].looks[1] = lost
+        made.faults = [
+            Fault(0, "redis.silence", ("redis",), 110.0, 130.0),
+            Fault(1, "worker.kill", ("worker",), 110, 111),
+        ]
+        assert failed(made) == ["lost foreign jobs"]
+        made.faults.append(Fault(2, "redis.flushall", ("redis",), 110.0, 110.0))
+        assert failed(made) == []
+        made.faults[2] = replace(made.faults[2], start=90.0, end=91.0)
+        assert failed(made) == ["lost foreign jobs"]
+
+
+def test_a_foreign_job_that_a_worker_had_in_hand() -> None:
+    """From a queue that bears the name of one of ours it may go with a worker, until it was seen aside."""
+    made = evidence()
+    places = ("rq:queue:default", "outbox:foreign:rq:queue:default")
+    made.foreign.append(ForeignJob("x", places, 100.0, [(105.0, places[0], True), (200.0, "", True)]))
+    assert failed(made) == ["lost foreign jobs"]
+    made.faults.append(Fault(0, "worker.kill", ("worker",), 110.0, 111.0))
+    assert failed(made) == []
+    made.foreign[0].looks[0] = (105.0, places[1], True)
+    assert failed(made) == ["lost foreign jobs"]
 
 
 def late(*faults: Fault, lines: list[dict[str, Any]] | None = None) -> dict[int, tuple[int, float | None]]:

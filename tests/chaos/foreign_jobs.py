@@ -1,0 +1,39 @@
+"""Jobs of another application in our Redis database: none is lost through us."""
+
+from collections.abc import Iterator
+
+from tests.chaos.evidence import Evidence, Fault, ForeignJob
+from tests.chaos.intervals import overlaps
+
+_CONNECTIONS = frozenset({"redis.cut", "redis.tear", "redis.refuse", "redis.silence"})
+_KEEPING = _CONNECTIONS | {"redis.pause", "redis.full", "redis.read-only", "redis.hostile-jobs", "redis.foreign-jobs"}
+"""Faults of Redis that take none of its data."""
+_AFTERMATH = 3.0
+"""Seconds after a fault in which a relay may still repair what it did."""
+_SHARED = frozenset({"rq:queue:default", "rq:queue:critical"})
+"""Queues from which our workers take."""
+
+
+def lost_foreign_jobs(evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """Yields the jobs that their owner cannot find or run any more, and that no fault took from Redis."""
+    for job in evidence.foreign:
+        may_be_in_hand = not _SHARED.isdisjoint(job.places)
+        for at, place, has_hash in job.looks:
+            if place and has_hash:
+                may_be_in_hand &= place in _SHARED
+                continue
+            takers = [fault for fault in evidence.faults if _takes(fault, may_be_in_hand=may_be_in_hand)]
+            if not any(overlaps((job.written - _AFTERMATH, at), (fault.start, fault.end)) for fault in takers):
+                yield _name(job), f"was gone at {at:.3f}" if not place else f"had no hash at {at:.3f}"
+            break
+
+
+def _takes(fault: Fault, *, may_be_in_hand: bool) -> bool:
+    """Whether a fault may take a foreign job: with Redis' data, or with the worker or connection that had popped it."""
+    if "redis" in fault.targets and fault.kind not in _KEEPING:
+        return True
+    return may_be_in_hand and ("worker" in fault.targets or fault.kind in _CONNECTIONS)
+
+
+def _name(job: ForeignJob) -> str:
+    return f"job {job.id} in {job.places[0]}"
