@@ -51,7 +51,12 @@ def duplicates(evidence: Evidence) -> list[Duplicate]:
 
 
 def _excuse(evidence: Evidence, mail: Mail) -> tuple[str, str]:
-    return _lost_reply(evidence, mail) or _killed(evidence, mail) or _parted(evidence, mail) or ("", "")
+    return _lost_reply(evidence, mail) or excuse_of_worker(evidence, mail.worker, mail.accepted) or ("", "")
+
+
+def excuse_of_worker(evidence: Evidence, worker: int, at: float) -> tuple[str, str] | None:
+    """Returns why a worker could not mark what it had done at some time, and the kind of fault that did it."""
+    return _killed(evidence, worker, at) or _parted(evidence, worker, at)
 
 
 def _lost_reply(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
@@ -67,33 +72,33 @@ def _lost_reply(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
     return None
 
 
-def _killed(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
+def _killed(evidence: Evidence, worker: int, at: float) -> tuple[str, str] | None:
     """The worker was killed, or ended by a shortage, between the 250 and the mark."""
-    slot = f"worker-{mail.worker}"
+    slot = f"worker-{worker}"
     for end in evidence.exits:
-        if end.slot != slot or end.cause not in ("SIGKILL", *SHORTAGES) or end.at < mail.accepted - _CUT_MARGIN:
+        if end.slot != slot or end.cause not in ("SIGKILL", *SHORTAGES) or end.at < at - _CUT_MARGIN:
             continue
         away = [(fault.start, fault.end) for fault in evidence.faults if "postgres" in fault.targets]
-        lived = end.at - mail.accepted - covered((mail.accepted, end.at), away)
+        lived = end.at - at - covered((at, end.at), away)
         if lived < MARKING_LIMIT:
-            return f"its worker ended {end.at - mail.accepted:.2f} s later", _kind_at(evidence, end.at, "worker")
+            return f"its worker ended {end.at - at:.2f} s later", _kind_at(evidence, end.at, "worker")
         return None
     return None
 
 
-def _parted(evidence: Evidence, mail: Mail) -> tuple[str, str] | None:
+def _parted(evidence: Evidence, worker: int, at: float) -> tuple[str, str] | None:
     """The worker alone could not reach Postgres for longer than its lease: to all others it was dead.
 
     One that can open no connection may have renewed its leases a third of their length before that.
     """
-    slot = f"worker-{mail.worker}"
+    slot = f"worker-{worker}"
     for fault in evidence.faults:
         end = fault.end
         if fault.kind == "worker.few-descriptors" and fault.relieved - fault.start > evidence.lease * 2 / 3:
             end = fault.relieved
         elif fault.kind != "worker.part-from-postgres":
             continue
-        if slot in fault.slots and fault.start - MARKING_LIMIT < mail.accepted < end + MARKING_LIMIT:
+        if slot in fault.slots and fault.start - MARKING_LIMIT < at < end + MARKING_LIMIT:
             return "its worker was parted from Postgres for longer than the lease", fault.kind
     return None
 

@@ -132,6 +132,7 @@ class Row:
     max_retries: int
     last_error: str | None
     created: float
+    task: str = "send_verify_email"
 
 
 @dataclass
@@ -144,6 +145,15 @@ class ForeignJob:
     written: float
     looks: list[tuple[float, str, bool]] = field(default_factory=list)
     """Each time that somebody looked: under which key it was, empty for none, and whether it had its hash."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a handler of the chaos run's own."""
+
+    row: int
+    worker: int
+    at: float
 
 
 @dataclass
@@ -174,6 +184,10 @@ class Evidence:
     bombs: int = 0
     """Pickles that somebody has loaded."""
     foreign: list[ForeignJob] = field(default_factory=list)
+    large_rows: list[int] = field(default_factory=list)
+    """Ids of rows with a large payload whose commit was confirmed."""
+    runs: list[Run] = field(default_factory=list)
+    """Of their handler, by time."""
     calm: float = 0.0
     """When the last fault was over."""
 

@@ -5,6 +5,7 @@ from fnmatch import fnmatch
 
 from tests.chaos import (
     foreign_faults,
+    large_row_faults,
     mail_faults,
     mail_outages,
     process_faults,
@@ -20,6 +21,7 @@ ALL: tuple[Kind, ...] = (
     *mail_faults.KINDS,
     *mail_outages.KINDS,
     *foreign_faults.KINDS,
+    *large_row_faults.KINDS,
 )
 
 

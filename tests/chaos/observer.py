@@ -37,7 +37,7 @@ _USERS = "SELECT username, email, extract(epoch FROM created_at)::float8 FROM us
 
 _ROWS = """
 SELECT id, payload ->> 'username', status, attempts, delivery, max_retries, last_error,
-       extract(epoch FROM created_at)::float8
+       extract(epoch FROM created_at)::float8, task
 FROM outbox
 """
 

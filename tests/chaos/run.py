@@ -14,6 +14,7 @@ from tests.chaos import logbook
 from tests.chaos.evidence import Evidence
 from tests.chaos.faults import Injector, Kind
 from tests.chaos.foreign_faults import look
+from tests.chaos.large_row_faults import read_runs
 from tests.chaos.load import Load
 from tests.chaos.observer import Observer
 from tests.chaos.progress import tell
@@ -64,7 +65,8 @@ async def run(options: Options) -> tuple[Evidence, Observer]:
         await look(stage.redis, stage.foreign)
     # The processes have ended by now, and their ends count.
     evidence.attempts, evidence.faults = [*load.attempts, *stage.imported], injector.faults
-    evidence.foreign = stage.foreign
+    evidence.foreign, evidence.large_rows = stage.foreign, stage.large_rows
+    evidence.runs = read_runs(options.folder)
     evidence.mails, evidence.sessions = stage.mail.mails, stage.mail.sessions
     evidence.overlaps, evidence.refused = stage.mail.overlaps, stage.mail.refused
     evidence.cuts = [cut for proxy in stage.proxies["mail"] for cut in proxy.cuts]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from outbox.up.embedded import embedded_postgres, embedded_redis
+from tests.chaos import handlers
 from tests.chaos.evidence import Attempt, ForeignJob
 from tests.chaos.mailserver import MailServer
 from tests.chaos.ports import free_port
@@ -44,6 +45,7 @@ class Stage:
     imported: list[Attempt] = field(default_factory=list)
     """Users that faults have written straight into Postgres."""
     foreign: list[ForeignJob] = field(default_factory=list)
+    large_rows: list[int] = field(default_factory=list)
 
     async def restore(self) -> None:
         """Ends whatever a fault may have left in force, and waits until all is up."""
@@ -120,6 +122,8 @@ async def open_stage(
                 if module == "service":
                     environment["HTTP_SERVER_ADDRESS"] = f"127.0.0.1:{ports[number]}"
                     environment["VERIFY_EMAIL_DELAY"] = str(delays[number])
+                if module == "worker":
+                    environment |= handlers.environment(number, folder)
                 slots.append(Slot(module, number, environment, logs))
         processes = Processes(slots)
         stack.callback(processes.kill)

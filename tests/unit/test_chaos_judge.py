@@ -16,6 +16,7 @@ from tests.chaos.evidence import (
     Mail,
     Overlap,
     Row,
+    Run,
     Session,
     User,
 )
@@ -497,6 +498,29 @@ def test_a_foreign_job_that_a_worker_had_in_hand() -> None:
     assert failed(made) == []
     made.foreign[0].looks[0] = (105.0, places[1], True)
     assert failed(made) == ["lost foreign jobs"]
+
+
+def test_a_large_row_that_got_lost_or_never_ran() -> None:
+    """It belongs to no user, and is done once it ran."""
+    made = evidence()
+    made.large_rows.append(3)
+    assert failed(made) == ["large rows"]
+    made.rows.append(replace(row(3), username=None, task="take_large_payload"))
+    assert failed(made) == ["large rows"]
+    made.runs.append(Run(3, 0, 101.0))
+    assert failed(made) == []
+    made.rows[-1] = replace(made.rows[-1], status="dead")
+    assert failed(made) == ["unexplained dead"]
+
+
+def test_a_large_row_that_ran_twice() -> None:
+    """Only where its worker could not mark it."""
+    made = evidence()
+    made.rows.append(replace(row(3), username=None, task="take_large_payload"))
+    made.runs += [Run(3, 0, 101.0), Run(3, 1, 120.0)]
+    assert failed(made) == ["large rows"]
+    made.exits.append(Exit("worker-0", "worker", 102.5, -9, "SIGKILL"))
+    assert failed(made) == []
 
 
 def late(*faults: Fault, lines: list[dict[str, Any]] | None = None) -> dict[int, tuple[int, float | None]]:
