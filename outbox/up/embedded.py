@@ -6,7 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +53,18 @@ class EmbeddedServer:
 
 @contextmanager
 def embedded_postgres(
-    folder: Path, *, settings: Sequence[str] = (), supervisor: Supervisor | None = None
+    folder: Path,
+    *,
+    settings: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    supervisor: Supervisor | None = None,
 ) -> Iterator[EmbeddedServer]:
     """Runs Postgres, with a user and an empty database named `outbox`, until the block is left.
 
     Args:
         folder: where its data is, or comes to be; made if need be. One server at a time per folder.
         settings: parameters as in `fsync=off`.
+        environment: of the server; the parent's unless given.
         supervisor: whom to tell about its processes, and who may cut waits short.
 
     Yields:
@@ -78,14 +83,14 @@ def embedded_postgres(
             make_searchable(tree)
     data = _initialized(folder / "data", log, supervisor)
     user = make_own(data)
-    with _socket_folder(data) as sockets:
+    with socket_folder(data) as sockets:
         os.chown(sockets, user.get("user", -1), user.get("group", -1))
         options = [part for setting in ("listen_addresses=", *settings) for part in ("-c", setting)]
         command = [postgres_programs() / "postgres", "-D", data, "-k", f'"{sockets}"', *options]
 
         def start() -> subprocess.Popen[bytes]:
             with log.open("ab") as output:
-                return spawn(supervisor, "postgres", command, output, user=user)
+                return spawn(supervisor, "postgres", command, output, environment=environment, user=user)
 
         url = f"postgresql://outbox@/outbox?host={quote(str(sockets))}"
         server = EmbeddedServer("postgres", url, log, start(), start)
@@ -118,7 +123,7 @@ def embedded_redis(
     folder = _made(folder)
     log = folder / "redis.log"
     log.write_bytes(b"")
-    with _socket_folder(folder) as sockets:
+    with socket_folder(folder) as sockets:
         socket = sockets / "redis.sock"
         options = [("port", "0"), ("unixsocket", str(socket)), ("unixsocketperm", "700"), ("dir", str(folder))]
         options += [("save", ""), ("appendonly", "no")]
@@ -147,7 +152,7 @@ def _made(folder: Path) -> Path:
 
 
 @contextmanager
-def _socket_folder(folder: Path) -> Iterator[Path]:
+def socket_folder(folder: Path) -> Iterator[Path]:
     """Yields the folder itself where sockets may be in it, else a short one; a comma parts two hosts to libpq."""
     if len(os.fsencode(folder)) <= _LONGEST_SOCKET_FOLDER and "," not in str(folder) and '"' not in str(folder):
         yield folder

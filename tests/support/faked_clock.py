@@ -13,11 +13,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 from outbox.up.embedded import EmbeddedServer, embedded_postgres
 
@@ -31,8 +30,11 @@ class NoFakedClockError(Exception):
 class FakedClock:
     """The clock of one server. A change holds at once, in sessions that are open as well."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, library: Path) -> None:
         """Makes the file that the server's processes map; it shows the true time."""
+        file = library.with_suffix(".ahead")
+        self.environment = {"LD_PRELOAD": str(library), "FAKED_CLOCK": str(file)}
+        """What a server needs in its environment to run by this clock."""
         file.write_bytes(struct.pack("=q", 0))
         file.chmod(0o644)
         with file.open("r+b") as opened:
@@ -80,19 +82,8 @@ def clocked_postgres(folder: Path, *, settings: Sequence[str] = ()) -> Iterator[
     library = folder.resolve() / "faked_clock.so"
     library.write_bytes(compiled)
     library.chmod(0o755)
-    file = library.with_suffix(".ahead")
-    clock = FakedClock(file)
-    preloaded = {"LD_PRELOAD": str(library), "FAKED_CLOCK": str(file)}
-    with ExitStack() as stack:
-        with mock.patch.dict(os.environ, preloaded):
-            server = stack.enter_context(embedded_postgres(folder, settings=settings))
-        start = server.start
-
-        def start_clocked() -> subprocess.Popen[bytes]:
-            with mock.patch.dict(os.environ, preloaded):
-                return start()
-
-        server.start = start_clocked
+    clock = FakedClock(library)
+    with embedded_postgres(folder, settings=settings, environment={**os.environ, **clock.environment}) as server:
         yield ClockedPostgres(server, clock)
 
 
