@@ -1,11 +1,14 @@
 """The clock that other tests set: what Postgres sees of it."""
 
+import os
 import time
 
 import psycopg
 import pytest
 
+from tests.conftest import short_folder
 from tests.support.faked_clock import ClockedPostgres
+from tests.support.standby import standby
 from tests.support.waiting import eventually
 
 
@@ -63,3 +66,14 @@ def test_a_restart_keeps_the_clock(clocked_postgres: ClockedPostgres) -> None:
     clocked_postgres.server.process.wait(30)
     clocked_postgres.server.restart()
     assert eventually(lambda: ahead_of(clocked_postgres.url), 30, "Postgres answers") == pytest.approx(60, abs=0.1)
+
+
+def test_a_standby_runs_by_the_same_clock(clocked_postgres: ClockedPostgres) -> None:
+    """What it shows of its own is what the primary does."""
+    environment = {**os.environ, **clocked_postgres.clock.environment}
+    with (
+        short_folder() as folder,
+        standby(folder / "copy", clocked_postgres.url, settings=["fsync=off"], environment=environment) as copy,
+    ):
+        clocked_postgres.clock.set_ahead(60)
+        assert ahead_of(copy.url) == pytest.approx(60, abs=0.1)

@@ -13,6 +13,11 @@ from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
 
 
+def replicating(port: int) -> list[str]:
+    """Returns the settings of a server that is to be a primary or a replica, and is reached by others at a port."""
+    return ["bind 127.0.0.1", f"port {port}", "repl-diskless-sync yes", "repl-diskless-sync-delay 0"]
+
+
 class RedisPair:
     """Two servers. What is connected to the old primary stays connected to it: no socket is closed by a fail-over."""
 
@@ -68,12 +73,7 @@ def redis_pair(folder: Path) -> Iterator[RedisPair]:
     ports = [free_port(), free_port()]
     with ExitStack() as opened:
         servers = [
-            opened.enter_context(
-                embedded_redis(
-                    folder / name,
-                    settings=["bind 127.0.0.1", f"port {port}", "repl-diskless-sync yes", "repl-diskless-sync-delay 0"],
-                )
-            )
+            opened.enter_context(embedded_redis(folder / name, settings=replicating(port)))
             for name, port in zip(("one", "two"), ports, strict=True)
         ]
         clients = [opened.enter_context(outbox_redis.connect(server.url, "test")) for server in servers]

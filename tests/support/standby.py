@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,14 @@ import psycopg
 
 from outbox.up.binaries import postgres_programs
 from outbox.up.child import Supervisor, end, spawn
-from outbox.up.embedded import EmbeddedServer, embedded_postgres
-from outbox.up.unprivileged import make_own
+from outbox.up.embedded import EmbeddedServer, embedded_postgres, socket_folder
+from outbox.up.unprivileged import is_root, make_own, make_searchable
 from tests.support.processes import take_down
 from tests.support.waiting import eventually
 
-_SETTINGS = ("fsync=off", "wal_keep_size=64MB")
+KEPT = "wal_keep_size=64MB"
+"""The setting by which a new primary keeps what the old one lacks when that comes back as its standby."""
+_SETTINGS = ("fsync=off", KEPT)
 
 
 @dataclass
@@ -49,11 +51,7 @@ class Pair:
         with psycopg.connect(self.standby.url, autocommit=True) as connection:
             connection.execute("SELECT pg_promote()")
         self.primary, self.standby = self.standby, self.primary
-        data = self.folders[self.standby.url]
-        with (data / "postgresql.auto.conf").open("a") as settings:
-            settings.write(f"primary_conninfo = 'host={self.folders[self.primary.url]} user=outbox'\n")
-        (data / "standby.signal").touch()
-        os.chown(data / "standby.signal", data.stat().st_uid, data.stat().st_gid)
+        make_standby(self.folders[self.standby.url], self.primary.url)
         self.standby.restart()
         eventually(lambda: is_standby(self.standby), 30, "the old primary is back as a standby")
 
@@ -71,29 +69,68 @@ def streaming_pair(folder: Path) -> Iterator[Pair]:
     Args:
         folder: an empty one of its own, with a short name: sockets are in it.
     """
-    with embedded_postgres(folder / "first", settings=_SETTINGS) as first:
-        data, log = folder / "second", folder / "second.log"
-        source = f"host={folder / 'first' / 'data'} user=outbox"
-        backup = [str(postgres_programs() / "pg_basebackup"), "-D", str(data), "-R", "-c", "fast", "-d", source]
-        subprocess.run(backup, check=True, capture_output=True)
-        for lock in data.glob(".s.PGSQL*"):
-            lock.unlink()
-        user = make_own(data)
-        options = [part for setting in ("listen_addresses=", *_SETTINGS) for part in ("-c", setting)]
-        command = [postgres_programs() / "postgres", "-D", data, "-k", data, *options]
+    with (
+        embedded_postgres(folder / "first", settings=_SETTINGS) as first,
+        standby(folder / "second", first.url, settings=_SETTINGS) as second,
+    ):
+        pair = Pair(
+            first, second, {first.url: folder / "first" / "data", second.url: folder / "second"}, folder / "address"
+        )
+        pair.move_address()
+        yield pair
+
+
+@contextmanager
+def standby(
+    data: Path, primary_url: str, *, settings: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Iterator[EmbeddedServer]:
+    """Copies a primary, and runs the copy as its standby until the block is left.
+
+    Args:
+        data: the copy's folder, which is made; its log is beside it.
+        primary_url: where the primary is, on this machine.
+        settings: parameters as in `fsync=off`.
+        environment: of the server; the parent's unless given.
+
+    Yields:
+        The server, once it answers.
+    """
+    backup = [str(postgres_programs() / "pg_basebackup"), "-D", str(data), "-R", "-N", "-c", "fast", "-d", primary_url]
+    subprocess.run(backup, check=True, capture_output=True)
+    for lock in data.glob(".s.PGSQL*"):
+        lock.unlink()
+    log = data.with_suffix(".log")
+    user = make_own(data)
+    if is_root():
+        make_searchable(data)
+    with socket_folder(data) as sockets:
+        os.chown(sockets, user.get("user", -1), user.get("group", -1))
+        options = [part for setting in ("listen_addresses=", *settings) for part in ("-c", setting)]
+        command = [postgres_programs() / "postgres", "-D", data, "-k", f'"{sockets}"', *options]
 
         def start() -> subprocess.Popen[bytes]:
             with log.open("ab") as output:
-                return spawn(Supervisor(), "postgres", command, output, user=user)
+                return spawn(Supervisor(), "postgres", command, output, environment=environment, user=user)
 
-        second = EmbeddedServer("postgres", _url(data), log, start(), start)
+        server = EmbeddedServer("postgres", _url(sockets), log, start(), start)
         try:
-            eventually(lambda: is_standby(second), 30, "the standby answers")
-            pair = Pair(first, second, {first.url: folder / "first" / "data", second.url: data}, folder / "address")
-            pair.move_address()
-            yield pair
+            eventually(lambda: is_standby(server), 30, "the standby answers")
+            yield server
         finally:
-            end(Supervisor(), second.process, signal.SIGQUIT, 30)
+            end(Supervisor(), server.process, signal.SIGQUIT, 30)
+
+
+def make_standby(data: Path, primary_url: str) -> None:
+    """Makes a server that is down a standby from its next start on.
+
+    Args:
+        data: its data folder.
+        primary_url: whom it is to follow.
+    """
+    with (data / "postgresql.auto.conf").open("a") as settings:
+        settings.write(f"primary_conninfo = '{primary_url}'\n")
+    (data / "standby.signal").touch()
+    os.chown(data / "standby.signal", data.stat().st_uid, data.stat().st_gid)
 
 
 def is_standby(server: EmbeddedServer) -> bool:
