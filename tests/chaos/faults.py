@@ -48,7 +48,10 @@ class Kind:
     name: str
     """As in `redis.kill`."""
     inject: Callable[[Act], Awaitable[None]]
-    """Begins it, holds it, ends it, and returns when what it struck is there again."""
+    """Begins it, holds it, ends it, and returns when what it struck is there again.
+
+    What is there again earlier, while something of the fault still holds, sets the fault's `end` itself.
+    """
     weight: int = 1
     """How often it comes in a round of all kinds."""
     further: tuple[str, ...] = ()
@@ -116,5 +119,5 @@ class Injector:
         except Exception:  # noqa: BLE001 - the run goes on, and is judged by it in the end
             fault.crash = traceback.format_exc()
         finally:
-            fault.end = time.time()
+            fault.end = fault.end or time.time()
             self.current.remove(fault)

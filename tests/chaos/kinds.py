@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 
 from tests.chaos import (
+    failovers,
     foreign_faults,
     large_row_faults,
     mail_faults,
@@ -17,6 +18,7 @@ from tests.chaos.faults import Kind
 ALL: tuple[Kind, ...] = (
     *process_faults.KINDS,
     *server_faults.KINDS,
+    *failovers.KINDS,
     *wire_faults.KINDS,
     *mail_faults.KINDS,
     *mail_outages.KINDS,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psycopg
 
 from tests.chaos.evidence import Row, User
-from tests.chaos.servers import Postgres
+from tests.chaos.stage import Stage
 
 INTERVAL = 0.5
 """Seconds between two samples."""
@@ -46,7 +46,7 @@ FROM outbox
 class Observer:
     """Samples the rows' states until it is cancelled."""
 
-    postgres: Postgres
+    stage: Stage
     samples: list[tuple[float, dict[str, int] | None]] = field(default_factory=list)
     """Seconds since the epoch, and rows by state, those whose time has not come as `not due`; None while Postgres is
     away."""
@@ -60,9 +60,9 @@ class Observer:
         """Samples at a steady pace, through every outage."""
         while True:
             try:
-                async with asyncio.timeout(5), self.postgres.connection() as connection:
+                async with asyncio.timeout(5), self.stage.postgres.connection() as connection:
                     pass
-                async with self.postgres.connection() as connection:
+                async with self.stage.postgres.connection() as connection:
                     while True:
                         await asyncio.sleep(INTERVAL)
                         async with asyncio.timeout(_LIMIT):
@@ -78,7 +78,7 @@ class Observer:
         Args:
             within: seconds; rows that are due later are left out.
         """
-        async with self.postgres.connection() as connection:
+        async with self.stage.postgres.connection() as connection:
             cursor = await connection.execute(_WAITING, [within])
             row = await cursor.fetchone()
         assert row is not None
@@ -86,7 +86,7 @@ class Observer:
 
     async def snapshot(self) -> tuple[list[User], list[Row]]:
         """Returns all users and rows, as of one moment."""
-        async with self.postgres.connection() as connection, connection.transaction():
+        async with self.stage.postgres.connection() as connection, connection.transaction():
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             users = await (await connection.execute(_USERS)).fetchall()
             rows = await (await connection.execute(_ROWS)).fetchall()

@@ -42,6 +42,10 @@ class Proxy:
         """Whether further connections are served."""
         return self._server is not None and not self.resets
 
+    def lead_to(self, upstream: Path | int) -> None:
+        """Passes further connections on to another server; those that there are stay where they are."""
+        self._upstream = upstream
+
     def refuse(self) -> None:
         """Stops listening: further connections are refused by the system."""
         if self._server is not None:

@@ -50,7 +50,7 @@ async def run(options: Options) -> tuple[Evidence, Observer]:
     opened = open_stage(options.folder, options.counts, options.seed, has_faked_clock=has_faked_clock)
     async with opened as stage, AsyncExitStack() as stack:
         evidence.delays = stage.delays
-        observer, pulse = Observer(stage.postgres), Pulse()
+        observer, pulse = Observer(stage), Pulse()
         ports = [proxy.port for proxy in stage.proxies["service"]]
         load = Load(ports, options.rate, random.Random(f"{options.seed} load"))
         stack.push_async_callback(load.close)
@@ -83,8 +83,10 @@ async def _cause_chaos(options: Options, stage: Stage, load: Load, injector: Inj
         group.create_task(load.run(over))
         await asyncio.sleep(_WARM_UP)
         group.create_task(injector.run(options.lanes, over))
-        await asyncio.sleep(options.minutes * 60 - _WARM_UP)
-        over.set()
+        try:
+            await asyncio.sleep(options.minutes * 60 - _WARM_UP)
+        finally:
+            over.set()  # also where the run is cut short: a library may swallow a fault's cancellation
     await stage.restore()
 
 

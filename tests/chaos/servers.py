@@ -3,9 +3,10 @@
 import asyncio
 import signal
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import psutil
@@ -18,6 +19,9 @@ from tests.support.faked_clock import FakedClock
 OBSERVER = "chaos"
 """The name of our own connections to Postgres, which no fault ends."""
 
+_CLIENTS: LiteralString = (
+    f"FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> '{OBSERVER}'"
+)
 _POLL = 0.05
 _START_LIMIT = 60.0
 
@@ -69,6 +73,23 @@ class Postgres:
                     raise
                 await asyncio.sleep(_POLL)
 
+    async def ask(self, query: LiteralString) -> list[tuple[Any, ...]]:
+        """Returns the rows of a query."""
+        async with self.connection() as connection:
+            return await (await connection.execute(query)).fetchall()
+
+    async def await_standby(self) -> None:
+        """Waits until a standby has all that there is, and is sent the rest as it is written."""
+        async with asyncio.timeout(_START_LIMIT):
+            while True:
+                if await self.ask("SELECT FROM pg_stat_replication WHERE state = 'streaming'"):
+                    return
+                await asyncio.sleep(_POLL)
+
+    async def shut_down(self) -> None:
+        """Fast shutdown: connections are ended, and a standby gets all that was written before."""
+        await _shut_down(self._server, signal.SIGINT)
+
     def suspend(self) -> None:
         """Stops the whole tree of processes: the postmaster first, so that no new one is missed."""
         postmaster = psutil.Process(self._server.process.pid)
@@ -87,13 +108,11 @@ class Postgres:
 
     async def terminate_connections(self) -> int:
         """Ends all connections but our own and returns how many there were."""
-        async with self.connection() as connection:
-            cursor = await connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE backend_type = 'client backend' AND application_name <> %s",
-                [OBSERVER],
-            )
-            return cursor.rowcount
+        return len(await self.ask(f"SELECT pg_terminate_backend(pid) {_CLIENTS}"))
+
+    async def clients(self) -> list[str]:
+        """Returns the names of all connections but our own."""
+        return sorted(name for (name,) in await self.ask(f"SELECT application_name {_CLIENTS}"))
 
 
 class Redis:
@@ -131,6 +150,24 @@ class Redis:
             else:
                 return
 
+    async def follow(self, primary: "Redis") -> None:
+        """Becomes a replica and returns when it has all that the primary has."""
+        port = (await primary.client.config_get("port"))["port"]
+        await self.client.replicaof("127.0.0.1", port)
+        async with asyncio.timeout(_START_LIMIT):
+            while True:
+                if (await self.client.info("replication")).get("master_link_status") == "up":
+                    return
+                await asyncio.sleep(_POLL)
+
+    async def clients(self) -> list[str]:
+        """Returns the names of all connections that have one."""
+        return sorted(filter(None, [one["name"] for one in await self.client.client_list()]))
+
+    async def shut_down(self) -> None:
+        """Ends it in order."""
+        await _shut_down(self._server, signal.SIGTERM)
+
     async def copy(self) -> dict[bytes, tuple[int, bytes]]:
         """Returns all keys with their remaining time (ms; 0 for ever) and value, as `DUMP` has it."""
         keys = [key async for key in self.client.scan_iter(count=1000)]
@@ -159,6 +196,32 @@ def loop_time() -> float:
     return asyncio.get_running_loop().time()
 
 
+class Spares:
+    """Servers that are started in the course of a run; all of them end with it, also one that is just starting."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+        self._starter = ThreadPoolExecutor(1)
+
+    async def start(self, server: AbstractContextManager[EmbeddedServer]) -> EmbeddedServer:
+        """Starts one in a thread, so that nothing else waits for it, and returns when it answers."""
+        return await asyncio.get_running_loop().run_in_executor(self._starter, self._opened.enter_context, server)
+
+    def close(self) -> None:
+        """Ends them."""
+        self._starter.shutdown()
+        self._opened.close()
+
+
 async def _restart(server: EmbeddedServer) -> None:
-    await asyncio.get_running_loop().run_in_executor(None, server.process.wait, 30)
+    await _await_end(server)
     server.restart()
+
+
+async def _shut_down(server: EmbeddedServer, number: signal.Signals) -> None:
+    server.process.send_signal(number)
+    await _await_end(server)
+
+
+async def _await_end(server: EmbeddedServer) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, server.process.wait, 30)

@@ -17,8 +17,9 @@ from tests.chaos.mailserver import MailServer
 from tests.chaos.ports import free_port
 from tests.chaos.processes import ROOT, Processes, Slot, clean_environment
 from tests.chaos.proxy import Proxy
-from tests.chaos.servers import Postgres, Redis
+from tests.chaos.servers import Postgres, Redis, Spares
 from tests.support.faked_clock import clocked_postgres
+from tests.support.redis_pair import replicating
 
 DELAYS = (2.0, 0.0)
 """`VERIFY_EMAIL_DELAY` of the services in turn: rq-scheduler's set has a part in some mails, and none in others."""
@@ -35,7 +36,10 @@ class Stage:
     """What faults act on, and the load runs against."""
 
     postgres: Postgres
+    """Whoever it is at present, as of Redis: a fail-over puts another one in its place."""
     redis: Redis
+    spares: Spares
+    """What starts further servers."""
     mail: MailServer
     processes: Processes
     proxies: dict[str, list[Proxy]]
@@ -67,6 +71,12 @@ class Stage:
             for slot in self.processes.slots:
                 await slot.ready.wait()
 
+    async def release(self) -> None:
+        """Lets go of the servers, so that they can be ended."""
+        self.postgres.resume()
+        self.redis.send(signal.SIGCONT)
+        await self.redis.close()
+
     def all_proxies(self) -> list[Proxy]:
         """Returns the proxies of every target."""
         return [proxy for proxies in self.proxies.values() for proxy in proxies]
@@ -91,11 +101,10 @@ async def open_stage(
         has_faked_clock: whether Postgres' clock can be made to jump.
     """
     async with AsyncExitStack() as stack:
+        spares = Spares()
+        stack.callback(spares.close)
         postgres = _postgres(stack, folder / "postgres", has_faked_clock=has_faked_clock)
-        stack.callback(postgres.resume)
-        redis = Redis(stack.enter_context(embedded_redis(folder / "redis")))
-        stack.callback(redis.send, signal.SIGCONT)
-        stack.push_async_callback(redis.close)
+        redis = Redis(stack.enter_context(embedded_redis(folder / "redis", settings=replicating(free_port()))))
         _migrate(postgres.url)
         mail = MailServer(folder, random.Random(f"{seed} mail"))
         stack.callback(mail.close)
@@ -134,7 +143,8 @@ async def open_stage(
         async with asyncio.timeout(60):
             for slot in slots:
                 await slot.ready.wait()
-        stage = Stage(postgres, redis, mail, processes, proxies, delays, folder)
+        stage = Stage(postgres, redis, spares, mail, processes, proxies, delays, folder)
+        stack.push_async_callback(stage.release)
         yield stage
         watching.cancel()
         await processes.close()

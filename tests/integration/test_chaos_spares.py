@@ -1,0 +1,38 @@
+"""Servers that the chaos run starts on its way: none of them outlives it."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from outbox.up.embedded import EmbeddedServer, embedded_redis
+from tests.chaos.servers import Spares
+
+
+def test_a_run_that_ends_while_a_server_starts(tmp_path: Path) -> None:
+    """The server ends as well, though nobody waits for its start any more."""
+    started: list[EmbeddedServer] = []
+    begun, may_start = threading.Event(), threading.Event()
+
+    @contextmanager
+    def slow() -> Iterator[EmbeddedServer]:
+        begun.set()
+        assert may_start.wait(10)
+        with embedded_redis(tmp_path) as server:
+            started.append(server)
+            yield server
+
+    async def run() -> None:
+        spares = Spares()
+        starting = asyncio.create_task(spares.start(slow()))
+        assert await asyncio.to_thread(begun.wait, 10)
+        starting.cancel()
+        await asyncio.wait([starting])
+        may_start.set()
+        spares.close()
+
+    asyncio.run(run())
+
+    (server,) = started
+    assert server.process.poll() is not None

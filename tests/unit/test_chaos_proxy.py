@@ -1,0 +1,42 @@
+"""The chaos run's proxy: the address of a server, which moves in a fail-over."""
+
+import asyncio
+from pathlib import Path
+
+from tests.chaos.proxy import Proxy
+
+
+def test_an_address_that_moves(tmp_path: Path) -> None:
+    """New connections lead to the new server, and one that is open stays where it is."""
+    served: list[asyncio.Task[None] | None] = []
+
+    async def serve(name: str) -> asyncio.Server:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            served.append(asyncio.current_task())
+            while await reader.readline():
+                writer.write(name.encode() + b"\n")
+            writer.close()
+            await writer.wait_closed()
+
+        return await asyncio.start_unix_server(answer, tmp_path / name)
+
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(b"who are you?\n")
+        return (await reader.readline()).strip()
+
+    async def act() -> list[bytes]:
+        async with await serve("old"), await serve("new"):
+            proxy = Proxy("server", tmp_path / "old")
+            await proxy.open()
+            before = await asyncio.open_connection("127.0.0.1", proxy.port)
+            answers = [await ask(*before)]
+            proxy.lead_to(tmp_path / "new")
+            after = await asyncio.open_connection("127.0.0.1", proxy.port)
+            answers += [await ask(*before), await ask(*after)]
+            for _, writer in (before, after):
+                writer.close()
+            await asyncio.gather(*filter(None, served))
+            proxy.close()
+        return answers
+
+    assert asyncio.run(act()) == [b"old", b"old", b"new"]
