@@ -22,7 +22,7 @@ Logger = FilteringBoundLogger
 _LIBRARIES = {
     **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler"), logging.WARNING),
     "uvicorn": logging.ERROR,  # it warns of every stranger who does not speak HTTP
-    "psycopg.pool": logging.ERROR,  # it warns at every try of an outage, which we log once
+    "psycopg": logging.ERROR,  # it warns of every connection and every try of an outage, which we log once
 }
 
 
@@ -65,9 +65,12 @@ class _Counts:
 
     def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
         if event["level"] in ("warning", "error", "critical"):
+            # A library's lines by what they are made from: their text may name an object, and never come again.
+            record: logging.LogRecord | None = event.get("_record")
+            kind = event["event"] if record is None else str(record.msg)
             with self._lock:
-                self._logged[event["event"]] += 1
-                event["nth"] = self._logged[event["event"]]
+                self._logged[kind] += 1
+                event["nth"] = self._logged[kind]
         elif event["event"] == "stopped":
             with self._lock:
                 event["warnings"] = dict(self._logged)

@@ -37,6 +37,25 @@ def test_warnings_are_counted() -> None:
     assert lines[-1]["warnings"] == {"dropped job": 2, "bad": 1, "theirs": 1}
 
 
+def test_warnings_of_libraries_are_counted_by_their_kind() -> None:
+    """Not by their text, which may hold an address or a name: the counts would grow without end."""
+    done = _run(
+        "import logging; library = logging.getLogger('rq.worker');"
+        "[library.warning('%r went wrong', object()) for _ in range(3)]; logs.get().info('stopped')"
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line.get("nth") for line in lines] == [1, 2, 3, None]
+    assert lines[-1]["warnings"] == {"%r went wrong": 3}
+
+
+def test_what_psycopg_ignores_in_an_outage_is_not_logged() -> None:
+    """Each connection that breaks in a transaction would be a line beside ours of the outage."""
+    done = _run(
+        "import logging; logging.getLogger('psycopg').warning('error ignored in rollback'); logs.get().info('ours')"
+    )
+    assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["ours"]
+
+
 def test_a_traceback_shows_no_local_variable() -> None:
     """A password may be in one, on the console as well as in JSON."""
     code = (
