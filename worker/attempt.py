@@ -121,6 +121,8 @@ def _attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
 def _call(claim: Claim, registry: Registry, context: Context) -> Mapping[str, object] | None:
     handler, payload = _handler_and_payload(claim, registry)
     result: object = handler.function(payload, context)
+    if isinstance(result, dict | None):  # nearly always, and the rest takes a while to tell apart
+        return result
     if isawaitable(result) or isgenerator(result) or isasyncgen(result) or isinstance(result, Future):
         if iscoroutine(result) or isgenerator(result):
             result.close()

@@ -8,6 +8,7 @@ from typing import Any, Self
 import psycopg
 from psycopg import Connection, Copy, Cursor
 from psycopg.abc import PQGen
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool, PoolTimeout
 
@@ -109,7 +110,6 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
             reconnect_timeout=postgres.RECONNECT_TIMEOUT,
             configure=_check_writable if pooled else _limit_session,
             check=_check,
-            reset=_reset,
             open=False,
         )
 
@@ -149,6 +149,7 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
     def putconn(self, conn: Connection[Any]) -> None:
         """Takes a connection back."""
         self._lent.discard(conn)
+        _reset(conn)  # not by the pool: that would do it in a thread of its own, and the next handler waits for that
         super().putconn(conn)
 
     def cancel(self, limit: float) -> None:
@@ -167,14 +168,19 @@ def _check(connection: Connection[Any]) -> None:
 
 def _reset(connection: Connection[Any]) -> None:
     """Undoes what a handler may have set on a connection, so that the next one's block is a transaction as ever."""
-    if connection.autocommit:
-        connection.autocommit = False
-    if connection.isolation_level is not None:
-        connection.isolation_level = None
-    if connection.read_only is not None:
-        connection.read_only = None
-    if connection.deferrable is not None:
-        connection.deferrable = None
+    try:
+        if connection.pgconn.transaction_status != TransactionStatus.IDLE:
+            connection.rollback()
+        if connection.autocommit:
+            connection.autocommit = False
+        if connection.isolation_level is not None:
+            connection.isolation_level = None
+        if connection.read_only is not None:
+            connection.read_only = None
+        if connection.deferrable is not None:
+            connection.deferrable = None
+    except (psycopg.Error, TimeLimitError):
+        connection.close()  # the pool opens another
 
 
 def _limit_session(connection: Connection[Any]) -> None:
