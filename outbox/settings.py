@@ -139,6 +139,7 @@ class ServiceSettings(DatabaseSettings):
         default=Address("127.0.0.1", 8080), validation_alias="HTTP_SERVER_ADDRESS"
     )
     verify_email_delay: float = Field(default=10, ge=0, le=86_400 * 365, validation_alias="VERIFY_EMAIL_DELAY")
+    http_connections: int = Field(default=1000, ge=1, validation_alias="OUTBOX_HTTP_CONNECTIONS")
     hash_queue: int = Field(default=128, ge=1, validation_alias="OUTBOX_HASH_QUEUE")
     pool_size: int = Field(default=10, ge=1, le=1000, validation_alias="OUTBOX_POOL_SIZE")
     grace: Seconds = Field(default=25, validation_alias="OUTBOX_GRACE")

@@ -1,18 +1,12 @@
 """`python -m service`: one API process, configured by the environment, stopped by SIGTERM."""
 
-import math
 import signal
-import socket
-
-import uvicorn
 
 from outbox import logs, pooler, postgres, start
 from outbox.endpoints import Address
-from outbox.errors import StartError
 from outbox.outage import Outage
 from outbox.settings import ServiceSettings
-from service.app import create_app
-from service.requests import RequestLog
+from service.server import create_server, listen
 
 
 def main() -> None:
@@ -31,16 +25,7 @@ def main() -> None:
     except postgres.AWAY as error:
         outage.away(error)
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            RequestLog(create_app(settings, outage)),
-            log_config=None,
-            access_log=False,
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=math.ceil(settings.grace),
-        )
-    )
+    server = create_server(settings, outage)
     # For signals that come before uvicorn listens to them, and for the one that it raises once more in the end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
@@ -48,26 +33,6 @@ def main() -> None:
     logs.get().info("started", address=str(address))
     server.run(sockets=[listener])
     logs.get().info("stopped")
-
-
-def listen(address: Address) -> socket.socket:
-    """Opens the socket that the service listens on.
-
-    Raises:
-        StartError: the port is taken, or the host is none of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((address.host, address.port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise StartError(
-            f"HTTP_SERVER_ADDRESS: cannot listen on {address} ({error.strerror}); free it or choose another"
-        ) from error
-    return listener
 
 
 if __name__ == "__main__":

@@ -43,16 +43,14 @@ def problem(
         errors: what is wrong with each field.
         headers: further headers.
     """
-    content = Problem(
-        title=HTTPStatus(status).phrase,
-        status=status,
-        detail=detail,
-        request_id=request.scope["state"].get("request_id", ""),
-        errors=errors,
-    )
-    return Response(
-        content.model_dump(exclude_none=True), status_code=status, media_type=MEDIA_TYPE, headers=headers or {}
-    )
+    content = problem_content(status, detail, request.scope["state"].get("request_id", ""), errors)
+    return Response(content, status_code=status, media_type=MEDIA_TYPE, headers=headers or {})
+
+
+def problem_content(status: int, detail: str, request_id: str, errors: list[Violation] | None = None) -> dict[str, Any]:
+    """Returns the body of the answer for an error; the arguments are those of `problem`."""
+    told = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=request_id, errors=errors)
+    return told.model_dump(exclude_none=True)
 
 
 def _invalid(request: AnyRequest, error: ValidationException) -> Response[dict[str, Any]]:
@@ -131,15 +129,13 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
 
 def described(status: int, description: str, detail: str, errors: list[Violation] | None = None) -> ResponseSpec:
     """Returns the OpenAPI description of an error, with an example."""
-    example = Problem(
-        title=HTTPStatus(status).phrase, status=status, detail=detail, request_id="5f0c2c8e6d4b", errors=errors
-    )
+    example = problem_content(status, detail, "5f0c2c8e6d4b", errors)
     return ResponseSpec(
         Problem,
         description=description,
         media_type=MEDIA_TYPE,
         generate_examples=False,
-        examples=[Example(summary=description, value=example.model_dump(exclude_none=True))],
+        examples=[Example(summary=description, value=example)],
     )
 
 

@@ -19,9 +19,9 @@ from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.postgres import is_outage
 from outbox.registry import Handler, Registry
+from outbox.tally import Tally
 from worker.claim import Claim
 from worker.pace import Pace
-from worker.tally import Tally
 
 _unhandled = Tally()
 """Rows that this worker has given back because it cannot handle them, by task and reason."""

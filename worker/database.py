@@ -16,7 +16,7 @@ from outbox import deadline, logs, postgres
 from outbox.errors import NotNowError, TimeLimitError
 from outbox.postgres import T
 from outbox.queries import query
-from worker.tally import Tally
+from outbox.tally import Tally
 
 WAIT = 10.0
 """Seconds that a handler may wait for a connection; then its row is given back, and no attempt counts."""

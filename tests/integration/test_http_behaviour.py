@@ -14,14 +14,13 @@ import httpx
 import psycopg
 import psycopg.sql
 import pytest
-import uvicorn
 from psycopg_pool.base import AttemptWithBackoff
 
 from outbox import logs, postgres
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
-from service import app, pool
-from service.requests import RequestLog
+from service import pool
+from service.server import create_server
 from tests.conftest import Connection
 from tests.support.processes import frozen
 from tests.support.waiting import eventually
@@ -73,9 +72,7 @@ def user(name: str = "alice", **changes: object) -> dict[str, object]:
 @contextmanager
 def serve(settings: ServiceSettings) -> Iterator[Api]:
     """Runs the service in a thread of this process, with its log in memory."""
-    server = uvicorn.Server(
-        uvicorn.Config(RequestLog(app.create_app(settings)), log_config=None, access_log=False, server_header=False)
-    )
+    server = create_server(settings)
     root = logging.getLogger()
     handlers, level, log = root.handlers, root.level, StringIO()
     with redirect_stdout(log):

@@ -25,10 +25,10 @@ from outbox.message import Message, alternatives
 from outbox.outage import one_line
 from outbox.queries import query
 from outbox.settings import WorkerSettings
+from outbox.tally import Tally
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox.verification import secret_code
 from worker.mail import deliverable
-from worker.tally import Tally
 from worker.together import Together
 
 

@@ -1,0 +1,58 @@
+"""The HTTP server: its socket, and what it is told to do."""
+
+import math
+import socket
+
+import uvicorn
+
+from outbox.endpoints import Address
+from outbox.errors import StartError
+from outbox.outage import Outage
+from outbox.settings import ServiceSettings
+from service.app import create_app
+from service.protocol import IDLE_TIME, limited_protocol
+from service.requests import RequestLog
+
+_RESERVE = 40
+"""Descriptors for what is neither a request's nor Postgres': the log, the listener, the loop, and Python's own."""
+
+
+def create_server(settings: ServiceSettings, outage: Outage | None = None) -> uvicorn.Server:
+    """Returns the server of the whole application; it does not run yet.
+
+    Args:
+        settings: of the service.
+        outage: what is known already of Postgres' absence.
+    """
+    return uvicorn.Server(
+        uvicorn.Config(
+            RequestLog(create_app(settings, outage)),
+            log_config=None,
+            access_log=False,
+            http=limited_protocol(settings.http_connections, _RESERVE + settings.pool_size),
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=IDLE_TIME,
+            timeout_graceful_shutdown=math.ceil(settings.grace),
+        )
+    )
+
+
+def listen(address: Address) -> socket.socket:
+    """Opens the socket that the service listens on.
+
+    Raises:
+        StartError: the port is taken, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address.host, address.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"HTTP_SERVER_ADDRESS: cannot listen on {address} ({error.strerror}); free it or choose another"
+        ) from error
+    return listener

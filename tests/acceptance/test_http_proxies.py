@@ -1,0 +1,91 @@
+"""Behind a real reverse proxy that keeps its connections, nobody gets the answer to somebody else's request."""
+
+import json
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from outbox.settings import ServiceSettings
+from tests.integration.test_http_behaviour import serve, user
+from tests.support import http_proxies
+
+ROUNDS = 40
+
+
+@pytest.fixture(params=["nginx", "haproxy"])
+def port(request: pytest.FixtureRequest, tmp_path: Path, service_settings: ServiceSettings) -> Iterator[int]:
+    """The port of a proxy before a service."""
+    name = str(request.param)
+    if http_proxies.find(name) is None:
+        pytest.skip(f"{name} is not installed")
+    with serve(service_settings) as api, http_proxies.proxy(name, tmp_path, api.port) as port:
+        yield port
+
+
+def offer_upgrade(port: int, worker: int) -> Counter[object]:
+    """Signs users up as Java's client does, which offers HTTP/2 with every request, and smuggles nothing."""
+    answers: Counter[object] = Counter()
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", verify=False, timeout=20) as client:
+        for number in range(ROUNDS):
+            name = f"up_{worker}_{number}"
+            headers = {
+                "X-Request-ID": name,
+                "Connection": "Upgrade, HTTP2-Settings",
+                "Upgrade": "h2c",
+                "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+            }
+            response = client.post("/v1/users", json=user(name), headers=headers)
+            answers[response.status_code, response.headers.get("x-request-id") == name] += 1
+    return answers
+
+
+def look(port: int, worker: int) -> Counter[object]:
+    """Asks for what is answered at once, with an id of its own each time."""
+    answers: Counter[object] = Counter()
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", verify=False, timeout=20) as client:
+        for number in range(ROUNDS * 5):
+            sent = f"look_{worker}_{number}"
+            response = client.get("/healthz", headers={"X-Request-ID": sent})
+            answers[response.status_code, response.headers.get("x-request-id") == sent] += 1
+    return answers
+
+
+def test_nobody_gets_the_answer_to_another_request(port: int) -> None:
+    """Sign-ups that offer an upgrade, and others' requests on the same kept connections, get their own answers."""
+    with ThreadPoolExecutor(6) as threads:
+        offering = [threads.submit(offer_upgrade, port, worker) for worker in range(3)]
+        looking = [threads.submit(look, port, worker) for worker in range(3)]
+        assert sum((future.result() for future in offering), Counter()) == {(201, True): 3 * ROUNDS}
+        assert sum((future.result() for future in looking), Counter()) == {(200, True): 15 * ROUNDS}
+
+
+SMUGGLED = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nX-Request-ID: smuggled\r\nContent-Length: 0\r\n\r\n"
+BODY = json.dumps(user()).encode()
+SMUGGLING = {
+    "a length and chunks": b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" % (5 + len(SMUGGLED)),
+    "two lengths": b"Content-Length: 0\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED),
+    "a folded length": b"Content-Length:\r\n 0\r\nX: a\r\n\r\n",
+    "another coding": b"Transfer-Encoding: gzip, chunked\r\nContent-Length: 0\r\n\r\n",
+    "a coding that is hidden": b"Transfer-Encoding: \x0bchunked\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED),
+    "bare LF": b"X: a\nTransfer-Encoding: chunked\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED),
+    "an offered upgrade": b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED),
+}
+
+
+@pytest.mark.parametrize("framing", SMUGGLING.values(), ids=SMUGGLING)
+def test_nothing_is_smuggled_through(port: int, framing: bytes) -> None:
+    """A request inside another one's body is no request: who comes next gets the own answer."""
+    head = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for _ in range(4):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(head + framing + SMUGGLED)
+            connection.settimeout(0.3)
+            with suppress(TimeoutError, ConnectionResetError):
+                connection.recv(65_536)
+        assert look(port, 0) == {(200, True): 5 * ROUNDS}

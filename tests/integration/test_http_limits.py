@@ -1,0 +1,149 @@
+"""How long the service waits for a client, how much of a head it reads, and how many connections it keeps."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import repeat
+
+import httpx
+import pytest
+
+from outbox.settings import ServiceSettings
+from service import protocol
+from tests.conftest import Connection
+from tests.integration.test_http_behaviour import Api, is_problem, serve, user
+from tests.support.waiting import eventually
+
+LINE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+BODY_LESS = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+
+
+@pytest.fixture
+def api(service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    """A service that waits for half a second, and lets ten connections in."""
+    monkeypatch.setattr(protocol, "HEAD_TIME", 0.5)
+    monkeypatch.setattr(protocol, "BODY_TIME", 0.5)
+    with serve(service_settings.model_copy(update={"http_connections": 10})) as served:
+        yield served
+
+
+def connect(port: int) -> socket.socket:
+    """Opens a connection."""
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def everything(connection: socket.socket) -> bytes:
+    """Returns all that comes until the service closes the connection."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65_536):
+            received += part
+    return received
+
+
+@contextmanager
+def held(port: int, count: int, sent: bytes) -> Iterator[list[socket.socket]]:
+    """Holds connections on which so much has been sent."""
+    with ExitStack() as stack:
+        connections = [stack.enter_context(connect(port)) for _ in range(count)]
+        for connection in connections:
+            connection.sendall(sent)
+        yield connections
+
+
+@pytest.mark.parametrize(
+    "part", [b"X: " + b"x" * 1000 + b"\r\n", b"x" * 10_000], ids=["lines without end", "a line without end"]
+)
+def test_a_head_without_end_is_refused(api: Api, part: bytes) -> None:
+    """At 64 KiB the service stops to read, says so, and answers others meanwhile."""
+    sent = 0
+    with connect(api.port) as connection:
+        connection.sendall(LINE + b"X: ")
+        with suppress(ConnectionError):
+            for piece in repeat(part, 30_000_000 // len(part)):
+                connection.sendall(piece)
+                sent += len(piece)
+                if sent % (len(part) * 50) == 0:
+                    assert api.client.get("/healthz").status_code == 200
+    assert sent < 10_000_000
+    assert [line["why"] for line in api.events("refused an HTTP request")] == [
+        "this is no HTTP request: its head is over 64 KiB"
+    ]
+
+
+def test_a_head_of_64_kib_is_read(api: Api) -> None:
+    """One that is just under the limit is served, and one just over it is a 431."""
+    assert api.client.get("/healthz", headers={"X": "x" * 60_000}).status_code == 200
+    assert is_problem(api.client.get("/healthz", headers={"X": "x" * 66_000}), 431)
+
+
+@pytest.mark.parametrize("sent", [b"G", LINE, BODY_LESS], ids=["a byte", "half a head", "half a body"])
+def test_half_a_request_is_not_waited_for(api: Api, sent: bytes) -> None:
+    """It gets 408, its connection is closed, and the log says so once, however many there are."""
+    with held(api.port, 5, sent) as connections:
+        answers = [everything(connection) for connection in connections]
+
+    assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers)
+    (line,) = api.events("refused an HTTP request")
+    assert "did not come within 0.5 s" in line["why"]
+
+
+def test_a_request_that_drips_is_not_waited_for(api: Api) -> None:
+    """The limit is one for the whole head: a byte now and then does not begin it anew."""
+    began = time.monotonic()
+    with connect(api.port) as connection, suppress(ConnectionError):
+        connection.settimeout(0.05)
+        while time.monotonic() < began + 10:
+            connection.sendall(b"G")
+            with suppress(TimeoutError):
+                assert connection.recv(12) == b"HTTP/1.1 408"
+                break
+    assert time.monotonic() < began + 5
+
+
+def test_what_is_idle_is_closed_without_an_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer to nothing would be taken for the answer to the next request."""
+    monkeypatch.setattr(protocol, "IDLE_TIME", 0.2)
+    with connect(api.port) as silent, connect(api.port) as served:
+        served.sendall(LINE + b"\r\n")
+        assert everything(silent) == b""
+        assert everything(served).count(b"HTTP/1.1 ") == 1
+    assert not api.events("refused an HTTP request")
+
+
+@pytest.mark.parametrize("sent", [b"", LINE, BODY_LESS], ids=["nothing", "half a head", "half a body"])
+def test_many_that_send_nothing_keep_nobody_out(api: Api, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are as many connections as may be, the one that has kept the service waiting longest makes room."""
+    monkeypatch.setattr(protocol, "HEAD_TIME", 60)
+    monkeypatch.setattr(protocol, "BODY_TIME", 60)
+    with held(api.port, 30, sent) as connections:
+        for _ in range(5):
+            with httpx.Client(base_url=f"http://127.0.0.1:{api.port}", verify=False) as client:
+                assert client.get("/healthz").status_code == 200
+        assert all(everything(connection) == b"" for connection in connections[:20])
+    assert len(api.events("too many connections")) == 1
+
+
+def test_requests_that_are_being_answered_make_no_room(api: Api, connection: Connection) -> None:
+    """Where all connections are at work, one more is told to come again, and those get their answers."""
+    with ExitStack() as stack:
+        connection.execute("BEGIN")
+        connection.execute("LOCK TABLE users")
+        busy = [stack.enter_context(connect(api.port)) for _ in range(10)]
+        for number, one in enumerate(busy):
+            one.sendall(sign_up(f"user_{number}"))
+        waiting = "SELECT FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted"
+        eventually(lambda: connection.execute(waiting).fetchall(), 10, "they are at work")
+        with connect(api.port) as further:
+            assert everything(further).startswith(b"HTTP/1.1 503 ")
+        connection.execute("ROLLBACK")
+        assert [everything(one)[:12] for one in busy] == [b"HTTP/1.1 201"] * 10
+
+
+def sign_up(name: str) -> bytes:
+    """Returns a request that creates a user."""
+    body = json.dumps(user(name)).encode()
+    head = "POST /v1/users HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
