@@ -24,6 +24,9 @@ RETRY_AFTER = "1"
 
 TOO_LARGE = f"the body must not be over {MAX_BODY // 1024} KiB"
 
+_MAX_NAME = 100
+"""Characters of a field's name that an answer repeats."""
+
 AnyRequest = Request[Any, Any, Any]
 
 
@@ -72,7 +75,7 @@ def _violation(field: str, text: str) -> Violation:
     elif text.startswith("Input should be a valid dictionary"):
         text = "must be a JSON object"
     text = text.removeprefix("Value error, ")
-    return Violation(field=field, message=text[:1].lower() + text[1:])
+    return Violation(field=field[:_MAX_NAME], message=text[:1].lower() + text[1:])
 
 
 def _http(request: AnyRequest, error: HTTPException) -> Response[dict[str, Any]]:

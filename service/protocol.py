@@ -1,8 +1,7 @@
-"""HTTP/1.1 on one connection: how a request is framed, and how long the service waits for a client."""
+"""HTTP/1.1 on one connection: how long the service waits for a client, and how many it lets in."""
 
 import asyncio
 import json
-import re
 import resource
 from functools import partial
 from http import HTTPStatus
@@ -10,15 +9,14 @@ from typing import Any, cast
 from uuid import uuid4
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from outbox import logs
 from outbox.tally import Tally
+from service.framing import MAX_HEAD, FramedConnection
 from service.problems import MEDIA_TYPE, RETRY_AFTER, problem_content
 from service.requests import HEADER
 
-MAX_HEAD = 64 * 1024
-"""Bytes of a request line and its headers."""
 HEAD_TIME = 10.0
 """Seconds from the first byte of a head to its end."""
 BODY_TIME = 20.0
@@ -26,10 +24,6 @@ BODY_TIME = 20.0
 IDLE_TIME = 75
 """Seconds that a connection may be idle: longer than proxies keep theirs (nginx: 60), so that it is they who close it,
 and no request meets a connection that is about to be closed."""
-
-_END_OF_HEAD = re.compile(rb"\n\r?\n")
-_BARE_LF = re.compile(rb"(?<!\r)\n")
-_FOLDED = re.compile(rb"\n[ \t]")
 
 _tally = Tally()
 
@@ -77,61 +71,14 @@ def limited_protocol(most: int, reserve: int) -> type[asyncio.Protocol]:
     return cast("type[asyncio.Protocol]", partial(Protocol, Crowd(most)))
 
 
-class _Connection(h11.Connection):
-    """h11's connection, which refuses what two servers in a row may understand differently.
-
-    h11 follows RFC 9112, and takes what that permits: a length beside `Transfer-Encoding: chunked`, lines that end in a
-    bare LF, folded headers. A proxy before us that reads one of them otherwise would take the answer to one client's
-    request for another's.
-    """
-
-    refusal: h11.RemoteProtocolError | None = None
-    """Why what the client has sent is no request."""
-
-    def next_event(self) -> Any:
-        try:
-            if self.their_state is h11.IDLE:
-                _check_lines(self.trailing_data[0])
-            event = super().next_event()
-            if isinstance(event, h11.Request):
-                _check_framing(event)
-        except h11.RemoteProtocolError as error:
-            self.refusal = error
-            raise
-        return event
-
-
-def _check_lines(received: bytes) -> None:
-    end = _END_OF_HEAD.search(received)
-    if (end.end() if end else len(received)) > MAX_HEAD:
-        raise h11.RemoteProtocolError(f"its head is over {MAX_HEAD // 1024} KiB", error_status_hint=431)
-    if end:
-        head = received[: end.end()]
-        if _BARE_LF.search(head):
-            raise h11.RemoteProtocolError("a line of the head ends without CR")
-        if _FOLDED.search(head, 0, end.start()):
-            raise h11.RemoteProtocolError("a header is folded")
-
-
-def _check_framing(request: h11.Request) -> None:
-    if not request.http_version.startswith(b"1."):
-        raise h11.RemoteProtocolError("its version is not HTTP/1", error_status_hint=505)
-    names = [name for name, _ in request.headers]
-    if b"transfer-encoding" in names:
-        if b"content-length" in names:
-            raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding exclude each other")
-        if request.http_version < b"1.1":
-            raise h11.RemoteProtocolError("HTTP/1.0 knows no Transfer-Encoding")
-
-
 class Protocol(H11Protocol):
     """uvicorn's protocol, with limits for what a client may keep the service waiting for."""
 
-    conn: _Connection
+    conn: FramedConnection
 
     def __init__(self, crowd: Crowd, **given: Any) -> None:
         super().__init__(**given)
-        self.conn = _Connection(h11.SERVER, MAX_HEAD)
+        self.conn = FramedConnection(h11.SERVER, MAX_HEAD)
         self._crowd = crowd
         self._awaited = ""
         """What the client is to send."""
@@ -212,9 +159,9 @@ class Protocol(H11Protocol):
         if times := _tally.count(why):
             logs.get().warning("refused an HTTP request", why=why, request_id=request_id, times=times)
         self._await()
-        if self.conn.our_state is not h11.IDLE:  # what is answered already needs no more of it
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        if cycle := cast("RequestResponseCycle | None", self.cycle):  # one that is over does not mind
+            cycle.disconnected = True
+            cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(problem_content(status, why, request_id)).encode()
             headers = [

@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Ema
 MAX_BODY = 64 * 1024
 """Bytes that a request's body may have."""
 
+MAX_FIELDS = 20
+"""Fields that a body may have: more than any that is good, and few enough to name each that is not."""
+
 
 def _storable(text: str) -> str:
     if "\0" in text:

@@ -12,7 +12,7 @@ from litestar.params import JSONBody
 
 from service import problems
 from service.passwords import Passwords
-from service.schemas import CreateUser, User, UserCreated, Violation
+from service.schemas import MAX_FIELDS, CreateUser, User, UserCreated, Violation
 from service.store import Store
 
 _ALICE = {
@@ -56,13 +56,15 @@ async def _check_body(request: Request[Any, Any, Any]) -> None:
     if not await request.body():
         raise ClientException("the body is empty: send a JSON object")
     try:
-        await request.json()
+        body = await request.json()
     except SerializationException as error:
         raise ClientException(f"the body is not JSON: {error}") from None
     except UnicodeDecodeError:
         raise ClientException("the body is not valid UTF-8") from None
     except RecursionError:
         raise ClientException("the body is nested too deeply") from None
+    if isinstance(body, dict) and len(body) > MAX_FIELDS:  # else each costs a violation, and the answer grows with them
+        raise ClientException(f"the body has {len(body)} fields: send {', '.join(CreateUser.model_fields)} alone")
 
 
 @post(

@@ -17,7 +17,14 @@ from tests.integration.test_http_behaviour import Api, is_problem, serve, user
 from tests.support.waiting import eventually
 
 LINE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
-BODY_LESS = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+POST = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+BODY_LESS = POST + b"Content-Length: 9\r\n\r\n{"
+
+
+def post(content: object) -> bytes:
+    """Returns a request with a JSON body."""
+    body = json.dumps(content).encode()
+    return POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
 @pytest.fixture
@@ -79,6 +86,29 @@ def test_a_head_of_64_kib_is_read(api: Api) -> None:
     assert is_problem(api.client.get("/healthz", headers={"X": "x" * 66_000}), 431)
 
 
+COSTLY = {
+    "many lines": LINE + b"a:\r\n" * 16_000 + b"\r\n",
+    "many chunks": POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 60_000 + b"0\r\n\r\n",
+    "many fields": post({f"{n:x}": 0 for n in range(5_500)}),
+    "a long field": post({"x" * 60_000: 0}),
+}
+"""Small requests that each kept the service's loop busy for some 40 to 1,000 ms, or got an answer that was larger."""
+
+
+@pytest.mark.parametrize("request_", COSTLY.values(), ids=COSTLY)
+def test_a_small_request_costs_little(api: Api, request_: bytes) -> None:
+    """It is refused before most of it is looked at, in a short answer."""
+    began = time.process_time()
+    with connect(api.port) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(request_)
+        answer = everything(connection)
+    assert time.process_time() - began < 0.5
+    assert answer.split(b" ")[1] in (b"400", b"413", b"431") or not answer
+    assert len(answer) < 2000
+    assert api.client.get("/healthz").status_code == 200
+
+
 @pytest.mark.parametrize("sent", [b"G", LINE, BODY_LESS], ids=["a byte", "half a head", "half a body"])
 def test_half_a_request_is_not_waited_for(api: Api, sent: bytes) -> None:
     """It gets 408, its connection is closed, and the log says so once, however many there are."""
@@ -133,17 +163,10 @@ def test_requests_that_are_being_answered_make_no_room(api: Api, connection: Con
         connection.execute("LOCK TABLE users")
         busy = [stack.enter_context(connect(api.port)) for _ in range(10)]
         for number, one in enumerate(busy):
-            one.sendall(sign_up(f"user_{number}"))
+            one.sendall(post(user(f"user_{number}")))
         waiting = "SELECT FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted"
         eventually(lambda: connection.execute(waiting).fetchall(), 10, "they are at work")
         with connect(api.port) as further:
             assert everything(further).startswith(b"HTTP/1.1 503 ")
         connection.execute("ROLLBACK")
         assert [everything(one)[:12] for one in busy] == [b"HTTP/1.1 201"] * 10
-
-
-def sign_up(name: str) -> bytes:
-    """Returns a request that creates a user."""
-    body = json.dumps(user(name)).encode()
-    head = "POST /v1/users HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)

@@ -1,0 +1,82 @@
+"""Where a request ends, and what is refused because two servers in a row may understand it differently."""
+
+import re
+from typing import Any
+
+import h11
+
+MAX_HEAD = 64 * 1024
+"""Bytes of a request line and its headers."""
+MAX_LINES = 200
+"""Lines of a head: each costs time."""
+MAX_CHUNKS = 1000
+"""Chunks of a body: each costs time, however short it is."""
+
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_FOLDED = re.compile(rb"\n[ \t]")
+
+
+class FramedConnection(h11.Connection):
+    """h11's connection, which refuses what two servers in a row may understand differently.
+
+    h11 follows RFC 9112, and takes what that permits: a length beside `Transfer-Encoding: chunked`, lines that end in a
+    bare LF, folded headers. A proxy before us that reads one of them otherwise would take the answer to one client's
+    request for another's.
+    """
+
+    refusal: h11.RemoteProtocolError | None = None
+    """Why what the client has sent is no request."""
+    _chunks = 0
+    """Of the request that is being read."""
+
+    def next_event(self) -> Any:
+        """Returns what comes next of a request.
+
+        Raises:
+            h11.RemoteProtocolError: it is refused; `refusal` is the same.
+        """
+        try:
+            if self.their_state is h11.IDLE:
+                _check_lines(self.trailing_data[0])
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                self._chunks = 0
+                _check_framing(event)
+            elif isinstance(event, h11.Data) and event.chunk_start:
+                self._chunks += 1
+                _check_chunks(self._chunks)
+        except h11.RemoteProtocolError as error:
+            self.refusal = error
+            raise
+        return event
+
+
+def _check_lines(received: bytes) -> None:
+    end = _END_OF_HEAD.search(received)
+    if (end.end() if end else len(received)) > MAX_HEAD:
+        raise h11.RemoteProtocolError(f"its head is over {MAX_HEAD // 1024} KiB", error_status_hint=431)
+    if received.count(b"\n", 0, end.end() if end else MAX_HEAD) > MAX_LINES:
+        raise h11.RemoteProtocolError(f"its head has over {MAX_LINES} lines", error_status_hint=431)
+    if end:
+        head = received[: end.end()]
+        if _BARE_LF.search(head):
+            raise h11.RemoteProtocolError("a line of the head ends without CR")
+        if _FOLDED.search(head, 0, end.start()):
+            raise h11.RemoteProtocolError("a header is folded")
+
+
+def _check_framing(request: h11.Request) -> None:
+    if not request.http_version.startswith(b"1."):
+        raise h11.RemoteProtocolError("its version is not HTTP/1", error_status_hint=505)
+    names = [name for name, _ in request.headers]
+    if b"transfer-encoding" in names:
+        if b"content-length" in names:
+            raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding exclude each other")
+        if request.http_version < b"1.1":
+            raise h11.RemoteProtocolError("HTTP/1.0 knows no Transfer-Encoding")
+
+
+def _check_chunks(count: int) -> None:
+    if count > MAX_CHUNKS:
+        raise h11.RemoteProtocolError(f"its body has over {MAX_CHUNKS} chunks", error_status_hint=413)
