@@ -94,8 +94,9 @@ def _busy(request: AnyRequest, error: BusyError) -> Response[dict[str, Any]]:
     return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
 
 
-def _away(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
-    return problem(request, 503, "the database is away: try again in a moment", headers={"Retry-After": RETRY_AFTER})
+def _away(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
+    why = "away" if postgres.is_outage(error) else "busy"
+    return problem(request, 503, f"the database is {why}: try again in a moment", headers={"Retry-After": RETRY_AFTER})
 
 
 def _read_only(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool
@@ -126,28 +127,29 @@ class Store:
         Raises:
             psycopg.OperationalError: Postgres is away.
         """
-        async with self._connection() as connection, connection.transaction():
-            cursor = await connection.execute(query("lock_verification"), {"id": email_id})
-            row = await cursor.fetchone()
-            # A made-up row for an id that does not exist, so that the answer takes as long.
-            found = row or {"id": email_id, "username": "", "email": ""}
-            is_right = is_secret_code(code, self.settings.secret_key, found["id"], found["username"], found["email"])
-            if row is None or not is_right:
-                return Verification.WRONG
-            if not row["is_current"]:
-                return Verification.OUTDATED
-            if row["is_used"]:
-                return Verification.USED
-            if row["is_expired"]:
-                return Verification.EXPIRED
-            if use:
-                verified = await connection.execute(
-                    query("verify_user"), {"username": row["username"], "email": row["email"]}
-                )
-                if verified.rowcount != 1:  # the address was changed a moment ago
-                    return Verification.OUTDATED
-                await connection.execute(query("use_verification"), {"id": row["id"]})
-            return Verification.VALID
+        async with self._connection() as connection:
+            found, row = await self._judge(connection, email_id, code)
+            if not use or found is not Verification.VALID or await _use(connection, row):
+                return found
+            # The user, the address or the link has changed since.
+            found, _ = await self._judge(connection, email_id, code)
+            return Verification.USED if found is Verification.VALID else found
+
+    async def _judge(
+        self, connection: AsyncConnection, email_id: int, code: str
+    ) -> tuple[Verification, dict[str, Any]]:
+        cursor = await connection.execute(query("find_verification"), {"id": email_id})
+        row = await cursor.fetchone()
+        # A made-up row for an id that does not exist, so that the answer takes as long.
+        found = row or {"id": email_id, "username": "", "email": ""}
+        is_right = is_secret_code(code, self.settings.secret_key, found["id"], found["username"], found["email"])
+        if row is None or not is_right:
+            return Verification.WRONG, found
+        if not row["is_current"]:
+            return Verification.OUTDATED, found
+        if row["is_used"]:
+            return Verification.USED, found
+        return Verification.EXPIRED if row["is_expired"] else Verification.VALID, found
 
     async def check_ready(self) -> None:
         """Checks that Postgres answers and may be written to, and that its database is in UTF-8 and migrated.
@@ -166,3 +168,14 @@ class Store:
                 postgres.check_applied(set())
             else:
                 postgres.check_applied({row["migration_id"] for row in await cursor.fetchall()})
+
+
+async def _use(connection: AsyncConnection, row: dict[str, Any]) -> bool:
+    """Verifies the user and spends the link, and returns whether both could be done; else nothing is written."""
+    async with connection.transaction():
+        verified = await connection.execute(query("verify_user"), row)
+        used = await connection.execute(query("use_verification"), row)
+        is_done = verified.rowcount == used.rowcount == 1
+        if not is_done:
+            raise psycopg.Rollback
+    return is_done

@@ -592,20 +592,21 @@ WITH stale AS (
 UPDATE verify_emails SET outbox_id = NULL WHERE id = ANY (ARRAY(SELECT id FROM stale));
 
 
--- name: lock_verification
--- A verification whose link was opened, held until it is decided on; and whether it is for the address that its user has.
+-- name: find_verification
+-- The verification whose link was opened; and whether it is for the address that its user has. It locks nothing: anybody
+-- may ask for any id.
 SELECT verification.id, username, verification.email, is_used, expired_at <= now() AS is_expired,
        verification.email = users.email AS is_current
 FROM verify_emails AS verification JOIN users USING (username)
-WHERE verification.id = %(id)s
-FOR UPDATE OF verification;
+WHERE verification.id = %(id)s;
 
 
 -- name: verify_user
--- Marks an address as verified, if it still is its user's.
+-- Marks an address as verified, if it still is its user's. It comes before the link is spent: whoever deletes a user locks
+-- the two in the same order.
 UPDATE users SET is_email_verified = true WHERE username = %(username)s AND email = %(email)s;
 
 
 -- name: use_verification
--- Spends the link that has verified an address.
-UPDATE verify_emails SET is_used = true WHERE id = %(id)s;
+-- Spends the link that has verified an address, unless it was spent or has expired meanwhile.
+UPDATE verify_emails SET is_used = true WHERE id = %(id)s AND NOT is_used AND expired_at > now();

@@ -313,3 +313,38 @@ def test_an_address_that_is_changed_at_the_same_moment_spends_no_link(
             )
         assert answer.result(10).status_code == 410
     assert state(connection) == UNTOUCHED
+
+
+def test_a_wrong_code_waits_for_nobody_and_keeps_nobody_waiting(api: Api, connection: Connection) -> None:
+    """Who has no right code locks nothing: neither a verification that somebody uses, nor others' ways to it."""
+    link = mailed(connection)
+    connection.execute("BEGIN")
+    connection.execute("SELECT FROM verify_emails JOIN users USING (username) FOR UPDATE")
+    wrong = [Link(link.email_id, "0" * 64)] * 20
+    with ThreadPoolExecutor(20) as threads:
+        answers = list(threads.map(lambda link: api.client.get(PATH, params=link.query, headers=JSON), wrong))
+    connection.execute("ROLLBACK")
+
+    assert [answer.status_code for answer in answers] == [400] * 20
+    assert max(answer.elapsed.total_seconds() for answer in answers) < 5
+    written = "SELECT xmax::text FROM verify_emails UNION ALL SELECT xmax::text FROM users"
+    before = connection.execute(written).fetchall()
+    assert api.client.get(PATH, params=wrong[0].query, headers=JSON).status_code == 400
+    assert connection.execute(written).fetchall() == before
+
+
+def test_a_link_that_is_opened_while_its_user_is_deleted(api: Api, connection: Connection) -> None:
+    """Verifying and deleting lock in the same order: neither is the other's deadlock, and nothing is "away"."""
+    link = mailed(connection)
+    connection.execute("BEGIN")
+    connection.execute("SELECT FROM users FOR UPDATE")
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(api.client.get, PATH, params=link.query, headers=JSON)
+        waiting = "SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"
+        eventually(lambda: connection.execute(waiting).fetchall(), 10, "the request waits")
+        connection.execute("DELETE FROM users")
+        connection.execute("COMMIT")
+
+        assert answer.result().status_code == 400
+    assert not api.events("statement refused")
+    assert not api.events("Postgres is away")
