@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -43,6 +42,8 @@ class RQWorker(BaseWorker):
         self.hurry = Event()
         """Give up what has not ended."""
         self._stop_requested_at = 0.0
+        self._signalled_at = 0.0
+        """By the first signal to stop; a command of RQ's is none."""
         self._client = client
         self.installation = Installation(client)
         self._commands: PubSubWorkerThread | None = None
@@ -59,10 +60,14 @@ class RQWorker(BaseWorker):
     def _stop_or_hurry(self) -> None:
         """Takes nothing new and lets handlers end; asked again a second later or more, gives them up at once."""
         now = time.monotonic()
-        if self.stopping.is_set() and now - self._stop_requested_at > 1:
+        self._signalled_at = self._signalled_at or now
+        if now - self._signalled_at > 1:
             self.hurry.set()  # one Ctrl-C may arrive twice, from the terminal and from the process that started us
+        self._stop()
+
+    def _stop(self) -> None:
         if not self.stopping.is_set():
-            self._stop_requested_at = now
+            self._stop_requested_at = time.monotonic()
         self.stopping.set()
 
     def beat(self, *, busy: bool) -> None:
@@ -119,13 +124,16 @@ class RQWorker(BaseWorker):
         )
 
     def handle_payload(self, message: Mapping[str, Any]) -> None:
-        """Obeys RQ's shutdown command. The others speak of forks that this worker does not have."""
+        """Obeys RQ's shutdown command, however often it comes: whoever can write to Redis must not end handlers.
+
+        The other commands speak of forks that this worker does not have.
+        """
         try:
             command = json.loads(message["data"])["command"]
         except (ValueError, TypeError, LookupError, RecursionError):
             command = None
         if command == "shutdown":
-            os.kill(os.getpid(), signal.SIGINT)
+            self._stop()
         else:
             logs.get().warning("ignored an RQ command", command=repr(message["data"][:100]))
 

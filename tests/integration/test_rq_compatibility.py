@@ -1,9 +1,8 @@
 """To the outside it is an RQ worker: stock RQ's own tools see it and command it."""
 
-import os
-import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,14 +130,17 @@ def test_rq_tools_that_want_a_job_find_none(redis_client: redis.Redis) -> None:
         send_stop_job_command(redis_client, "1-1")
 
 
-def test_a_signal_from_rq_is_an_ordinary_stop(worker: OutboxWorker) -> None:
-    """The shutdown command is SIGINT to the process itself, as in RQ."""
-    heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
-    try:
+def test_shutdown_commands_let_handlers_end(worker: OutboxWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many come, and whenever: they are an ordinary stop, and the signal that follows is the first."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for _ in range(3):
         worker.handle_payload({"data": b'{"command": "shutdown"}'})
-        eventually(lambda: heard)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert heard == [signal.SIGINT]
-    assert os.getpid() == worker.pid
+        now[0] += 5
+    assert worker.stopping.is_set()
+    assert not worker.hurry.is_set()
+    worker._stop_or_hurry()
+    assert not worker.hurry.is_set()
+    now[0] += 5
+    worker._stop_or_hurry()
+    assert worker.hurry.is_set()
