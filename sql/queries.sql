@@ -1,11 +1,15 @@
 -- Every statement that runs in production. One block per statement: its name, a line on what it is for, its text.
 -- Parameters are psycopg's %(name)s; intervals are passed as seconds.
+-- Functions are named with their schema, and operators and functions get exactly the types that they are made for: else
+-- one of the same name, made by somebody who may create functions in a schema of our search_path, could fit better and
+-- run with our rights. Names of types cannot be hidden so: pg_catalog is looked into first. Neither can `unnest` of several
+-- arrays, which Postgres' parser itself makes calls of pg_catalog.unnest of; with its schema it would be another function.
 
 
 -- name: add_row
 -- Adds an outbox row in the caller's own transaction; returns no row where its unique key is taken.
 INSERT INTO outbox (task, payload, queue, run_at, max_retries, timeout, unique_key, request_id)
-VALUES (%(task)s, %(payload)s, %(queue)s, now() + make_interval(secs => %(delay)s),
+VALUES (%(task)s, %(payload)s, %(queue)s, pg_catalog.now() + %(delay)s::float8 * interval '1 s',
         %(max_retries)s, %(timeout)s, %(unique_key)s, %(request_id)s)
 ON CONFLICT (unique_key) WHERE status <> 'done' AND unique_key IS NOT NULL DO NOTHING
 RETURNING id;
@@ -14,7 +18,7 @@ RETURNING id;
 -- name: notify_relays
 -- Tells the relays that there are rows to hand over. A hint that may get lost, sent after the commit and never inside
 -- it: a NOTIFY in the writing transaction would make all writers commit one after the other.
-SELECT pg_notify('outbox', '');
+SELECT pg_catalog.pg_notify('outbox', '');
 
 
 -- name: listen
@@ -32,7 +36,7 @@ LISTEN outbox;
 -- A plan that is kept, made for a table of a few pages, reads all of it for each id after a bulk insert, until the next
 -- ANALYZE: marks took 7 s. Compiling a plan takes longer than any statement of ours.
 -- A 201, a claim and an outcome must outlive a crash of Postgres; how far replicas are waited for is left as it is.
-SELECT set_config(name, value, false)
+SELECT pg_catalog.set_config(name, value, false)
 FROM (VALUES ('idle_in_transaction_session_timeout', '30s'),
              ('lock_timeout', '10s'),
              ('statement_timeout', '30s'),
@@ -46,42 +50,45 @@ FROM (VALUES ('idle_in_transaction_session_timeout', '30s'),
              ('plan_cache_mode', 'force_custom_plan'),
              ('jit', 'off'),
              ('exit_on_error', 'off'),
-             ('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'local'))
+             ('synchronous_commit', pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), 'off', 'local'))
      ) AS wanted (name, value)
-WHERE current_setting(name, true) IS NOT NULL;
+WHERE pg_catalog.current_setting(name, true) IS NOT NULL;
 
 
 -- name: limit_session
 -- What the server may do to a handler's session: the first two of these limits.
-SELECT set_config('idle_in_transaction_session_timeout', '30s', false), set_config('lock_timeout', '10s', false);
+SELECT pg_catalog.set_config('idle_in_transaction_session_timeout', '30s', false),
+       pg_catalog.set_config('lock_timeout', '10s', false);
 
 
 -- name: is_read_only
 -- Whether a session may not write: at a standby, or where somebody keeps writes out with default_transaction_read_only.
-SELECT current_setting('transaction_read_only')::boolean AS is_read_only;
+SELECT pg_catalog.current_setting('transaction_read_only')::boolean AS is_read_only;
 
 
 -- name: limit_lock_wait
 -- A session in which a worker claims or marks waits for a lock less long, because all that the worker does waits with it.
 -- A claim waits for a relay that is about to commit.
-SELECT set_config('lock_timeout', '1s', false);
+SELECT pg_catalog.set_config('lock_timeout', '1s', false);
 
 
 -- name: session
 -- Which of the server's sessions this is.
-SELECT pg_backend_pid() AS session;
+SELECT pg_catalog.pg_backend_pid() AS session;
 
 
 -- name: installation
 -- Which installation this is, to tell apart two that use the same Redis database: the server's number, which its standbys
 -- share and a dump that was restored elsewhere does not, the database, and the table, as each schema may have its own.
-SELECT system_identifier || '/' || current_database() || '/' || 'outbox'::regclass::oid AS id FROM pg_control_system();
+SELECT system_identifier::text || '/' || pg_catalog.current_database()::text || '/' || 'outbox'::regclass::oid::text AS id
+FROM pg_catalog.pg_control_system();
 
 
 -- name: missing_settings
 -- What gives our role those settings that it lacks: behind a pooler no session is ours, and they must be the role's. Not
 -- those that a transaction of ours can do without there, such as a format of times.
-SELECT 'ALTER ROLE ' || quote_ident(session_user) || ' SET ' || name || ' = ' || quote_literal(value) AS statement
+SELECT 'ALTER ROLE ' || pg_catalog.quote_ident(session_user) || ' SET ' || name || ' = ' || pg_catalog.quote_literal(value)
+           AS statement
 FROM (VALUES ('idle_in_transaction_session_timeout', '30s', '[1-9]'),
              ('lock_timeout', '10s', '[1-9]'),
              ('transaction_timeout', '0', '^0$'),
@@ -90,21 +97,21 @@ FROM (VALUES ('idle_in_transaction_session_timeout', '30s', '[1-9]'),
              ('array_nulls', 'on', '^on$'),
              ('synchronous_commit', 'on', '^(on|local|remote_.*)$')
      ) AS wanted (name, value, good)
-WHERE current_setting(name, true) !~ good;
+WHERE pg_catalog.current_setting(name, true) !~ good;
 
 
 -- name: unlimit_transaction
 -- Lifts all time limits, should they be the role's, from a transaction that waits for others who migrate, and migrates.
 -- Postgres 17 brought the last.
-SELECT set_config(name, '0', true)
+SELECT pg_catalog.set_config(name, '0', true)
 FROM (VALUES ('idle_in_transaction_session_timeout'), ('lock_timeout'), ('statement_timeout'), ('transaction_timeout'))
          AS limits (name)
-WHERE current_setting(name, true) IS NOT NULL;
+WHERE pg_catalog.current_setting(name, true) IS NOT NULL;
 
 
 -- name: limit_migration
 -- How long a migration, in its transaction, waits for a lock: who comes after it waits behind it, even to add a row.
-SELECT set_config('lock_timeout', %(lock_timeout)s::float8 || 's', true);
+SELECT pg_catalog.set_config('lock_timeout', %(lock_timeout)s::float8::text || 's', true);
 
 
 -- name: applied_migrations
@@ -114,9 +121,9 @@ SELECT migration_id FROM _yoyo_migration;
 
 -- name: first_migration
 -- Whether the tables of the first migration are there, each known by a rule that hardly anybody else's has.
-SELECT count(*) = 3 AS is_applied
+SELECT pg_catalog.count(*) = 3 AS is_applied
 FROM information_schema.table_constraints
-WHERE table_schema = current_schema()
+WHERE table_schema = pg_catalog.current_schema()
   AND (table_name, constraint_name) IN (('users', 'users_username_valid'),
                                         ('verify_emails', 'verify_emails_outbox_id_key'),
                                         ('outbox', 'outbox_running_is_leased'));
@@ -125,18 +132,20 @@ WHERE table_schema = current_schema()
 -- name: record_migration
 -- Notes in a migration's own transaction that it is applied, under the hash by which earlier versions find it.
 INSERT INTO _yoyo_migration (migration_hash, migration_id, applied_at_utc)
-VALUES (encode(sha256(convert_to(%(migration)s, 'UTF8')), 'hex'), %(migration)s, now() AT TIME ZONE 'UTC');
+VALUES (pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to(%(migration)s, 'UTF8')), 'hex'), %(migration)s,
+        pg_catalog.now() AT TIME ZONE 'UTC');
 
 
 -- name: right_to_create
 -- Whether our role may create tables in the schema that they would go to, and what gives it the right. No schema, no right.
-SELECT current_user AS role, coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS has,
-       'GRANT CREATE ON SCHEMA ' || quote_ident(current_schema()) || ' TO ' || quote_ident(current_user) AS statement;
+SELECT current_user AS role, coalesce(pg_catalog.has_schema_privilege(pg_catalog.current_schema(), 'CREATE'), false) AS has,
+       'GRANT CREATE ON SCHEMA ' || pg_catalog.quote_ident(pg_catalog.current_schema()) || ' TO '
+           || pg_catalog.quote_ident(current_user) AS statement;
 
 
 -- name: lock_migrations
 -- One `outbox migrate` at a time; released by the end of the transaction, however that comes.
-SELECT pg_advisory_xact_lock(hashtext('outbox migrate'));
+SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('outbox migrate'));
 
 
 -- name: add_user
@@ -148,7 +157,7 @@ RETURNING username, full_name, email, is_email_verified, password_changed_at, cr
 
 -- name: room
 -- How many more rows of a queue Redis may hold.
-SELECT greatest(0, %(window)s - count(*)) AS rows
+SELECT greatest(0, %(window)s - pg_catalog.count(*)) AS rows
 FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s;
 
 
@@ -164,29 +173,30 @@ FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s;
 WITH room AS (
     SELECT coalesce(
         %(room)s::bigint,
-        greatest(0, %(window)s - (SELECT count(*) FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s))
+        greatest(0, %(window)s - (SELECT pg_catalog.count(*) FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s))
     ) AS rows
 ), claimed AS (
     SELECT id
     FROM outbox
     WHERE status = 'pending' AND queue = %(queue)s
       AND id <> ALL (%(left_out)s::bigint[])
-      AND run_at <= now() + (SELECT CASE WHEN rows * 2 > %(window)s THEN 1 ELSE 0 END FROM room)
-                            * make_interval(secs => %(horizon)s)
+      AND run_at <= pg_catalog.now() + (SELECT CASE WHEN rows * 2 > %(window)s THEN 1::float8 ELSE 0::float8 END FROM room)
+                            * %(horizon)s::float8 * interval '1 s'
     ORDER BY run_at, id
     LIMIT (SELECT least(%(batch)s, rows) FROM room)
     FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE outbox
-SET status = 'enqueued', delivery = delivery + 1, enqueued_at = now()
+SET status = 'enqueued', delivery = delivery + 1, enqueued_at = pg_catalog.now()
 WHERE id = ANY (ARRAY(SELECT id FROM claimed))
 RETURNING id, delivery, task, queue, max_retries, timeout, request_id,
           CASE
               WHEN %(payload_limit)s::integer = 0 THEN ''
-              WHEN pg_column_size(payload) <= %(payload_limit)s::integer THEN left(payload::text, %(payload_limit)s::integer)
-              ELSE '(' || pg_column_size(payload) || ' bytes)'
+              WHEN pg_catalog.pg_column_size(payload) <= %(payload_limit)s::integer
+                  THEN pg_catalog.left(payload::text, %(payload_limit)s::integer)
+              ELSE '(' || pg_catalog.pg_column_size(payload)::text || ' bytes)'
           END AS payload,
-          run_at > clock_timestamp() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
+          run_at > pg_catalog.clock_timestamp() AS scheduled, extract(epoch FROM run_at)::float8 AS run_at;
 
 
 -- name: first_pending
@@ -195,7 +205,7 @@ SELECT id
 FROM outbox
 WHERE status = 'pending' AND queue = %(queue)s
   AND id <> ALL (%(left_out)s::bigint[])
-  AND run_at <= now() + make_interval(secs => %(horizon)s)
+  AND run_at <= pg_catalog.now() + %(horizon)s::float8 * interval '1 s'
 ORDER BY run_at, id
 LIMIT 1
 FOR NO KEY UPDATE SKIP LOCKED;
@@ -206,40 +216,41 @@ FOR NO KEY UPDATE SKIP LOCKED;
 -- over, whether Redis should hold any job, and one that no worker has claimed for longer than a grace, and whether a
 -- lease has passed. It counts nothing and stops at the first row of each. And Postgres' time, which is everybody's.
 -- Times that lie further ahead than any process writes were written before the server's clock was set back.
-SELECT extract(epoch FROM now())::float8 AS now,
+SELECT extract(epoch FROM pg_catalog.now())::float8 AS now,
        ARRAY(
            SELECT name
-           FROM unnest(%(queues)s::text[]) AS name,
+           FROM pg_catalog.unnest(%(queues)s::text[]) AS name,
                 LATERAL (SELECT FROM outbox
                          WHERE status = 'pending' AND queue = name
-                           AND run_at <= now() + make_interval(secs => %(horizon)s)
+                           AND run_at <= pg_catalog.now() + %(horizon)s::float8 * interval '1 s'
                          ORDER BY run_at
                          LIMIT 1) AS row
        ) AS pending,
        EXISTS (SELECT FROM outbox WHERE status = 'enqueued') AS enqueued,
        EXISTS (SELECT FROM outbox
                WHERE status = 'enqueued'
-                 AND (enqueued_at < now() - make_interval(secs => %(grace)s)
-                      OR enqueued_at > now() + make_interval(secs => %(clock_error)s))) AS unclaimed,
-       EXISTS (SELECT FROM outbox WHERE status = 'running' AND lease_until < now())
+                 AND (enqueued_at < pg_catalog.now() - %(grace)s::float8 * interval '1 s'
+                      OR enqueued_at > pg_catalog.now() + %(clock_error)s::float8 * interval '1 s')) AS unclaimed,
+       EXISTS (SELECT FROM outbox WHERE status = 'running' AND lease_until < pg_catalog.now())
        OR EXISTS (SELECT FROM outbox
-                  WHERE status = 'running' AND lease_until > now() + make_interval(secs => %(impossible_lease)s)) AS expired;
+                  WHERE status = 'running'
+                    AND lease_until > pg_catalog.now() + %(impossible_lease)s::float8 * interval '1 s') AS expired;
 
 
 -- name: lock_sweep
 -- Whether this relay is the one that sweeps now; released by the end of the transaction.
-SELECT pg_try_advisory_xact_lock(hashtext('outbox sweep')) AS locked;
+SELECT pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('outbox sweep')) AS locked;
 
 
 -- name: sweep_candidates
 -- Rows that were handed over longer than a grace ago and that no worker has claimed; those that were handed over in the
 -- future among them: the server's clock was set back since.
 SELECT id, delivery, queue, extract(epoch FROM run_at)::float8 AS run_at,
-       extract(epoch FROM now() - enqueued_at)::float8 AS age
+       extract(epoch FROM pg_catalog.now() - enqueued_at)::float8 AS age
 FROM outbox
 WHERE status = 'enqueued'
-  AND (enqueued_at < now() - make_interval(secs => %(grace)s)
-       OR enqueued_at > now() + make_interval(secs => %(clock_error)s));
+  AND (enqueued_at < pg_catalog.now() - %(grace)s::float8 * interval '1 s'
+       OR enqueued_at > pg_catalog.now() + %(clock_error)s::float8 * interval '1 s');
 
 
 -- name: sweep
@@ -251,7 +262,8 @@ WITH locked AS MATERIALIZED (
 UPDATE outbox SET status = 'pending'
 WHERE id = ANY (ARRAY(
     SELECT id
-    FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
+    FROM locked
+    JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
     WHERE status = 'enqueued'
 ))
 RETURNING id, delivery, task, queue, request_id;
@@ -260,7 +272,7 @@ RETURNING id, delivery, task, queue, request_id;
 -- name: limit_wait
 -- How long the statements of a rescue, or of a deletion, wait for a lock in its transaction: while a rescue waits, workers'
 -- renewals do too, and all else that the relay does waits with either.
-SELECT set_config('lock_timeout', '100ms', true);
+SELECT pg_catalog.set_config('lock_timeout', '100ms', true);
 
 
 -- name: expired
@@ -269,7 +281,7 @@ SELECT set_config('lock_timeout', '100ms', true);
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
 FROM outbox
 WHERE status = 'running'
-  AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(impossible_lease)s))
+  AND (lease_until < pg_catalog.now() OR lease_until > pg_catalog.now() + %(impossible_lease)s::float8 * interval '1 s')
   AND id <> ALL (%(refused)s::bigint[])
 ORDER BY lease_until
 LIMIT %(batch)s
@@ -286,7 +298,7 @@ UPDATE outbox SET lease_until = lease_until WHERE id = ANY (%(ids)s);
 UPDATE outbox
 SET status = rescued.status,
     lease_until = NULL,
-    run_at = CASE WHEN rescued.status = 'pending' THEN now() + make_interval(secs => rescued.delay) ELSE run_at END,
+    run_at = CASE WHEN rescued.status = 'pending' THEN pg_catalog.now() + rescued.delay * interval '1 s' ELSE run_at END,
     last_error = rescued.error
 FROM unnest(%(ids)s::bigint[], %(statuses)s::text[], %(delays)s::float8[], %(errors)s::text[])
          AS rescued (id, status, delay, error)
@@ -297,7 +309,7 @@ WHERE outbox.id = rescued.id AND outbox.id = ANY (%(ids)s);
 -- Done rows whose retention time is over, locked to be deleted.
 SELECT id
 FROM outbox
-WHERE status = 'done' AND done_at < now() - make_interval(secs => %(retention)s)
+WHERE status = 'done' AND done_at < pg_catalog.now() - %(retention)s::float8 * interval '1 s'
   AND id <> ALL (%(left_out)s::bigint[])
 ORDER BY done_at
 LIMIT %(batch)s
@@ -326,14 +338,14 @@ WITH RECURSIVE pending (queue) AS (
     FROM enqueued
     WHERE enqueued.queue IS NOT NULL
 )
-SELECT queue, sum(rows)::bigint AS rows
+SELECT queue, pg_catalog.sum(rows)::bigint AS rows
 FROM (
-    SELECT queue, (SELECT count(*) FROM (SELECT FROM outbox
+    SELECT queue, (SELECT pg_catalog.count(*) FROM (SELECT FROM outbox
                                          WHERE status = 'pending' AND queue = pending.queue
                                          LIMIT %(most)s) AS row) AS rows
     FROM pending
     UNION ALL
-    SELECT queue, (SELECT count(*) FROM (SELECT FROM outbox
+    SELECT queue, (SELECT pg_catalog.count(*) FROM (SELECT FROM outbox
                                          WHERE status = 'enqueued' AND queue = enqueued.queue
                                          LIMIT %(most)s) AS row)
     FROM enqueued
@@ -354,21 +366,22 @@ GROUP BY queue;
 -- It takes rows until their payloads, as they are stored, have so many bytes; the others are put off to another claim.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, task, payload, queue, status, max_retries, timeout, request_id, unhandled_since,
-           status = 'enqueued' AND run_at <= now() OR status = 'running' AND worker = %(worker)s AS free
+           status = 'enqueued' AND run_at <= pg_catalog.now() OR status = 'running' AND worker = %(worker)s AS free
     FROM outbox
     WHERE id = ANY (%(ids)s)
-      AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL
+      AND (SELECT pg_catalog.set_config('lock_timeout', '1s', true)) IS NOT NULL
     ORDER BY id
     FOR NO KEY UPDATE
 ), claimed AS (
     UPDATE outbox
     SET status = 'running', attempts = attempts + CASE status WHEN 'enqueued' THEN 1 ELSE 0 END,
-        worker = %(worker)s, started_at = now(), lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
+        worker = %(worker)s, started_at = pg_catalog.now(),
+        lease_until = pg_catalog.clock_timestamp() + %(lease)s::float8 * interval '1 s'
     WHERE id = ANY (ARRAY(
         SELECT id
         FROM (
-            SELECT id, delivery, pg_column_size(payload) AS own_bytes,
-                   sum(pg_column_size(payload)) OVER (ROWS UNBOUNDED PRECEDING) AS bytes
+            SELECT id, delivery, pg_catalog.pg_column_size(payload) AS own_bytes,
+                   pg_catalog.sum(pg_catalog.pg_column_size(payload)) OVER (ROWS UNBOUNDED PRECEDING) AS bytes
             FROM locked
             WHERE free
         ) AS counted
@@ -378,7 +391,7 @@ WITH locked AS MATERIALIZED (
     RETURNING id, attempts AS attempt
 )
 SELECT id, delivery, task, CASE WHEN claimed.id IS NOT NULL THEN payload::text END AS payload, queue, attempt, max_retries,
-       timeout, request_id, extract(epoch FROM now() - unhandled_since)::float8 AS unhandled_for, status,
+       timeout, request_id, extract(epoch FROM pg_catalog.now() - unhandled_since)::float8 AS unhandled_for, status,
        claimed.id IS NOT NULL AS claimed, free
 FROM locked LEFT JOIN claimed USING (id);
 
@@ -397,10 +410,11 @@ SELECT id FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKI
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, status, worker FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 )
-UPDATE outbox SET lease_until = clock_timestamp() + make_interval(secs => %(lease)s)
+UPDATE outbox SET lease_until = pg_catalog.clock_timestamp() + %(lease)s::float8 * interval '1 s'
 WHERE id = ANY (ARRAY(
     SELECT id
-    FROM locked JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
+    FROM locked
+    JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
     WHERE status = 'running' AND worker = %(worker)s
 ))
 RETURNING id, delivery;
@@ -427,10 +441,11 @@ UPDATE outbox
 SET status = outcome.status,
     lease_until = NULL,
     attempts = coalesce(outcome.attempts, outbox.attempts - 1),
-    run_at = CASE WHEN outcome.status = 'done' THEN run_at ELSE now() + make_interval(secs => outcome.delay) END,
-    done_at = CASE WHEN outcome.status = 'done' THEN now() END,
+    run_at = CASE WHEN outcome.status = 'done' THEN run_at ELSE pg_catalog.now() + outcome.delay * interval '1 s' END,
+    done_at = CASE WHEN outcome.status = 'done' THEN pg_catalog.now() END,
     last_error = coalesce(outcome.error, last_error),
-    unhandled_since = CASE WHEN outbox.id = ANY (%(unhandled)s::bigint[]) THEN coalesce(unhandled_since, now()) END
+    unhandled_since = CASE WHEN outbox.id = ANY (%(unhandled)s::bigint[])
+                               THEN coalesce(unhandled_since, pg_catalog.now()) END
 FROM outcome
 WHERE outbox.id = outcome.id
 RETURNING outbox.id, outbox.delivery;
@@ -449,15 +464,15 @@ WHERE worker = %(worker)s;
 
 -- name: count_dead
 -- How many rows are dead, of one task or of all.
-SELECT count(*) AS rows
+SELECT pg_catalog.count(*) AS rows
 FROM outbox
 WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
 
 
 -- name: list_dead
 -- The newest dead rows for an operator's table; of a payload only its beginning.
-SELECT id, task, attempts, max_retries, extract(epoch FROM now() - started_at)::float8 AS age, last_error,
-       left(payload::text, %(payload_limit)s) AS payload
+SELECT id, task, attempts, max_retries, extract(epoch FROM pg_catalog.now() - started_at)::float8 AS age, last_error,
+       pg_catalog.left(payload::text, %(payload_limit)s::integer) AS payload
 FROM outbox
 WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s)
 ORDER BY id DESC
@@ -466,7 +481,7 @@ LIMIT %(limit)s;
 
 -- name: list_dead_json
 -- The same rows whole, for programs. Postgres writes the JSON, so that no number in a payload is rounded.
-SELECT to_json(outbox)::text AS document
+SELECT pg_catalog.to_json(outbox)::text AS document
 FROM outbox
 WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s)
 ORDER BY id DESC
@@ -475,21 +490,22 @@ LIMIT %(limit)s;
 
 -- name: show_utc
 -- Has the rest of a transaction show times in UTC, and as ISO 8601 has them.
-SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true);
+SELECT pg_catalog.set_config('TimeZone', 'UTC', true), pg_catalog.set_config('DateStyle', 'ISO', true);
 
 
 -- name: show_row
 -- All of one row, for an operator and for programs.
 SELECT status, task, queue, attempts, max_retries, last_error, worker, unique_key, request_id,
-       date_trunc('second', created_at)::text AS created_at, date_trunc('second', started_at)::text AS started_at,
-       jsonb_pretty(payload) AS payload, to_json(outbox)::text AS document
+       pg_catalog.date_trunc('second', created_at)::text AS created_at,
+       pg_catalog.date_trunc('second', started_at)::text AS started_at,
+       pg_catalog.jsonb_pretty(payload) AS payload, pg_catalog.to_json(outbox)::text AS document
 FROM outbox
 WHERE id = %(id)s;
 
 
 -- name: dead_ids
 -- Every row that is dead now, of one task or of all: what a command that takes all of them works off in batches.
-SELECT coalesce(array_agg(id ORDER BY id), '{}') AS ids
+SELECT coalesce(pg_catalog.array_agg(id ORDER BY id), '{}') AS ids
 FROM outbox
 WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
 
@@ -502,7 +518,8 @@ WITH dead AS (
     SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR NO KEY UPDATE
 )
 UPDATE outbox
-SET status = 'pending', attempts = 0, run_at = least(greatest(now(), run_at), now() + interval '1 minute'),
+SET status = 'pending', attempts = 0,
+    run_at = least(greatest(pg_catalog.now(), run_at), pg_catalog.now() + interval '1 minute'),
     lease_until = NULL, worker = NULL, unhandled_since = NULL
 WHERE id = ANY (ARRAY(SELECT id FROM dead))
 RETURNING id;
@@ -518,7 +535,7 @@ DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM dead)) RETURNING id;
 
 -- name: unhandled_ids
 -- Every row that workers give back because they cannot handle it, of one task or of all.
-SELECT coalesce(array_agg(id ORDER BY id), '{}') AS ids
+SELECT coalesce(pg_catalog.array_agg(id ORDER BY id), '{}') AS ids
 FROM (
     SELECT id, task FROM outbox WHERE status = 'pending' AND unhandled_since IS NOT NULL
     UNION ALL
@@ -560,11 +577,11 @@ WITH recipient AS MATERIALIZED (
         OFFSET 0
         FOR KEY SHARE SKIP LOCKED
     ) AS found ON true
-    WHERE (SELECT set_config('lock_timeout', '250ms', true)) IS NOT NULL
+    WHERE (SELECT pg_catalog.set_config('lock_timeout', '250ms', true)) IS NOT NULL
       AND (email IS NOT NULL OR (SELECT true FROM users WHERE users.username = row.username))
 ), opened AS (
     INSERT INTO verify_emails (outbox_id, username, email, expired_at)
-    SELECT outbox_id, username, email, now() + make_interval(secs => %(lifetime)s)
+    SELECT outbox_id, username, email, pg_catalog.now() + %(lifetime)s::float8 * interval '1 s'
     FROM recipient
     WHERE NOT is_email_verified
     ORDER BY outbox_id
@@ -573,7 +590,7 @@ WITH recipient AS MATERIALIZED (
       AND NOT verify_emails.is_used
     RETURNING outbox_id, id
 )
-SELECT outbox_id, full_name, email, is_email_verified, opened.id, extract(epoch FROM now())::float8 AS now
+SELECT outbox_id, full_name, email, is_email_verified, opened.id, extract(epoch FROM pg_catalog.now())::float8 AS now
 FROM recipient LEFT JOIN opened USING (outbox_id);
 
 
@@ -595,7 +612,7 @@ UPDATE verify_emails SET outbox_id = NULL WHERE id = ANY (ARRAY(SELECT id FROM s
 -- name: find_verification
 -- The verification whose link was opened; and whether it is for the address that its user has. It locks nothing: anybody
 -- may ask for any id.
-SELECT verification.id, username, verification.email, is_used, expired_at <= now() AS is_expired,
+SELECT verification.id, username, verification.email, is_used, expired_at <= pg_catalog.now() AS is_expired,
        verification.email = users.email AS is_current
 FROM verify_emails AS verification JOIN users USING (username)
 WHERE verification.id = %(id)s;
@@ -609,4 +626,4 @@ UPDATE users SET is_email_verified = true WHERE username = %(username)s AND emai
 
 -- name: use_verification
 -- Spends the link that has verified an address, unless it was spent or has expired meanwhile.
-UPDATE verify_emails SET is_used = true WHERE id = %(id)s AND NOT is_used AND expired_at > now();
+UPDATE verify_emails SET is_used = true WHERE id = %(id)s AND NOT is_used AND expired_at > pg_catalog.now();

@@ -20,4 +20,4 @@ CREATE TABLE IF NOT EXISTS _yoyo_version (
     installed_at_utc timestamp
 );
 INSERT INTO _yoyo_version
-SELECT 2, now() AT TIME ZONE 'UTC' WHERE NOT EXISTS (SELECT FROM _yoyo_version);
+SELECT 2, pg_catalog.now() AT TIME ZONE 'UTC' WHERE NOT EXISTS (SELECT FROM _yoyo_version);

@@ -7,16 +7,16 @@ CREATE TABLE users (
     full_name           text        NOT NULL,
     email               text        NOT NULL,
     is_email_verified   boolean     NOT NULL DEFAULT false,
-    password_changed_at timestamptz NOT NULL DEFAULT now(),
-    created_at          timestamptz NOT NULL DEFAULT now(),
+    password_changed_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+    created_at          timestamptz NOT NULL DEFAULT pg_catalog.now(),
 
     CONSTRAINT users_username_valid  CHECK (username ~ '^[a-z0-9_]{3,100}$'),
-    CONSTRAINT users_full_name_valid CHECK (char_length(full_name) BETWEEN 3 AND 100),
-    CONSTRAINT users_email_valid     CHECK (char_length(email) BETWEEN 3 AND 200)
+    CONSTRAINT users_full_name_valid CHECK (pg_catalog.char_length(full_name) BETWEEN 3 AND 100),
+    CONSTRAINT users_email_valid     CHECK (pg_catalog.char_length(email) BETWEEN 3 AND 200)
 );
 
 -- One address, one user: Alice@example.com and alice@example.com reach the same person.
-CREATE UNIQUE INDEX users_email_key ON users (lower(email));
+CREATE UNIQUE INDEX users_email_key ON users (pg_catalog.lower(email));
 
 CREATE TABLE verify_emails (
     id         bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -24,7 +24,7 @@ CREATE TABLE verify_emails (
     username   text        NOT NULL REFERENCES users ON DELETE CASCADE,
     email      text        NOT NULL,
     is_used    boolean     NOT NULL DEFAULT false,
-    created_at timestamptz NOT NULL DEFAULT now(),
+    created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
     expired_at timestamptz NOT NULL,
 
     CONSTRAINT verify_emails_outbox_id_key UNIQUE (outbox_id)
@@ -43,7 +43,7 @@ CREATE TABLE outbox (
     payload     jsonb       NOT NULL,
     queue       text        NOT NULL DEFAULT 'default',
     status      text        NOT NULL DEFAULT 'pending',
-    run_at      timestamptz NOT NULL DEFAULT now(),
+    run_at      timestamptz NOT NULL DEFAULT pg_catalog.now(),
     delivery    integer     NOT NULL DEFAULT 0,
     attempts    integer     NOT NULL DEFAULT 0,
     max_retries integer     NOT NULL DEFAULT 25,
@@ -53,20 +53,20 @@ CREATE TABLE outbox (
     unique_key  text,
     request_id  text,
     last_error  text,
-    created_at  timestamptz NOT NULL DEFAULT now(),
+    created_at  timestamptz NOT NULL DEFAULT pg_catalog.now(),
     enqueued_at timestamptz,
     started_at  timestamptz,
     done_at     timestamptz,
 
-    CONSTRAINT outbox_task_valid        CHECK (char_length(task) BETWEEN 1 AND 100),
-    CONSTRAINT outbox_payload_object    CHECK (jsonb_typeof(payload) = 'object'),
+    CONSTRAINT outbox_task_valid        CHECK (pg_catalog.char_length(task) BETWEEN 1 AND 100),
+    CONSTRAINT outbox_payload_object    CHECK (pg_catalog.jsonb_typeof(payload) = 'object'),
     CONSTRAINT outbox_queue_valid       CHECK (queue ~ '^[A-Za-z0-9_-]{1,50}$'),
     CONSTRAINT outbox_status_known      CHECK (status IN ('pending', 'enqueued', 'running', 'done', 'dead')),
     CONSTRAINT outbox_delivery_valid    CHECK (delivery >= 0),
     CONSTRAINT outbox_attempts_valid    CHECK (attempts >= 0),
     CONSTRAINT outbox_max_retries_valid CHECK (max_retries BETWEEN 0 AND 1000),
     CONSTRAINT outbox_timeout_valid     CHECK (timeout BETWEEN 1 AND 86400),
-    CONSTRAINT outbox_unique_key_valid  CHECK (char_length(unique_key) BETWEEN 1 AND 200),
+    CONSTRAINT outbox_unique_key_valid  CHECK (pg_catalog.char_length(unique_key) BETWEEN 1 AND 200),
     CONSTRAINT outbox_running_is_leased CHECK ((status = 'running') = (lease_until IS NOT NULL)),
     CONSTRAINT outbox_done_is_dated     CHECK ((status = 'done') = (done_at IS NOT NULL))
 );

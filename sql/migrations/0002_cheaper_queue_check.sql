@@ -5,4 +5,4 @@
 -- What it lets through is the same, so the lock that this takes need not last until all rows are looked at.
 ALTER TABLE outbox
     DROP CONSTRAINT outbox_queue_valid,
-    ADD CONSTRAINT outbox_queue_valid CHECK (queue ~ '^[A-Za-z0-9_-]+$' AND char_length(queue) <= 50) NOT VALID;
+    ADD CONSTRAINT outbox_queue_valid CHECK (queue ~ '^[A-Za-z0-9_-]+$' AND pg_catalog.char_length(queue) <= 50) NOT VALID;

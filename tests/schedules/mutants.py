@@ -49,12 +49,15 @@ MUTANTS: dict[str, Mutant] = {
     "claim_judges_first": _rewritten(
         "claim", "WHERE id = ANY (%(ids)s)\n", "WHERE id = ANY (%(ids)s) AND status IN ('enqueued', 'running')\n"
     ),
-    "claim_without_time": _rewritten("claim", "status = 'enqueued' AND run_at <= now()", "status = 'enqueued'"),
+    "claim_without_time": _rewritten(
+        "claim", "status = 'enqueued' AND run_at <= pg_catalog.now()", "status = 'enqueued'"
+    ),
     "rescue_without_lease": _both(
-        _rewritten("look", "WHERE status = 'running' AND lease_until < now()", "WHERE status = 'running'"),
+        _rewritten("look", "WHERE status = 'running' AND lease_until < pg_catalog.now()", "WHERE status = 'running'"),
         _rewritten(
             "expired",
-            "\n  AND (lease_until < now() OR lease_until > now() + make_interval(secs => %(impossible_lease)s))",
+            "\n  AND (lease_until < pg_catalog.now()"
+            " OR lease_until > pg_catalog.now() + %(impossible_lease)s::float8 * interval '1 s')",
             "",
         ),
     ),

@@ -8,15 +8,15 @@ import pytest
 from outbox.queries import query, sql_folder
 
 _TEXT = (sql_folder() / "queries.sql").read_text(encoding="utf-8")
-_NAMES = re.findall(r"^-- name: (\w+)$", _TEXT, re.MULTILINE)
+NAMES = re.findall(r"^-- name: (\w+)$", _TEXT, re.MULTILINE)
 
 
 def test_every_statement_has_a_name_of_its_own() -> None:
     """A second block of a name would silently replace the first."""
-    assert len(_NAMES) == len(set(_NAMES)) > 15
+    assert len(NAMES) == len(set(NAMES)) > 15
 
 
-@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_statement_says_what_it_is_for(name: str) -> None:
     """A line of purpose stands under the name; it does not go to Postgres, nor does a second statement."""
     assert re.search(rf"^-- name: {name}\n-- \S", _TEXT, re.MULTILINE)
@@ -33,7 +33,7 @@ def test_every_statement_is_used() -> None:
         for folder in ("outbox", "service", "relay", "worker")
         for path in Path(folder).rglob("*.py")
     )
-    assert [name for name in _NAMES if f'query("{name}")' not in code] == []
+    assert [name for name in NAMES if f'query("{name}")' not in code] == []
 
 
 def test_an_unknown_name_is_an_error() -> None:
