@@ -2,7 +2,7 @@
 
 from threading import Event
 
-from outbox import logs, redis_url, start
+from outbox import encryption, logs, redis_url, start
 from outbox.settings import RelaySettings
 from relay.loop import Relay
 
@@ -12,6 +12,7 @@ def main() -> None:
     settings = RelaySettings.from_environment()
     redis_url.check(settings.redis_url)
     logs.configure("relay", settings.log_level, settings.log_format)
+    encryption.tell_of_plain_text(settings.database_url, redis_url=settings.redis_url)
     stop = Event()
     start.on_stop_signal(stop.set)
     Relay(settings, stop).run()

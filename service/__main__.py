@@ -2,7 +2,7 @@
 
 import signal
 
-from outbox import logs, pooler, postgres, start
+from outbox import encryption, logs, pooler, postgres, start
 from outbox.endpoints import Address
 from outbox.outage import Outage
 from outbox.settings import ServiceSettings
@@ -13,6 +13,7 @@ def main() -> None:
     """Serves until SIGTERM or SIGINT, then finishes the requests in flight."""
     settings = ServiceSettings.from_environment()
     logs.configure("service", settings.log_level, settings.log_format)
+    encryption.tell_of_plain_text(settings.database_url)
     listener = listen(settings.http_server_address)
     outage = Outage("Postgres")
     try:

@@ -4,7 +4,7 @@ import logging
 import os
 import traceback
 
-from outbox import logs, redis_url, start
+from outbox import encryption, logs, redis_url, start
 from outbox.errors import SettingsError, TaskError
 from outbox.settings import WorkerSettings
 from worker.handlers import registry
@@ -16,6 +16,7 @@ def main() -> None:
     settings = WorkerSettings.from_environment()
     redis_url.check(settings.redis_url)
     logs.configure("worker", settings.log_level, settings.log_format)
+    encryption.tell_of_plain_text(settings.database_url, redis_url=settings.redis_url, smtp_server=settings.smtp_server)
     try:
         handlers = registry(settings.handlers)
     except TaskError as error:
