@@ -140,8 +140,12 @@ def redis_url(value: str) -> str:
     database = parts.path.strip("/")
     if parts.scheme != "unix" and database and not database.isdecimal():
         raise ValueError("must end in the number of a database, as in redis://localhost:6379/0")
-    if unknown := sorted({name for name, _ in parse_qsl(parts.query)} - _REDIS_OPTIONS):
-        raise ValueError(f"has options that are not known here: {', '.join(unknown)}")
+    if not {name for name, _ in parse_qsl(parts.query)} <= _REDIS_OPTIONS:
+        # Not quoted: what stands behind a question mark may be the rest of a password.
+        raise ValueError(
+            f"has an option that is not known here, which are {', '.join(sorted(_REDIS_OPTIONS))};"
+            " percent-encode special characters in the password"
+        )
     for name, given in parse_qsl(parts.query):
         if name in _REDIS_NUMBERS and not re.fullmatch("[0-9]+", given):
             raise ValueError(f"has an option {name} that is not a whole number")

@@ -10,11 +10,13 @@ from contextvars import ContextVar
 from threading import Lock
 from typing import Any, Literal
 
+import psycopg
 import structlog
 from pydantic_core import from_json, to_json
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from outbox.log_writer import LogWriter
+from outbox.printable import printable
 from outbox.verification import masked
 
 Logger = FilteringBoundLogger
@@ -104,8 +106,8 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
     counted: list[Processor] = [*shared, _Counts()]
     renderer: Processor
     if log_format == "console":
-        renderer = structlog.dev.ConsoleRenderer(
-            colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
+        renderer = _escaping(
+            structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback)
         )
     else:
         renderer = structlog.processors.JSONRenderer(_to_json)
@@ -114,7 +116,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
     drain()
     output = LogWriter(sys.stdout)
     structlog.configure(
-        processors=[*counted, _forward_to_trackers, *final],
+        processors=[*counted, _hide_rows, _forward_to_trackers, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: _Lines(output),
         cache_logger_on_first_use=True,
@@ -127,7 +129,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=counted,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _hide_rows, *final],
         )
     )
     root = logging.getLogger()
@@ -166,6 +168,33 @@ TRACEBACK_LIMIT = 10_000
 def _shorten_traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     if isinstance(text := event.get("exception"), str):
         event["exception"] = masked(text)[-TRACEBACK_LIMIT:]
+    return event
+
+
+def _escaping(render: Processor) -> Processor:
+    """Returns a renderer that escapes what a terminal would obey: paths, ids and names of tasks are others' text."""
+
+    def rendered(logger: WrappedLogger, method: str, event: EventDict) -> Any:
+        for name, value in event.items():
+            if isinstance(value, str):
+                event[name] = printable(value, "\n\t" if name == "exception" else "")
+            elif not isinstance(value, bool | int | float | None):
+                event[name] = printable(repr(value))
+        return render(logger, method, event)
+
+    return rendered
+
+
+def _hide_rows(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Cuts from Postgres' errors, of which a traceback shows the text, the rows that they quote."""
+    error, seen = event.get("exc_info"), set[int]()
+    if isinstance(error, tuple):
+        error = error[1]
+    while isinstance(error, BaseException) and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, psycopg.Error):
+            error.args = (error.diag.message_primary or str(error),)
+        error = error.__cause__ or error.__context__
     return event
 
 

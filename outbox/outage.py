@@ -3,6 +3,8 @@
 import time
 from threading import Lock
 
+import psycopg
+
 from outbox import logs
 from outbox.backoff import reconnect_delay
 from outbox.verification import masked
@@ -40,6 +42,12 @@ class Outage:
 
 def one_line(error: BaseException) -> str:
     """Returns an error's class and text on one line of at most 500 characters, all of which Postgres can store."""
-    text = " ".join(masked(str(error)).replace("\0", "\ufffd").encode(errors="replace").decode().split())
+    told = without_detail(error) if isinstance(error, psycopg.Error) else str(error)
+    text = " ".join(masked(told).replace("\0", "\ufffd").encode(errors="replace").decode().split())
     name = type(error).__name__
     return (f"{name}: {text}" if text else name)[:500]
+
+
+def without_detail(error: psycopg.Error) -> str:
+    """Returns what Postgres says of an error, without the row that it quotes: there may be a password's hash in it."""
+    return error.diag.message_primary or str(error)

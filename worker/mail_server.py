@@ -11,7 +11,7 @@ from outbox.outage import one_line
 from outbox.settings import WorkerSettings
 from worker.addresses import Address, Addresses, OwnName
 from worker.mail_errors import MailError, MailServerError
-from worker.replies import Refused, fault_of, quoted
+from worker.replies import Refused, fault_of, quoted, status_of
 from worker.smtp import SHORTEST, Smtp, SmtpOverTls
 
 PATIENCE = 3.0
@@ -114,7 +114,8 @@ class MailServer:
 
 def refusal(refused: Refused, code: int, text: bytes | str) -> MailError:
     """Returns what to raise for a refusal; one that names the mailbox is for the caller to tell."""
-    reply = quoted(code, text)
+    # What a server says of a login may quote it, password and all.
+    reply = status_of(code, text) if refused == "the login" else quoted(code, text)
     sentence = f"the mail server does not take {refused}: {reply}"
     if fault_of(refused, code, text if isinstance(text, bytes) else text.encode()) == "server":
         return MailServerError(sentence, refused, reply)

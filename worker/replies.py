@@ -50,6 +50,12 @@ def fault_of(refused: Refused, code: int, text: bytes) -> Fault:
     return "mail"
 
 
+def status_of(code: int, text: bytes | str) -> str:
+    """Returns the codes of an answer, without what the server says besides."""
+    found = _ENHANCED.match(text.encode(errors="replace") if isinstance(text, str) else text)
+    return f"{code} {found[0].decode()}" if found else str(code)
+
+
 def quoted(code: int, text: bytes | str) -> str:
     """Returns an answer on one line, as errors and the log show it."""
     said = text if isinstance(text, str) else text.decode(errors="replace")

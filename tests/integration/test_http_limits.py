@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from outbox.settings import ServiceSettings
+from outbox.tally import Tally
 from service import protocol
 from tests.conftest import Connection
 from tests.integration.test_http_behaviour import Api, is_problem, serve, user
@@ -32,6 +33,7 @@ def api(service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> I
     """A service that waits for half a second, and lets ten connections in."""
     monkeypatch.setattr(protocol, "HEAD_TIME", 0.5)
     monkeypatch.setattr(protocol, "BODY_TIME", 0.5)
+    monkeypatch.setattr(protocol, "_tally", Tally())  # a line a minute, whatever the tests before have met
     with serve(service_settings.model_copy(update={"http_connections": 10})) as served:
         yield served
 

@@ -163,3 +163,18 @@ def test_output_that_does_not_block_loses_no_line() -> None:
     """A parent may have made the pipe so: what it does not take at once it takes later."""
     code = "import os; os.set_blocking(1, False); [logs.get().info('x' * 100, row=row) for row in range(3000)]"
     assert len(_run(code).stdout.splitlines()) == 3000
+
+
+def test_a_terminal_obeys_nothing_that_is_logged() -> None:
+    """Paths, ids and names of tasks are others' text, wherever in a line they are; a traceback keeps its lines."""
+    hostile = "\\x1b[2J\\x07\\u202e\\nforged \\x9b"
+    code = (
+        f"text = '{hostile}'; logs.get().info(text, path=text, many=[text], by={{text: text}}, raw=text.encode());"
+        "import logging; logging.getLogger('rq.worker').warning(text)\n"
+        "try: raise ValueError(text)\n"
+        "except ValueError as error: logs.get().error('failed', exc_info=error)\n"
+    )
+    shown = _run(code, "console").stdout
+    assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(shown)
+    assert len([line for line in shown.splitlines() if "forged" in line]) == 3
+    assert "Traceback" in shown
