@@ -105,7 +105,7 @@ def test_a_small_request_costs_little(api: Api, request_: bytes) -> None:
         with suppress(ConnectionError):
             connection.sendall(request_)
         answer = everything(connection)
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - began < 0.8
     assert answer.split(b" ")[1] in (b"400", b"413", b"431") or not answer
     assert len(answer) < 2000
     assert api.client.get("/healthz").status_code == 200
