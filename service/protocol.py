@@ -3,6 +3,7 @@
 import asyncio
 import json
 import resource
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
@@ -173,6 +174,7 @@ class Protocol(H11Protocol):
             if status == HTTPStatus.SERVICE_UNAVAILABLE:
                 headers.append((b"retry-after", RETRY_AFTER.encode()))
             answer = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode())
-            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            with suppress(h11.LocalProtocolError):  # an answer to HEAD has no body
+                for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
