@@ -5,6 +5,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from io import StringIO
@@ -14,6 +15,7 @@ import httpx
 import psycopg
 import psycopg.sql
 import pytest
+import uvicorn
 from psycopg_pool.base import AttemptWithBackoff
 
 from outbox import logs, postgres
@@ -33,14 +35,18 @@ Outage = Callable[[], AbstractContextManager[None]]
 class Api:
     """The service on a real socket, its client and its log."""
 
-    def __init__(self, client: httpx.Client, port: int, log: StringIO) -> None:
+    def __init__(self, client: httpx.Client, port: int, log: StringIO, server: uvicorn.Server) -> None:
         self.client = client
         self.port = port
         self._log = log
+        self._server = server
 
     @property
     def log(self) -> StringIO:
-        """What it has logged so far."""
+        """What it has logged so far, with the lines of requests whose answers are here already: they follow these."""
+        deadline = time.monotonic() + 1
+        while self._server.server_state.tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
         logs.drain()
         return self._log
 
@@ -85,7 +91,7 @@ def serve(settings: ServiceSettings) -> Iterator[Api]:
         eventually(lambda: server.started or not thread.is_alive(), 10, "the service starts")
         # Without TLS there is nothing to verify, and reading the certificates takes longer than most tests.
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, verify=False) as client:
-            yield Api(client, port, log)
+            yield Api(client, port, log, server)
     finally:
         server.should_exit = True
         thread.join()
