@@ -1,4 +1,4 @@
-"""What a process says at its start where a password may cross a network that somebody else can read."""
+"""Warnings at the start of a process about passwords that may be sent unencrypted to another machine."""
 
 import os
 from collections.abc import Iterator

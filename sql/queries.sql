@@ -1,8 +1,8 @@
 -- Every statement that runs in production. One block per statement: its name, a line on what it is for, its text.
 -- Parameters are psycopg's %(name)s; intervals are passed as seconds.
--- Functions are named with their schema, and operators and functions get exactly the types that they are made for: else
--- one of the same name, made by somebody who may create functions in a schema of our search_path, could fit better and
--- run with our rights. Names of types cannot be hidden so: pg_catalog is looked into first. Neither can `unnest` of several
+-- Functions are named with their schema, and operators get exactly the types that they are defined for. Otherwise another
+-- role that may create functions in a schema of our search_path could define one that matches better, and it would run
+-- with our rights. Names of types cannot be hidden so: pg_catalog is looked into first. Neither can `unnest` of several
 -- arrays, which Postgres' parser itself makes calls of pg_catalog.unnest of; with its schema it would be another function.
 
 
@@ -619,8 +619,8 @@ WHERE verification.id = %(id)s;
 
 
 -- name: verify_user
--- Marks an address as verified, if it still is its user's. It comes before the link is spent: whoever deletes a user locks
--- the two in the same order.
+-- Marks an address as verified, if it still is its user's. It runs before the link is spent, so that both tables are locked
+-- in the order in which the deletion of a user locks them.
 UPDATE users SET is_email_verified = true WHERE username = %(username)s AND email = %(email)s;
 
 

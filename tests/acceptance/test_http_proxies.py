@@ -1,4 +1,4 @@
-"""Behind a real reverse proxy that keeps its connections, nobody gets the answer to somebody else's request."""
+"""Behind a real reverse proxy with persistent connections, each client gets the answers to its own requests."""
 
 import json
 import socket

@@ -58,6 +58,6 @@ def test_all_three_work_with_what_the_docs_grant(url_of: Callable[[str], str], s
     ],
 )
 def test_what_a_role_may_not(url_of: Callable[[str], str], role: str, statement: str) -> None:
-    """Whoever takes a process over gets no more than that."""
+    """An attacker who controls a process can do no more than its role."""
     with psycopg.connect(url_of(role)) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
         connection.execute(statement.encode())
