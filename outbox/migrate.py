@@ -28,6 +28,9 @@ TRIES = 5
 PAUSE = 5.0
 """Seconds between two tries, in which those go on who have waited behind it."""
 
+PATIENCE = 10.0
+"""Seconds between two log lines of a process that waits for another one to finish its migration."""
+
 
 def migrate(database_url: str) -> list[str]:
     """Applies the migrations that the database lacks, each in its own transaction, while others use the database.
@@ -40,16 +43,20 @@ def migrate(database_url: str) -> list[str]:
 
     Raises:
         UnsupportedDatabaseError: the database is not in UTF-8.
-        RightsError: the database lacks migrations, and the role may create no tables.
+        RightsError: the database lacks migrations, and the role may create no tables; or a table by a name of ours
+            belongs to another role.
         LockedError: others held a table for too long; the migrations before this one are applied, and nothing of it.
         psycopg.OperationalError: Postgres is away.
     """
     applied: list[str] = []
     with _connect(database_url) as connection:
         postgres.check_encoding(connection)
+        _check_owners(connection)
         if _may_create(connection):
-            with _alone(connection):
-                connection.execute((sql_folder() / "records.sql").read_bytes())
+            try:
+                _create_records(connection)
+            except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable):  # another process did so meanwhile
+                _create_records(connection)
             applied = [name for name in postgres.migrations() if _apply_when_free(connection, name)]
     logs.get().info("db migrated", applied=applied)
     return applied
@@ -63,13 +70,44 @@ def _connect(database_url: str) -> Connection:
     return connection
 
 
+def _check_owners(connection: Connection) -> None:
+    """Checks that no other role has planted a table where ours are, or where they would be.
+
+    Raises:
+        RightsError: one has.
+    """
+    for found in connection.execute(query("foreign_tables")):
+        raise RightsError(
+            f"the table {found['name']} belongs to the role {found['owner']}, and the schema to another: migrate as"
+            f" {found['owner']} if you trust it; else drop that table, and REVOKE CREATE ON SCHEMA from all other roles"
+        )
+
+
+def _create_records(connection: Connection) -> None:
+    with connection.transaction():
+        connection.execute(query("unlimit_transaction"))
+        connection.execute((sql_folder() / "records.sql").read_bytes())
+
+
 @contextmanager
 def _alone(connection: Connection) -> Iterator[None]:
     """Runs a block in a transaction, when no other process migrates."""
     with connection.transaction():
+        while not _lock(connection):
+            logs.get().warning("migration waits for another process that migrates")
         connection.execute(query("unlimit_transaction"))
-        connection.execute(query("lock_migrations"))
         yield
+
+
+def _lock(connection: Connection) -> bool:
+    """Takes the lock for this transaction and returns whether it could be had within `PATIENCE`."""
+    try:
+        with connection.transaction():
+            connection.execute(query("limit_migration"), {"lock_timeout": PATIENCE})
+            connection.execute(query("lock_migrations"))
+    except psycopg.errors.LockNotAvailable:
+        return False
+    return True
 
 
 def _may_create(connection: Connection) -> bool:

@@ -92,20 +92,17 @@ class Sweep:
     def look(self, connection: Connection) -> int:
         """Finds `enqueued` rows whose job is nowhere in Redis, and returns how many there are.
 
-        Postgres is read first and Redis after: a job that is missing then was popped, lost, or never written. One
-        relay looks at a time; the others find nothing.
+        Postgres is read first and Redis after: a job that is missing then was popped, lost, or never written. Relays
+        need no lock to sweep side by side: `take_back` names the delivery that was looked for, so one of them takes a
+        row back and the others find it changed. Any role that may connect could hold an advisory lock for ever.
         """
         left_out = set(self._left_out.rows())
-        with connection.transaction():
-            locked = connection.execute(query("lock_sweep")).fetchone()
-            if not locked or not locked["locked"]:
-                return 0
-            ages = {"grace": self._settings.sweep_grace, "clock_error": CLOCK_ERROR}
-            candidates = connection.execute(query("sweep_candidates"), ages).fetchall()
-            if not candidates:
-                return 0
-            # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.
-            held = held_deliveries(self._client, {row["queue"] for row in candidates})
+        ages = {"grace": self._settings.sweep_grace, "clock_error": CLOCK_ERROR}
+        candidates = connection.execute(query("sweep_candidates"), ages).fetchall()
+        if not candidates:
+            return 0
+        # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.
+        held = held_deliveries(self._client, {row["queue"] for row in candidates})
         candidates = [row for row in candidates if row["id"] not in left_out]
         self._missing = [Delivery(row["id"], row["delivery"]) for row in candidates if not held.keeps(row)]
         return len(self._missing)

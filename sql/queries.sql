@@ -143,9 +143,26 @@ SELECT current_user AS role, coalesce(pg_catalog.has_schema_privilege(pg_catalog
            || pg_catalog.quote_ident(current_user) AS statement;
 
 
+-- name: foreign_tables
+-- What a statement of ours would find by the name of one of our tables, though it belongs to a role that we have no reason
+-- to trust: one that may create in our schema, and could plant a table there before the first migration. Its triggers would
+-- run with our rights. A superuser is a member of every role, so that membership tells nothing there.
+SELECT found.relname::text AS name, owner.rolname::text AS owner
+FROM (VALUES ('users'), ('verify_emails'), ('outbox'), ('_yoyo_migration'), ('_yoyo_log'), ('_yoyo_version')) AS ours (name)
+JOIN pg_catalog.pg_class AS found ON found.oid = pg_catalog.to_regclass(ours.name)::oid
+JOIN pg_catalog.pg_namespace AS schema ON schema.oid = found.relnamespace
+JOIN pg_catalog.pg_database AS database ON database.datname = pg_catalog.current_database()
+JOIN pg_catalog.pg_roles AS owner ON owner.oid = found.relowner
+JOIN pg_catalog.pg_roles AS own ON own.rolname = current_user
+WHERE NOT owner.rolsuper
+  AND owner.oid <> own.oid AND owner.oid <> schema.nspowner AND owner.oid <> database.datdba
+  AND (own.rolsuper OR NOT pg_catalog.pg_has_role(own.oid, owner.oid, 'MEMBER'));
+
+
 -- name: lock_migrations
--- One `outbox migrate` at a time; released by the end of the transaction, however that comes.
-SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('outbox migrate'));
+-- One `outbox migrate` at a time; released by the end of the transaction, however that comes. Only a role that may write
+-- to the table can take a lock that keeps this one waiting. Those who read it, such as the processes, go on.
+LOCK TABLE _yoyo_migration IN SHARE UPDATE EXCLUSIVE MODE;
 
 
 -- name: add_user
@@ -235,11 +252,6 @@ SELECT extract(epoch FROM pg_catalog.now())::float8 AS now,
        OR EXISTS (SELECT FROM outbox
                   WHERE status = 'running'
                     AND lease_until > pg_catalog.now() + %(impossible_lease)s::float8 * interval '1 s') AS expired;
-
-
--- name: lock_sweep
--- Whether this relay is the one that sweeps now; released by the end of the transaction.
-SELECT pg_catalog.pg_try_advisory_xact_lock(pg_catalog.hashtext('outbox sweep')) AS locked;
 
 
 -- name: sweep_candidates

@@ -52,7 +52,6 @@ byte attempts;
 bool due;       /* run_at has passed; only read while the row is pending or enqueued */
 bool lease;     /* lease_until has not passed; false while there is none */
 byte lock;
-bool sweeping;  /* the advisory lock of the sweep */
 
 /*
  * Redis: how many jobs it holds of each delivery, in the queue or in rq-scheduler's set: from the set a worker is
@@ -232,9 +231,9 @@ proctype Publish(byte me) {
 }
 
 /*
- * A sweep: a look, by one relay at a time, and a moment later the taking back, which needs no lock because it judges
- * anew. The moment is long enough for a worker to claim what it has popped; where it is not, that is a fault, which
- * the fence must bear.
+ * A sweep: a look, and a moment later the taking back, which judges anew, so that relays may sweep side by side. The
+ * moment is long enough for a worker to claim what it has popped; where it is not, that is a fault, which the fence
+ * must bear.
  */
 #define IS_LOST (status == enqueued && delivery == seen)
 
@@ -245,11 +244,11 @@ proctype Sweep() {
   false;
 #endif
   do
-  :: d_step { status == enqueued && !sweeping -> sweeping = true; seen = delivery };  /* Postgres first … */
+  :: d_step { status == enqueued -> seen = delivery };  /* Postgres first … */
     if  /* … and Redis after: what is missing now was popped, or is lost */
-    :: d_step { MAY_FAIL -> FAIL; sweeping = false; seen = 0 }  /* Redis is away, or the relay crashes */
-    :: d_step { HAS_JOB(seen) -> sweeping = false; seen = 0 }
-    :: d_step { HAS_NO_JOB(seen) -> sweeping = false };
+    :: d_step { MAY_FAIL -> FAIL; seen = 0 }  /* Redis is away, or the relay crashes */
+    :: d_step { HAS_JOB(seen) -> seen = 0 }
+    :: d_step { HAS_NO_JOB(seen) };
       if
       :: d_step { MAY_FAIL -> FAIL; seen = 0 }  /* a crash */
 #ifdef NO_RECHECK

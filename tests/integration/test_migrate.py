@@ -22,7 +22,7 @@ from outbox import migrate as migrating
 from outbox import postgres
 from outbox.errors import LockedError, NotMigratedError, RightsError, UnsupportedDatabaseError
 from outbox.migrate import migrate
-from outbox.queries import sql_folder
+from outbox.queries import query, sql_folder
 from tests.support.waiting import eventually
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -81,7 +81,7 @@ def test_a_kill_before_the_record_leaves_nothing(empty_url: str) -> None:
         psycopg.connect(empty_url) as holder,
     ):
         connection.execute((sql_folder() / "records.sql").read_bytes())
-        holder.execute("LOCK TABLE _yoyo_migration IN SHARE MODE")
+        holder.execute(query("record_migration"), {"migration": postgres.migrations()[0]})
         environment = {**os.environ, "DATABASE_URL": empty_url}
         running = subprocess.Popen(
             [sys.executable, "-m", "outbox", "migrate"], env=environment, stdout=subprocess.DEVNULL
@@ -95,12 +95,8 @@ def test_a_kill_before_the_record_leaves_nothing(empty_url: str) -> None:
 
 
 def waits_to_record(connection: Connection) -> bool:
-    """Whether somebody would write to the table of records, and others keep it from that."""
-    return bool(
-        connection.execute(
-            "SELECT FROM pg_locks WHERE relation = '_yoyo_migration'::regclass AND NOT granted"
-        ).fetchall()
-    )
+    """Whether a session waits for another one that has written the same record, and not committed it."""
+    return bool(connection.execute("SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted").fetchall())
 
 
 @pytest.mark.parametrize("applied", [1, 4])

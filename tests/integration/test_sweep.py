@@ -197,16 +197,18 @@ def test_a_row_that_moves_between_the_two_looks_is_left_alone(
     assert _states(connection) == [("running", 1), ("enqueued", 2), ("enqueued", 1), ("pending", 1)]
 
 
-def test_one_relay_sweeps_at_a_time(
+def test_relays_sweep_side_by_side(
     connection: Connection, other: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """While another one is at it, a relay does nothing, and does not wait."""
-    _hand_over(connection, redis_client, settings)
+    """Both miss the same rows. One takes them back, and the other leaves them, handed over again or not."""
+    _hand_over(connection, redis_client, settings, 2)
     redis_client.flushall()
-    with other.transaction():
-        other.execute(query("lock_sweep"))
-        assert sweep(connection, redis_client, settings) == 0
-    assert sweep(connection, redis_client, settings) == 1
+    first, second = Sweep(redis_client, settings), Sweep(redis_client, settings)
+    assert first.look(connection) == second.look(other) == 2
+    assert first.take_back(connection) == 2
+    connection.execute("UPDATE outbox SET status = 'enqueued', delivery = 2, enqueued_at = now() WHERE id = 1")
+    assert second.take_back(other) == 0
+    assert _states(connection) == [("enqueued", 2), ("pending", 1)]
 
 
 def test_garbage_in_the_lists_changes_nothing(

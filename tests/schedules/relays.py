@@ -70,8 +70,6 @@ class Relay(Duty):
 class Sweep(Duty):
     """Takes back what Redis has lost."""
 
-    passes = Duty.passes | {"lock_sweep", END_OF_TRANSACTION}
-
     def begin(self) -> None:
         """Is where the process starts."""
         self._sweep = sweep.Sweep(self.client, self.setting.relay_settings)

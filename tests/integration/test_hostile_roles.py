@@ -1,0 +1,164 @@
+"""Another role of the database server: what it may do to us without a right on our tables."""
+
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import psycopg.sql
+import pytest
+import redis
+from psycopg.conninfo import make_conninfo
+from structlog.testing import capture_logs
+
+from outbox import migrate as migrating
+from outbox import postgres
+from outbox.errors import RightsError
+from outbox.migrate import migrate
+from outbox.queries import query, sql_folder
+from outbox.settings import RelaySettings
+from relay.publish import publish
+from relay.sweep import Sweep
+from tests.conftest import Connection
+from tests.support.waiting import eventually
+
+Connect = Callable[[str], psycopg.Connection]
+
+
+@pytest.fixture
+def empty_url(create_database: Callable[[str | None], str]) -> str:
+    """A database without anything, in whose schema any role may create tables: Postgres 14's default."""
+    url = create_database(None)
+    with psycopg.connect(url) as connection:
+        connection.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
+    return url
+
+
+@pytest.fixture
+def as_neighbour(empty_url: str) -> Iterator[Connect]:
+    """Connects to a database as another role, which owns what it creates and has no other right."""
+    name = f"outbox_test_{secrets.token_hex(6)}"
+    role = psycopg.sql.Identifier(name)
+    opened: list[psycopg.Connection] = []
+
+    def connect(url: str) -> psycopg.Connection:
+        opened.append(psycopg.connect(make_conninfo(url, user=name, password="of a test"), autocommit=True))
+        return opened[-1]
+
+    with psycopg.connect(empty_url, autocommit=True) as owner:
+        owner.execute(psycopg.sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'of a test'").format(role))
+        yield connect
+        for connection in opened:
+            connection.close()
+        owner.execute(psycopg.sql.SQL("DROP OWNED BY {}").format(role))
+        owner.execute(psycopg.sql.SQL("DROP ROLE {}").format(role))
+
+
+def _hold_advisory_locks(neighbour: psycopg.Connection) -> None:
+    for name in ("outbox", "outbox sweep", "outbox migrate"):
+        neighbour.execute("SELECT pg_advisory_lock(hashtext(%s))", [name])
+
+
+def test_an_advisory_lock_keeps_no_row_from_the_sweep(
+    connection: Connection,
+    database_url: str,
+    redis_client: redis.Redis,
+    relay_settings: RelaySettings,
+    as_neighbour: Connect,
+) -> None:
+    """After Redis was emptied, rows are swept although a neighbour holds every lock that earlier versions asked for."""
+    _hold_advisory_locks(as_neighbour(database_url))
+    settings = relay_settings.model_copy(update={"sweep_grace": 0.0})
+    connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
+    assert publish(connection, redis_client, "default", settings) == 1
+    redis_client.flushall()
+    sweep = Sweep(redis_client, settings)
+    sweep.step(connection)
+    sweep.step(connection)
+    assert connection.execute("SELECT status FROM outbox").fetchall() == [{"status": "pending"}]
+
+
+def test_an_advisory_lock_keeps_no_migration_waiting(empty_url: str, as_neighbour: Connect) -> None:
+    """The database is migrated although a neighbour holds such a lock."""
+    _hold_advisory_locks(as_neighbour(empty_url))
+    with ThreadPoolExecutor(1) as threads:
+        migrated = threads.submit(migrate, empty_url)
+        try:
+            assert migrated.result(20) == postgres.migrations()
+        except TimeoutError:
+            with psycopg.connect(empty_url, autocommit=True) as owner:
+                owner.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted")
+            raise
+
+
+def test_no_statement_takes_an_advisory_lock() -> None:
+    """Any role that may connect can hold one, for ever."""
+    for path in sql_folder().rglob("*.sql"):
+        assert "pg_advisory" not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_a_lock_that_a_neighbour_may_take_keeps_no_migration_waiting(empty_url: str, as_neighbour: Connect) -> None:
+    """A role that may read the records, as those of the processes do, does not stop a migration."""
+    migrate(empty_url)
+    with psycopg.connect(empty_url, autocommit=True) as owner:
+        owner.execute("GRANT SELECT ON _yoyo_migration TO PUBLIC")
+        owner.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [postgres.migrations()[-1]])
+    neighbour = as_neighbour(empty_url)
+    with neighbour.transaction(), ThreadPoolExecutor(1) as threads:
+        neighbour.execute("LOCK TABLE _yoyo_migration IN ACCESS SHARE MODE")
+        assert threads.submit(migrate, empty_url).result(20) == postgres.migrations()[-1:]
+
+
+PLANTED = [
+    "CREATE TABLE _yoyo_migration (migration_hash text PRIMARY KEY, migration_id text, applied_at_utc timestamp)",
+    "CREATE TABLE _yoyo_version (version integer, installed_at_utc timestamp)",
+    "CREATE TABLE users (username varchar PRIMARY KEY)",
+    "CREATE VIEW outbox AS SELECT 1 AS id",
+    "CREATE VIEW verify_emails AS SELECT 1 AS id",
+]
+
+
+@pytest.mark.parametrize("statement", PLANTED)
+def test_a_neighbours_table_is_not_taken_for_ours(empty_url: str, as_neighbour: Connect, statement: str) -> None:
+    """It could have triggers, which would run with our rights, and would read what we write to it."""
+    as_neighbour(empty_url).execute(statement.encode())
+    name = statement.split()[2]
+    with pytest.raises(RightsError, match=rf"{name} belongs to the role outbox_test_\w+") as caught:
+        migrate(empty_url)
+    assert "\n" not in str(caught.value)
+    with psycopg.connect(empty_url) as connection:
+        tables = connection.execute("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace")
+        assert tables.fetchone() in [(1,), (2,)], "nothing was created but what was planted, and its index"
+
+
+def test_another_role_may_migrate_what_a_role_of_its_own_owns(empty_url: str, as_neighbour: Connect) -> None:
+    """A member of the owning role may run it again, and a superuser where that role owns the schema."""
+    owner = as_neighbour(empty_url).info.user
+    schema_owner = psycopg.sql.SQL("ALTER SCHEMA public OWNER TO {}").format(psycopg.sql.Identifier(owner))
+    member = f"{owner}_member"
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {member} LOGIN PASSWORD 'of a test' IN ROLE {owner}".encode())
+        try:
+            migrate(make_conninfo(empty_url, user=owner, password="of a test"))
+            assert migrate(make_conninfo(empty_url, user=member, password="of a test")) == []
+            with pytest.raises(RightsError, match=f"migrate as {owner}"):
+                migrate(empty_url)
+            connection.execute(schema_owner)
+            assert migrate(empty_url) == []
+        finally:
+            connection.execute("ALTER SCHEMA public OWNER TO CURRENT_USER")
+            connection.execute(f"DROP ROLE {member}".encode())
+
+
+def test_a_migration_says_that_it_waits_for_another(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one may have died in a session that its server has not missed yet; then nothing else would tell."""
+    monkeypatch.setattr(migrating, "PATIENCE", 0.1)
+    migrate(empty_url)
+    with psycopg.connect(empty_url) as other, capture_logs() as lines, ThreadPoolExecutor(1) as threads:
+        other.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [postgres.migrations()[-1]])
+        other.execute(query("lock_migrations"))
+        migrated = threads.submit(migrate, empty_url)
+        eventually(lambda: len(lines) >= 2, 10, "two lines")
+        other.commit()
+        assert migrated.result(20) == postgres.migrations()[-1:]
+    assert {line["event"] for line in lines[:2]} == {"migration waits for another process that migrates"}
