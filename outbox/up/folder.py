@@ -16,22 +16,24 @@ import psutil
 from outbox import logs
 from outbox.errors import StartError
 from outbox.up.child import POLL
-from outbox.up.unprivileged import is_root
+from outbox.up.private import LOCK, PrivateFolder, private_folder
 
 _SAME_START = 1.0
 """Seconds by which two readings of one process' start may differ; a clock that was set moves them."""
 _ORDER = ("service", "relay", "worker", "redis", "postgres", "initdb")
 _PATIENCE = 10.0
 """Seconds for a left-over process to end in order, before it is killed."""
+_PROCESSES = "processes.jsonl"
+_SECRET_KEY = "secret_key"  # noqa: S105 - a file's name
 
 
 class DataFolder:
     """A data folder that this process holds."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.mails = path / "mails"
-        self._processes = path / "processes.jsonl"
+    def __init__(self, folder: PrivateFolder) -> None:
+        self.path = folder.path
+        self.mails = folder.path / "mails"
+        self._folder = folder
 
     def secret_key(self) -> str:
         """Returns the folder's SECRET_KEY, made at the first call ever and readable by its owner alone.
@@ -39,29 +41,30 @@ class DataFolder:
         Raises:
             StartError: it can be neither read nor written.
         """
-        file = self.path / "secret_key"
         try:
-            if not file.exists():
-                unfinished = file.with_suffix(".unfinished")
-                unfinished.unlink(missing_ok=True)
-                descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            if not self._folder.has(_SECRET_KEY):
+                unfinished = f"{_SECRET_KEY}.unfinished"
+                self._folder.remove(unfinished)
+                descriptor = self._folder.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
                 with os.fdopen(descriptor, "w", encoding="ascii") as output:
                     output.write(secrets.token_hex(32))
-                unfinished.rename(file)
-            return file.read_text(encoding="ascii")
+                self._folder.rename(unfinished, _SECRET_KEY)
+            with os.fdopen(self._folder.open(_SECRET_KEY, os.O_RDONLY), encoding="ascii") as key:
+                return key.read()
         except OSError as error:
-            raise StartError(f"{file} cannot be used: {error.strerror}") from error
+            raise StartError(f"{self.path / _SECRET_KEY} cannot be used: {error.strerror}") from error
 
     def remember(self, name: str, process: subprocess.Popen[bytes]) -> None:
         """Writes down a child that was just started, for the next `outbox up`, should this one be killed."""
         with suppress(psutil.NoSuchProcess):
             entry = {"name": name, "pid": process.pid, "started": psutil.Process(process.pid).create_time()}
-            with self._processes.open("a", encoding="utf-8") as output:
+            descriptor = self._folder.open(_PROCESSES, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            with os.fdopen(descriptor, "a", encoding="utf-8") as output:
                 output.write(json.dumps(entry) + "\n")
 
     def forget(self) -> None:
         """Forgets all children: they have ended."""
-        self._processes.unlink(missing_ok=True)
+        self._folder.remove(_PROCESSES)
 
     def stop_leftovers(self, wait: Callable[[float], None]) -> None:
         """Ends the processes that an `outbox up` on this folder left running because it was killed.
@@ -80,14 +83,18 @@ class DataFolder:
 
     def _leftovers(self) -> list[tuple[str, psutil.Process]]:
         found: list[tuple[str, psutil.Process]] = []
-        lines = self._processes.read_text(encoding="utf-8").splitlines() if self._processes.exists() else []
-        for line in lines:
+        if not self._folder.has(_PROCESSES):
+            return found
+        with os.fdopen(self._folder.open(_PROCESSES, os.O_RDONLY), encoding="utf-8") as lines:
+            remembered = lines.read().splitlines()
+        for line in remembered:
             # A line that was cut short by the kill, a process that is gone, or its number in another's hands.
             with suppress(ValueError, psutil.NoSuchProcess):
-                entry = json.loads(line)
-                process = psutil.Process(entry["pid"])
-                if abs(process.create_time() - entry["started"]) < _SAME_START:
-                    found.append((entry["name"], process))
+                match json.loads(line):
+                    case {"name": str(name), "pid": int(pid), "started": float(started)} if name in _ORDER:
+                        process = psutil.Process(pid)
+                        if abs(process.create_time() - started) < _SAME_START:
+                            found.append((name, process))
         return sorted(found, key=lambda pair: _ORDER.index(pair[0]))
 
 
@@ -98,22 +105,16 @@ def held(path: Path) -> Iterator[DataFolder]:
     The hold ends with this process, however that ends; its children do not inherit it.
 
     Raises:
-        StartError: the folder is in use, or cannot be made or written to.
+        StartError: the folder is in use, not safe from others, or cannot be made or written to.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o711 if is_root() else 0o700)
-        (path / "mails").mkdir(mode=0o700, exist_ok=True)
-        lock = (path / "lock").open("a+", encoding="ascii")
-    except OSError as error:
-        raise StartError(f"the data folder {path} cannot be used: {error.strerror}") from error
-    with lock:
+    with private_folder(path, listable=True) as folder, os.fdopen(folder.open(LOCK, os.O_RDWR | os.O_CREAT)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StartError(
                 f"the data folder {path} is in use by another 'outbox up': stop that, or choose another with --data"
             ) from None
-        yield DataFolder(path.resolve())
+        yield DataFolder(folder)
 
 
 def _end(process: psutil.Process, number: signal.Signals, wait: Callable[[float], None]) -> None:

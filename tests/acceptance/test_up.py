@@ -20,6 +20,7 @@ import pytest
 import redis
 
 from outbox.up.signals import AGAIN
+from outbox.up.unprivileged import is_root
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
 
@@ -239,6 +240,21 @@ def test_a_taken_port_is_refused_before_anything_starts(folder: Path) -> None:
     (sentence,) = up.lines
     assert f"127.0.0.1:{port} is taken" in sentence
     assert not (folder / "data" / "postgres").exists()
+
+
+@pytest.mark.skipif(not is_root(), reason="needs root to prepare a folder of another owner")
+def test_a_data_folder_of_somebody_else_is_refused_before_anything_starts(folder: Path) -> None:
+    """It is one sentence that names the folder and its owner, and nothing in the folder is touched."""
+    data = folder / "data"
+    data.mkdir(mode=0o755)
+    (data / "lock").symlink_to(folder / "planted")
+    os.chown(data, 54321, 54321)
+    up = Up(folder, free_port())
+    assert up.ended() == 1
+    (sentence,) = up.lines
+    assert f"the data folder {data} belongs to uid 54321: " in sentence
+    assert [path.name for path in data.iterdir()] == ["lock"]
+    assert not (folder / "planted").exists()
 
 
 def test_wrong_variables_are_named_before_anything_starts(folder: Path) -> None:

@@ -14,7 +14,7 @@ from outbox.endpoints import Address
 from outbox.errors import SettingsError, StartError
 from outbox.up.child import Supervisor, end, spawn
 from outbox.up.environment import free_address, local_url
-from outbox.up.folder import DataFolder, held
+from outbox.up.folder import held
 from outbox.up.processes import Program, Watch
 from outbox.up.stream import Stream
 from tests.support.waiting import eventually
@@ -85,9 +85,10 @@ def test_a_folder_is_held_once(tmp_path: Path) -> None:
 
 def test_the_secret_key_is_made_once_and_private(tmp_path: Path) -> None:
     """The same key comes back, and nobody but its owner may read it."""
-    key = DataFolder(tmp_path).secret_key()
-    assert len(key) >= 32
-    assert DataFolder(tmp_path).secret_key() == key
+    with held(tmp_path) as folder:
+        key = folder.secret_key()
+        assert len(key) >= 32
+        assert folder.secret_key() == key
     assert (tmp_path / "secret_key").stat().st_mode & 0o777 == 0o600
 
 
