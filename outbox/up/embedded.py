@@ -84,7 +84,7 @@ def embedded_postgres(
         data = _initialized(private, log, supervisor)
         user = make_own(data)
         with socket_folder(data) as sockets:
-            os.chown(sockets, user.get("user", -1), user.get("group", -1))
+            make_own(sockets)
             options = [part for setting in ("listen_addresses=", *settings) for part in ("-c", setting)]
             command = [postgres_programs() / "postgres", "-D", data, "-k", f'"{sockets}"', *options]
 

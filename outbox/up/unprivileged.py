@@ -2,13 +2,15 @@
 
 import os
 import pwd
+import shlex
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from outbox import logs
 from outbox.errors import StartError
+from outbox.up.private import name_of, walk
 
 _USER = "nobody"
 
@@ -21,8 +23,6 @@ def is_root() -> bool:
 def make_own(folder: Path) -> Mapping[str, Any]:
     """Says as whom Postgres runs on a data folder, and hands the folder over where it is root's.
 
-    A folder that an ordinary user has made stays that user's, so that both may run `outbox up` on it.
-
     Args:
         folder: an existing folder.
 
@@ -30,34 +30,64 @@ def make_own(folder: Path) -> Mapping[str, Any]:
         `subprocess.Popen`'s arguments; none unless this process is root.
 
     Raises:
-        StartError: the folder is another user's, or there is no unprivileged user to hand it to.
+        StartError: the folder is another user's, a file in it has a second name that may be elsewhere, or there is no
+            unprivileged user to hand it to.
     """
-    owner = folder.stat().st_uid
-    if not is_root():
-        if owner != os.geteuid():
-            raise StartError(f"{folder} is another user's (uid {owner}): choose another folder with --data")
-        return {}
-    if owner == 0:
-        try:
-            nobody = pwd.getpwnam(_USER)
-        except KeyError:
-            raise StartError(f"Postgres does not run as root, and this system has no user {_USER!r}") from None
-        for path in (folder, *folder.rglob("*")):
-            os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
-    status = folder.stat()
-    return {"user": status.st_uid, "group": status.st_gid, "extra_groups": []}
+    user = _unprivileged() if is_root() else None
+    with walk(folder) as way:
+        real, descriptor = way[-1]
+        owner = os.fstat(descriptor).st_uid
+        if user is not None and owner == 0:
+            _hand_over(real, descriptor, user)
+        elif owner != (os.geteuid() if user is None else user.pw_uid):
+            raise StartError(f"{real} belongs to {name_of(owner)}: choose another folder with --data")
+    return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+def _unprivileged() -> pwd.struct_passwd:
+    try:
+        return pwd.getpwnam(_USER)
+    except KeyError:
+        raise StartError(f"Postgres does not run as root, and this system has no user {_USER!r}") from None
+
+
+def _hand_over(real: Path, descriptor: int, user: pwd.struct_passwd) -> None:
+    for name, _, status in _content(descriptor):
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            raise StartError(f"{name} somewhere in {real} is a hard link to another file: remove it")
+    for name, folder, _ in _content(descriptor):
+        os.chown(name, user.pw_uid, user.pw_gid, dir_fd=folder, follow_symlinks=False)
+    # Last: nobody else may write to it before.
+    os.chown(".", user.pw_uid, user.pw_gid, dir_fd=descriptor)
+
+
+def _content(descriptor: int) -> Iterator[tuple[str, int, os.stat_result]]:
+    """Yields all that is in a folder and below, as a name in an open folder."""
+    for _, folders, files, folder in os.fwalk(".", topdown=False, dir_fd=descriptor):
+        for name in (*folders, *files):
+            yield name, folder, os.stat(name, dir_fd=folder, follow_symlinks=False)
 
 
 def make_searchable(path: Path) -> None:
-    """Lets everybody pass through (not list) the folders above a path, and logs those that it changed.
+    """Lets everybody pass through (not list) root's folders above a path, and logs those that it changed.
 
     Args:
-        path: an absolute path without links.
+        path: of an existing folder.
+
+    Raises:
+        StartError: a folder that others may not pass through is another user's.
     """
-    for folder in path.parents:
-        mode = stat.S_IMODE(folder.stat().st_mode)
-        if not mode & stat.S_IXOTH:
-            folder.chmod(mode | stat.S_IXOTH)
+    with walk(path) as way:
+        for folder, descriptor in way[:-1]:
+            status = os.fstat(descriptor)
+            if status.st_mode & stat.S_IXOTH:
+                continue
+            if status.st_uid != os.geteuid():
+                raise StartError(
+                    f"Postgres does not run as root and cannot pass through {folder}, which belongs to"
+                    f" {name_of(status.st_uid)}: run this as that user, or chmod o+x {shlex.quote(str(folder))}"
+                )
+            os.chmod(".", stat.S_IMODE(status.st_mode) | stat.S_IXOTH, dir_fd=descriptor)
             logs.get().warning("made a folder searchable", folder=str(folder), reason="Postgres does not run as root")
 
 

@@ -17,7 +17,7 @@ from outbox.up.catcher import catch_mails
 from outbox.up.child import Supervisor, end, spawn
 from outbox.up.embedded import embedded_postgres, embedded_redis
 from outbox.up.folder import held
-from outbox.up.unprivileged import is_root
+from outbox.up.unprivileged import is_root, make_own, make_searchable
 
 SOMEBODY = 54321
 """A uid that is neither root's nor ours."""
@@ -88,6 +88,7 @@ PLANTED: list[tuple[str, Callable[[Path], None]]] = [
     ("redis/redis.log", _redis),
     ("postgres", _postgres),
     ("postgres/postgres.log", _postgres),
+    ("postgres/data", _postgres),
 ]
 FILES = [(name, use) for name, use in PLANTED if "." in name or (use is _use and name != "mails")]
 FOLDERS = [(name, use) for name, use in PLANTED if (name, use) not in FILES]
@@ -275,3 +276,32 @@ def test_an_earlier_versions_folder_is_closed_to_others(tmp_path: Path) -> None:
                 folder.chmod(0o755)
     finally:
         os.umask(before)
+
+
+@needs_root
+def test_root_hands_over_no_file_with_a_second_name(data: Path, victim: Path) -> None:
+    """Postgres' user gets what is in the data folder, links themselves but nothing that they lead to."""
+    (data / "below").mkdir()
+    (data / "below" / "symbolic").symlink_to(victim)
+    make_own(data)
+    assert {path.lstat().st_uid for path in (data, data / "below", data / "below" / "symbolic")} == {data.stat().st_uid}
+    assert data.stat().st_uid != 0
+    os.chown(data, 0, 0)
+    (data / "below" / "hard").hardlink_to(victim)
+    with pytest.raises(StartError, match=r"hard somewhere in .* is a hard link to another file"):
+        make_own(data)
+
+
+@needs_root
+def test_root_opens_nobody_elses_folder(tmp_path: Path) -> None:
+    """A folder of somebody else above Postgres' data keeps its mode; the sentence says whose it is."""
+    closed = tmp_path / "closed"
+    (closed / "data").mkdir(parents=True)
+    closed.chmod(0o700)
+    make_searchable(closed / "data")
+    assert _mode(closed) == 0o701
+    closed.chmod(0o700)
+    os.chown(closed, SOMEBODY, SOMEBODY)
+    with pytest.raises(StartError, match=f"{closed}, which belongs to uid {SOMEBODY}.* chmod o\\+x {closed}"):
+        make_searchable(closed / "data")
+    assert _mode(closed) == 0o700
