@@ -59,7 +59,9 @@ class Program:
         Raises:
             StartError: the system refuses to run Python.
         """
-        command = [sys.executable, "-m", self.name]
+        # The current folder may hold somebody else's `service`; only handlers of one's own are imported from there.
+        has_handlers = self.name == "worker" and self._environment.get("OUTBOX_HANDLERS")
+        command = [sys.executable, *([] if has_handlers else ["-P"]), "-m", self.name]
         self.process = spawn(self._supervisor, self.name, command, subprocess.PIPE, environment=self._environment)
         self._reader = threading.Thread(
             target=self._stream.follow, args=(self.name, self.process.stdout), name=f"{self.name}'s log", daemon=True

@@ -1,6 +1,7 @@
 """Children of `outbox up`: how they are ended, restarted and found again."""
 
 import io
+import os
 import signal
 import socket
 import subprocess
@@ -12,13 +13,16 @@ import pytest
 
 from outbox.endpoints import Address
 from outbox.errors import SettingsError, StartError
+from outbox.start import EXIT_SETTINGS
 from outbox.up.child import Supervisor, end, spawn
-from outbox.up.environment import free_address, local_url
+from outbox.up.environment import _STAND_INS, free_address, local_url
 from outbox.up.folder import held
-from outbox.up.processes import Program, Watch
+from outbox.up.processes import NAMES, Program, Watch
 from outbox.up.stream import Stream
 from tests.support.waiting import eventually
 
+OUR_PATH = os.pathsep.join(str(Path(folder).resolve()) for folder in sys.path if folder)
+"""Where our modules are, whichever folder is the current one."""
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
 
 
@@ -46,17 +50,37 @@ def test_ending_twice_is_safe() -> None:
     end(Supervisor(), process, signal.SIGKILL, 10)
 
 
-def test_wrong_settings_end_it_all_with_the_process_own_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_settings_end_it_all_with_the_process_own_sentence(tmp_path: Path) -> None:
     """A process that exits with code 2 is not restarted: its sentence becomes the error."""
     (tmp_path / "quitter.py").write_text("import sys; print('X is not set: set it', file=sys.stderr); sys.exit(2)")
-    monkeypatch.chdir(tmp_path)
-    stream = Stream(io.StringIO(), as_json=False, broken=lambda: None)
-    program = Program("quitter", {}, stream, Supervisor())
-    program.process.wait(30)
+    program = _ended("quitter", {"PYTHONPATH": str(tmp_path)})
     with pytest.raises(SettingsError, match="X is not set: set it"):
         Watch([program]).look()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_in_the_current_folder_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A `relay.py` where `up` is started is not run; ours is, and says that it lacks settings."""
+    (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert _ended(name, {"PYTHONPATH": OUR_PATH}).process.returncode == EXIT_SETTINGS
+
+
+def test_a_worker_finds_handlers_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that OUTBOX_HANDLERS names is imported from where `up` is started."""
+    (tmp_path / "greetings.py").write_text("import os; os._exit(3)")
+    monkeypatch.chdir(tmp_path)
+    program = _ended("worker", {**_STAND_INS, "PYTHONPATH": OUR_PATH, "OUTBOX_HANDLERS": "greetings"})
+    assert program.process.returncode == 3
+
+
+def _ended(name: str, environment: dict[str, str]) -> Program:
+    program = Program(name, environment, Stream(io.StringIO(), as_json=False, broken=lambda: None), Supervisor())
+    program.process.wait(30)
+    program.drain()
+    return program
 
 
 def test_a_leftover_is_found_again_and_ended(tmp_path: Path) -> None:
