@@ -125,13 +125,14 @@ def embedded_redis(
         socket_folder(private.path) as sockets,
     ):
         socket = sockets / "redis.sock"
-        options = [("port", "0"), ("unixsocket", str(socket)), ("unixsocketperm", "700"), ("dir", str(private.path))]
+        options = [("port", "0"), ("unixsocket", str(socket)), ("dir", str(private.path))]
         options += [("save", ""), ("appendonly", "no")]
         options += [(name, value) for name, _, value in (setting.partition(" ") for setting in settings)]
         command = [redis_server(), *(part for name, value in options for part in (f"--{name}", value))]
 
         def start() -> subprocess.Popen[bytes]:
-            return spawn(supervisor, "redis", command, log)
+            # With unixsocketperm instead, Redis would change the mode of whatever is at the socket's path by then.
+            return spawn(supervisor, "redis", command, log, user={"umask": 0o077})
 
         server = EmbeddedServer("redis", f"unix://{quote(str(socket))}", private.path / "redis.log", start(), start)
         try:
@@ -153,7 +154,8 @@ def socket_folder(folder: Path) -> Iterator[Path]:
         root = "/tmp"  # noqa: S108 - mkdtemp makes a fresh folder of our own in it
     short = Path(tempfile.mkdtemp(prefix="outbox-", dir=root))
     try:
-        yield short
+        with private_folder(short):
+            yield short
     finally:
         shutil.rmtree(short, ignore_errors=True)
 

@@ -14,7 +14,7 @@ from outbox.errors import StartError
 
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _PASS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
-"""A folder that may be passed but not listed can be opened with the first, where the system has it."""
+"""O_PATH opens folders that this user may pass through but not list; where the system lacks it, they are refused."""
 _MOST_LINKS = 40
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 LOCK = "lock"

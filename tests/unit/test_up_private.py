@@ -5,8 +5,9 @@ import os
 import signal
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from outbox.up.catcher import catch_mails
 from outbox.up.child import Supervisor, end, spawn
 from outbox.up.embedded import embedded_postgres, embedded_redis
 from outbox.up.folder import held
-from outbox.up.unprivileged import is_root, make_own, make_searchable
+from outbox.up.unprivileged import is_root
 
 SOMEBODY = 54321
 """A uid that is neither root's nor ours."""
@@ -240,6 +241,33 @@ def test_a_parent_that_everybody_may_write_to_is_refused(tmp_path: Path) -> None
         pass
 
 
+def test_sockets_are_for_their_user_alone(tmp_path: Path) -> None:
+    """Whatever the umask, nobody else may connect."""
+    before = os.umask(0)
+    try:
+        with embedded_redis(tmp_path):
+            assert _mode(tmp_path / "redis.sock") == 0o700
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(("mode", "refused"), [(0o1777, False), (0o777, True)])
+def test_sockets_that_need_a_short_name(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int,
+    refused: bool,  # noqa: FBT001 - pytest passes it
+) -> None:
+    """They are in a folder of this user's in TMPDIR, where nobody else may exchange it."""
+    with tempfile.TemporaryDirectory() as shared:
+        monkeypatch.setattr(tempfile, "tempdir", shared)
+        Path(shared).chmod(mode)
+        expected = pytest.raises(StartError, match=f"may write to {shared}:") if refused else nullcontext()
+        with expected, embedded_redis(tmp_path / ("long" * 20)) as server:
+            assert server.url.startswith(f"unix://{shared}/outbox-")
+        assert list(Path(shared).iterdir()) == []
+
+
 @pytest.mark.parametrize("mode", [0o775, 0o777, 0o1777])
 def test_a_folder_that_others_may_write_to(data: Path, mode: int) -> None:
     """It is closed to them if it is empty or was a data folder before; any other is refused and stays as it is."""
@@ -276,32 +304,3 @@ def test_an_earlier_versions_folder_is_closed_to_others(tmp_path: Path) -> None:
                 folder.chmod(0o755)
     finally:
         os.umask(before)
-
-
-@needs_root
-def test_root_hands_over_no_file_with_a_second_name(data: Path, victim: Path) -> None:
-    """Postgres' user gets what is in the data folder, links themselves but nothing that they lead to."""
-    (data / "below").mkdir()
-    (data / "below" / "symbolic").symlink_to(victim)
-    make_own(data)
-    assert {path.lstat().st_uid for path in (data, data / "below", data / "below" / "symbolic")} == {data.stat().st_uid}
-    assert data.stat().st_uid != 0
-    os.chown(data, 0, 0)
-    (data / "below" / "hard").hardlink_to(victim)
-    with pytest.raises(StartError, match=r"hard somewhere in .* is a hard link to another file"):
-        make_own(data)
-
-
-@needs_root
-def test_root_opens_nobody_elses_folder(tmp_path: Path) -> None:
-    """A folder of somebody else above Postgres' data keeps its mode; the sentence says whose it is."""
-    closed = tmp_path / "closed"
-    (closed / "data").mkdir(parents=True)
-    closed.chmod(0o700)
-    make_searchable(closed / "data")
-    assert _mode(closed) == 0o701
-    closed.chmod(0o700)
-    os.chown(closed, SOMEBODY, SOMEBODY)
-    with pytest.raises(StartError, match=f"{closed}, which belongs to uid {SOMEBODY}.* chmod o\\+x {closed}"):
-        make_searchable(closed / "data")
-    assert _mode(closed) == 0o700

@@ -78,7 +78,7 @@ def test_a_worker_finds_handlers_in_the_current_folder(tmp_path: Path, monkeypat
 
 def _ended(name: str, environment: dict[str, str]) -> Program:
     program = Program(name, environment, Stream(io.StringIO(), as_json=False, broken=lambda: None), Supervisor())
-    program.process.wait(30)
+    program.process.wait(60)
     program.drain()
     return program
 
