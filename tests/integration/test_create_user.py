@@ -274,15 +274,46 @@ def test_of_a_field_given_twice_the_last_counts(api: Api) -> None:
 
 
 def test_only_json_is_taken(api: Api, connection: Connection) -> None:
-    """A body that is declared to be something else than JSON is a 415, even where it would be JSON."""
+    """A body that is not declared to be JSON is a 415, even where it would be JSON."""
     body = json.dumps(user()).encode()
-    for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "/"):
+    for content_type in (
+        "text/plain",
+        "text/plain; a=application/json",
+        "text/plain, application/json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "/",
+        "+json",
+        "",
+        "; charset=utf-8",
+    ):
         assert is_problem(api.post(body, content_type), 415), content_type
     assert written(connection) == (0, 0)
 
-    for number, content_type in enumerate(("application/json; charset=utf-8", "Application/JSON", "a/b+json", "")):
+    for number, content_type in enumerate(("application/json; charset=utf-8", "Application/JSON", "a/b+json")):
         response = api.post(json.dumps(user(f"user_{number}")).encode(), content_type)
         assert response.status_code == 201, content_type
+
+
+@pytest.mark.parametrize("path", ["/v1/users", "/v1/create_user"])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_a_page_of_another_origin_creates_nobody(api: Api, connection: Connection, path: str, framing: str) -> None:
+    """What a browser sends across origins without asking has no JSON media type, or none at all: it is a 415.
+
+    For all else it asks first, and the service's answer does not permit it.
+    """
+    body = json.dumps(user()).encode()
+    headers = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+    sent = api.client.post(path, content=body if framing == "length" else iter([body]), headers=headers)
+    assert "content-type" not in sent.request.headers
+    assert is_problem(sent, 415)
+    assert "application/json" in sent.json()["detail"]
+    assert is_problem(api.client.post(path, headers=headers), 415)
+
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    asked = api.client.options(path, headers=headers | asks)
+    assert not [name for name in asked.headers if name.startswith("access-control-")]
+    assert written(connection) == (0, 0)
 
 
 anything = st.recursive(
