@@ -5,13 +5,12 @@ from html import escape
 from litestar import MediaType, Response
 
 HEADERS = {
-    "Cache-Control": "no-store",
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
-    "Referrer-Policy": "no-referrer",
     "X-Robots-Tag": "noindex",
 }
+"""Beside those that every answer has."""
 
 _PAGE = """<!doctype html>
 <html lang="en">

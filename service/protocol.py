@@ -166,6 +166,7 @@ class Protocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(problem_content(status, why, request_id)).encode()
             headers = [
+                *self.server_state.default_headers,
                 (b"content-type", MEDIA_TYPE.encode()),
                 (b"content-length", str(len(body)).encode()),
                 (HEADER, request_id.encode()),

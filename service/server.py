@@ -16,6 +16,15 @@ from service.requests import RequestLog
 _RESERVE = 40
 """Descriptors for what is neither a request's nor Postgres': the log, the listener, the loop, and Python's own."""
 
+HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"),
+]
+"""Of every answer. The server adds them, because the application does not write them all. Answers hold personal data,
+links hold secrets, and no other site's page is to show them."""
+
 
 def create_server(settings: ServiceSettings, outage: Outage | None = None) -> uvicorn.Server:
     """Returns the server of the whole application; it does not run yet.
@@ -32,6 +41,7 @@ def create_server(settings: ServiceSettings, outage: Outage | None = None) -> uv
             http=limited_protocol(settings.http_connections, _RESERVE + settings.pool_size),
             ws="none",
             server_header=False,
+            headers=HEADERS,
             timeout_keep_alive=IDLE_TIME,
             timeout_graceful_shutdown=math.ceil(settings.grace),
         )
