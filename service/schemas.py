@@ -1,10 +1,11 @@
 """What goes in and out of the API."""
 
-import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field
+
+from service.letters import MAX_MARKS, check_visible
 
 MAX_BODY = 64 * 1024
 """Bytes that a request's body may have."""
@@ -16,12 +17,6 @@ MAX_FIELDS = 20
 def _storable(text: str) -> str:
     if "\0" in text:
         raise ValueError("must not contain NUL characters")
-    return text
-
-
-def _has_letter(text: str) -> str:
-    if not any(unicodedata.category(character).startswith("L") for character in text):
-        raise ValueError("must contain a letter")
     return text
 
 
@@ -53,11 +48,11 @@ class CreateUser(BaseModel):
         Field(
             min_length=3,
             max_length=100,
-            pattern=r"^[\p{L}\p{M} ]*$",
-            description="Letters of any script and spaces alone.",
+            pattern=rf"^ *(?:\p{{L}}\p{{M}}{{0,{MAX_MARKS}}} *)+$",
+            description=f"Letters of any script, with {MAX_MARKS} combining marks each at most, and spaces alone.",
             examples=["Alice Liddell"],
         ),
-        AfterValidator(_has_letter),
+        AfterValidator(check_visible),
     ]
     email: Annotated[
         EmailStr,

@@ -189,7 +189,9 @@ def test_every_violation_is_named_at_once(api: Api, connection: Connection) -> N
     messages = {violation["field"]: violation["message"] for violation in response.json()["errors"]}
     assert all(messages.values())
     assert messages["username"] == "must be lower-case letters, digits and '_' alone"
-    assert messages["full_name"] == "must be letters of any script and spaces alone"
+    assert messages["full_name"] == (
+        "must be letters of any script, with 8 combining marks each at most, and spaces alone"
+    )
     (violation,) = api.client.post("/v1/users", json=[]).json()["errors"]
     assert violation == {"field": "body", "message": "must be a JSON object"}
     missing = api.client.post("/v1/users", json={})

@@ -1,9 +1,13 @@
 """The rules for a new user, at their boundaries."""
 
+import sys
+import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
+from typing import Annotated
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from service.schemas import CreateUser, User
 
@@ -49,6 +53,17 @@ def email_of(length: int) -> str:
         ("full_name", "王小明"),
         ("full_name", "Zoe\u0308 B"),
         ("full_name", "𐌰𐌱𐌲"),
+        ("full_name", unicodedata.normalize("NFD", "Nguyễn Thị Ánh")),
+        ("full_name", "น้ำทิพย์ ศรีสุข"),
+        ("full_name", "مُحَمَّدٌ ٱلرَّحْمَٰن"),
+        ("full_name", "שָׁ֑לוֹם בְּרֵאשִׁ֖ית"),
+        ("full_name", "ज़ाकिर हुसैन"),
+        ("full_name", "བསྟན འཛིན རྒྱ མཚོ ཧཱུྃ"),
+        ("full_name", "ဖြိုးကျော် ညွှန့်မြွှေး"),
+        ("full_name", "ព្រះបាទ នរោត្ដម"),
+        ("full_name", "한가을 김"),
+        ("full_name", unicodedata.normalize("NFD", "한가을")),
+        ("full_name", "Zoe" + "\u0308" * 8),
         ("email", "a@b.co"),
         ("email", email_of(200)),
         ("email", "first.last+tag@example.com"),
@@ -97,6 +112,11 @@ def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
         ("full_name", "Alice\u202egnp"),
         ("full_name", "Ali٣ce"),
         ("full_name", "😀😀😀"),
+        ("full_name", "\u2800\u2800\u2800"),
+        ("full_name", "Zoe" + "\u0308" * 9),
+        ("full_name", "e" + "\u0301" * 99),
+        ("full_name", "Zoe \u0308"),
+        ("full_name", "\u0308Zoe"),
         ("email", ""),
         ("email", "alice"),
         ("email", "alice@"),
@@ -122,6 +142,35 @@ def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
 def test_what_breaks_a_rule_is_refused_for_it(field: str, value: object) -> None:
     """One too short and one too long, a character too many, another type, a field that nobody knows."""
     assert wrong_fields({field: value}) == {field}
+
+
+def invisible_characters() -> list[str]:
+    """Returns the letters and marks that Unicode says are displayed as nothing, by the tables of pydantic's engine."""
+    pattern = r"^[\p{Default_Ignorable_Code_Point}&&[\p{L}\p{M}]]$"
+    invisible = TypeAdapter(Annotated[str, Field(pattern=pattern)])
+    found: list[str] = []
+    for character in map(chr, range(sys.maxunicode + 1)):
+        if unicodedata.category(character)[0] in "LM":
+            with suppress(ValidationError):
+                found.append(invisible.validate_python(character))
+    return found
+
+
+BLANK = ["\U00013440", "\U00013441", "\U00013442", "\U00016fe4", "\U0001bc9d"]
+"""Letters and marks that Unicode does not call ignorable, and whose glyph has nothing to see."""
+
+
+def test_an_invisible_character_is_no_part_of_a_name() -> None:
+    """Neither one that is all of it, nor one beside letters."""
+    invisible = invisible_characters()
+    assert {"\u3164", "\u115f", "\u1160", "\uffa0", "\ufe0f", "\u034f", "\U000e0100"} <= set(invisible)
+    for character in [*invisible, *BLANK]:
+        for changes in (
+            {"full_name": character * 3},
+            {"full_name": f"Alice{character} Liddell"},
+            {"full_name": f"{character}Alice"},
+        ):
+            assert wrong_fields(changes) == set(changes), f"U+{ord(character):04X} in {changes.keys()}"
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
