@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field
 
+from service.addresses import MAX_ADDRESS, canonical
 from service.letters import MAX_MARKS, check_visible
 
 MAX_BODY = 64 * 1024
@@ -18,13 +19,6 @@ def _storable(text: str) -> str:
     if "\0" in text:
         raise ValueError("must not contain NUL characters")
     return text
-
-
-def _bare(email: object) -> object:
-    # pydantic would take 'Alice <alice@example.com>' too, and drop the name.
-    if isinstance(email, str) and "<" in email:
-        raise ValueError("must be an address alone, as in alice@example.com")
-    return email
 
 
 class CreateUser(BaseModel):
@@ -56,8 +50,8 @@ class CreateUser(BaseModel):
     ]
     email: Annotated[
         EmailStr,
-        BeforeValidator(_bare),
-        Field(min_length=3, max_length=200, examples=["alice@example.com"]),
+        BeforeValidator(canonical),
+        Field(min_length=3, max_length=MAX_ADDRESS, examples=["alice@example.com"]),
     ]
 
 

@@ -68,6 +68,12 @@ def email_of(length: int) -> str:
         ("email", email_of(200)),
         ("email", "first.last+tag@example.com"),
         ("email", "a@exämple.com"),
+        ("email", "a@例え.jp"),
+        ("email", "élodie.müller+tag@exämple.com"),
+        ("email", "用户@例え.jp"),
+        ("email", "उपयोगकर्ता@example.com"),
+        ("email", "น้ำทิพย์@example.com"),
+        ("email", "بريد٣@example.com"),
     ],
 )
 def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
@@ -132,6 +138,11 @@ def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
         ("email", "<alice@example.com>"),
         ("email", email_of(201)),
         ("email", "a" * 10_000 + "@example.com"),
+        ("email", "a\u0301" + "\u0301" * 9 + "@example.com"),
+        ("email", "a.\u0301b@example.com"),
+        ("email", "a\u2062b@example.com"),
+        ("email", "a😀b@example.com"),
+        ("email", "a¼b@example.com"),
         ("email", 5),
         ("id", 1),
         ("is_email_verified", True),
@@ -160,7 +171,7 @@ BLANK = ["\U00013440", "\U00013441", "\U00013442", "\U00016fe4", "\U0001bc9d"]
 """Letters and marks that Unicode does not call ignorable, and whose glyph has nothing to see."""
 
 
-def test_an_invisible_character_is_no_part_of_a_name() -> None:
+def test_an_invisible_character_is_no_part_of_a_name_or_an_address() -> None:
     """Neither one that is all of it, nor one beside letters."""
     invisible = invisible_characters()
     assert {"\u3164", "\u115f", "\u1160", "\uffa0", "\ufe0f", "\u034f", "\U000e0100"} <= set(invisible)
@@ -169,6 +180,8 @@ def test_an_invisible_character_is_no_part_of_a_name() -> None:
             {"full_name": character * 3},
             {"full_name": f"Alice{character} Liddell"},
             {"full_name": f"{character}Alice"},
+            {"email": f"al{character}ice@example.com"},
+            {"email": f"alice@exa{character}mple.com"},
         ):
             assert wrong_fields(changes) == set(changes), f"U+{ord(character):04X} in {changes.keys()}"
 
@@ -194,6 +207,60 @@ def test_an_error_does_not_repeat_the_password() -> None:
 def test_a_domain_is_written_one_way() -> None:
     """The domain of an address is lower case, its local part as it was typed."""
     assert CreateUser.model_validate({**VALID, "email": "Alice@EXAMPLE.com"}).email == "Alice@example.com"
+
+
+IDNA_DOTS = "\uff0e\u3002\uff61"
+"""What IDNA takes for a dot between labels (UTS #46), because keyboards of East Asia type it."""
+DOTS = IDNA_DOTS + "\u2024\u2025\u2026\ufe52\u00b7\u06d4\u0701\u0702\ua4f8\ua4fa\ua60e\U00010a50\U0001d16d\u2e3c\u22c5"
+"""What looks like a dot, or several."""
+
+
+@pytest.mark.parametrize("dot", DOTS, ids=ascii)
+def test_a_dot_is_a_dot(dot: str) -> None:
+    """Nothing before the @ looks like a dot but is none; in a domain, what IDNA takes for a dot becomes one."""
+    assert wrong_fields({"email": f"alice{dot}b@example.com"}) == {"email"}
+    assert wrong_fields({"email": f"élodie{dot}@example.com"}) == {"email"}
+    if dot in IDNA_DOTS:
+        assert CreateUser.model_validate({**VALID, "email": f"alice@example{dot}com"}).email == "alice@example.com"
+    else:
+        assert wrong_fields({"email": f"alice@example{dot}com"}) == {"email"}
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        "\uff41lice",
+        "\ufb01n",
+        "ma\u017f\u017f",
+        "a\u00b2",
+        "\U0001d41alice",
+        "a\uff3fb",
+        "a\uff0bb",
+        "\ufe8e",
+        "\uff71",
+    ],
+    ids=ascii,
+)
+def test_a_second_form_of_a_letter_is_refused(local: str) -> None:
+    """Full width, ligatures, superscripts and the like would be second addresses that look like the first."""
+    with pytest.raises(ValidationError, match=r"must not contain U\+[0-9A-F]{4,5} before the @"):
+        CreateUser.model_validate({**VALID, "email": f"{local}@example.com"})
+
+
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        ("alice@\uff25\uff38ample.com", "alice@example.com"),
+        ("alice@xn--exmple-cua.com", "alice@exämple.com"),
+        ("alice@EXÄMPLE.com", "alice@exämple.com"),
+        ("e\u0301lodie@example.com", "élodie@example.com"),
+        ("\u212aate@example.com", "Kate@example.com"),
+        ("  alice@example.com\u3000", "alice@example.com"),
+    ],
+)
+def test_an_address_is_stored_in_one_form(typed: str, stored: str) -> None:
+    """Its domain as IDNA displays it; before the @, composed characters (RFC 6532: NFC)."""
+    assert CreateUser.model_validate({**VALID, "email": typed}).email == stored
 
 
 def test_no_user_is_shown_with_a_hash() -> None:
