@@ -21,9 +21,12 @@ _STRAY_MARK = re.compile(rf"(?:^|[^LMN])M|M{{{MAX_MARKS + 1}}}")
 def canonical(email: object) -> object:
     """Returns an address with its part before the @ in one form; the validation that follows does so with the domain.
 
-    What is ASCII stays as it is. Other characters before the @ are composed (RFC 6532: NFC), and have to be letters,
-    marks and digits that NFKC leaves alone (UTS #39, 3.3): another form of a letter, or a sign that looks like a dot,
-    would be a second address that looks like the first. In a domain, IDNA turns such forms into the one that counts.
+    Before the @, ASCII stays as it was typed: its case is for the receiving server to judge (RFC 5321, 2.4), and the
+    unique index compares it without case. An address with other characters there is stored and written to in lower
+    case and composed, as usernames are (RFC 8265: UsernameCaseMapped), because what Postgres knows of their case
+    depends on the database's collation. These characters have to be letters, marks and digits that NFKC leaves alone
+    (UTS #39, 3.3): another form of a letter, or a sign that looks like a dot, would be a second address that looks like
+    the first. In a domain, IDNA turns such forms into the one that counts.
 
     Args:
         email: what a client sent, of any type.
@@ -46,6 +49,8 @@ def canonical(email: object) -> object:
 
 def _canonical_local(local: str) -> str:
     local = unicodedata.normalize("NFC", local)
+    if not local.isascii():
+        local = unicodedata.normalize("NFC", local.lower())
     for character in local:
         if not _is_plain(character):
             raise ValueError(

@@ -7,6 +7,8 @@ from contextlib import suppress
 from typing import Annotated
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
 from service.schemas import CreateUser, User
@@ -140,6 +142,7 @@ def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
         ("email", "a" * 10_000 + "@example.com"),
         ("email", "a\u0301" + "\u0301" * 9 + "@example.com"),
         ("email", "a.\u0301b@example.com"),
+        ("email", "İ" * 188 + "@example.com"),
         ("email", "a\u2062b@example.com"),
         ("email", "a😀b@example.com"),
         ("email", "a¼b@example.com"),
@@ -254,13 +257,32 @@ def test_a_second_form_of_a_letter_is_refused(local: str) -> None:
         ("alice@xn--exmple-cua.com", "alice@exämple.com"),
         ("alice@EXÄMPLE.com", "alice@exämple.com"),
         ("e\u0301lodie@example.com", "élodie@example.com"),
+        ("E\u0301LODIE.B@example.com", "élodie.b@example.com"),
+        ("Alice.É@example.com", "alice.é@example.com"),
+        ("ΔΗΜΉΤΡΗΣ@example.com", "δημήτρης@example.com"),
+        ("\u0130lker@example.com", "i\u0307lker@example.com"),
         ("\u212aate@example.com", "Kate@example.com"),
         ("  alice@example.com\u3000", "alice@example.com"),
     ],
 )
 def test_an_address_is_stored_in_one_form(typed: str, stored: str) -> None:
-    """Its domain as IDNA displays it; before the @, composed characters (RFC 6532: NFC)."""
+    """Its domain as IDNA displays it; before the @, outside ASCII, composed and in lower case."""
     assert CreateUser.model_validate({**VALID, "email": typed}).email == stored
+
+
+# Few characters, so that many of them belong together.
+_PIECES = st.sampled_from("aAbéÉiİ\u0131s\u017fßẞ\u03c3ςΣǅЖж.+-@\u0301\u0307\u212a\u0e33\u0640한\u1112")
+
+
+@given(st.lists(_PIECES | st.characters(), max_size=12).map("".join))
+@settings(max_examples=300, deadline=None, database=None)
+def test_the_stored_form_is_a_fixed_point(local: str) -> None:
+    """What is stored would be taken, and stored as it is: composed, and in lower case unless it is ASCII."""
+    with suppress(ValidationError):
+        stored = CreateUser.model_validate({**VALID, "email": f"{local}@example.com"}).email
+        assert CreateUser.model_validate({**VALID, "email": stored}).email == stored
+        assert unicodedata.is_normalized("NFC", stored)
+        assert stored.isascii() or stored == stored.lower()
 
 
 def test_no_user_is_shown_with_a_hash() -> None:
