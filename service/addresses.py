@@ -40,10 +40,10 @@ def canonical(email: object) -> object:
         raise ValueError("must be an address alone, as in alice@example.com")
     if email.isascii():
         return email
-    address = check_visible(email.strip())
+    address = email.strip()
     if len(address) > MAX_ADDRESS:
         raise ValueError(f"must have at most {MAX_ADDRESS} characters")
-    local, at, domain = address.rpartition("@")
+    local, at, domain = check_visible(address).rpartition("@")
     return f"{_canonical_local(local)}{at}{domain}"
 
 

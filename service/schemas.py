@@ -51,7 +51,15 @@ class CreateUser(BaseModel):
     email: Annotated[
         EmailStr,
         BeforeValidator(canonical),
-        Field(min_length=3, max_length=MAX_ADDRESS, examples=["alice@example.com"]),
+        Field(
+            min_length=3,
+            max_length=MAX_ADDRESS,
+            description=(
+                "An address alone. Outside ASCII, its part before the @ is letters, marks and digits, and is stored in"
+                " lower case."
+            ),
+            examples=["alice@example.com"],
+        ),
     ]
 
 
