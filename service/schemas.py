@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field, StringConstraints
 
 from service.addresses import MAX_ADDRESS, canonical
 from service.letters import MAX_MARKS, check_visible
@@ -28,10 +28,8 @@ class CreateUser(BaseModel):
 
     username: Annotated[
         str,
+        StringConstraints(min_length=3, max_length=100, pattern="^[a-z0-9_]*$"),
         Field(
-            min_length=3,
-            max_length=100,
-            pattern="^[a-z0-9_]*$",
             description="Lower-case letters, digits and '_' alone.",
             examples=["alice"],
         ),
@@ -39,10 +37,8 @@ class CreateUser(BaseModel):
     password: Annotated[str, Field(min_length=6, max_length=100, examples=["correct horse"]), AfterValidator(_storable)]
     full_name: Annotated[
         str,
+        StringConstraints(min_length=3, max_length=100, pattern=rf"^ *(?:\p{{L}}\p{{M}}{{0,{MAX_MARKS}}} *)+$"),
         Field(
-            min_length=3,
-            max_length=100,
-            pattern=rf"^ *(?:\p{{L}}\p{{M}}{{0,{MAX_MARKS}}} *)+$",
             description=f"Letters of any script, with {MAX_MARKS} combining marks each at most, and spaces alone.",
             examples=["Alice Liddell"],
         ),

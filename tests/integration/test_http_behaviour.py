@@ -22,6 +22,7 @@ from outbox import logs, postgres
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
 from service import pool
+from service.schemas import CreateUser
 from service.server import create_server
 from tests.conftest import Connection
 from tests.support.processes import frozen
@@ -276,6 +277,14 @@ def test_the_documentation_has_an_example_for_every_answer(api: Api) -> None:
             for example in content["examples"].values():
                 assert example["value"].get("status", status) in {int(status), status, "ok", "ready"}
                 assert "hash" not in json.dumps(example)
+
+
+def test_the_documentation_has_the_rules_of_every_field(api: Api) -> None:
+    """OpenAPI gives each field's length, pattern and description, as the validation has them."""
+    documented = api.client.get("/schema/openapi.json").json()["components"]["schemas"]["CreateUser"]["properties"]
+    for field, rules in CreateUser.model_json_schema()["properties"].items():
+        del rules["title"]
+        assert documented[field] == rules, field
 
 
 def test_the_documentation_can_be_read(api: Api) -> None:
