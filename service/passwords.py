@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from nacl.pwhash import argon2id
@@ -38,8 +39,7 @@ class Passwords:
         """
         cores = usable_cores()
         self._threads = ThreadPoolExecutor(cores, thread_name_prefix="argon2")
-        self._limit = cores + queue
-        self._unfinished = 0
+        self._room = threading.Semaphore(cores + queue)
 
     async def hash(self, password: str) -> str:
         """Returns what `hash_password` does.
@@ -47,17 +47,13 @@ class Passwords:
         Raises:
             BusyError: too many wait already.
         """
-        if self._unfinished >= self._limit:
+        if not self._room.acquire(blocking=False):
             raise BusyError("too many requests are waiting: try again in a moment")
-        self._unfinished += 1
         future = self._threads.submit(hash_password, password)
-        # Counted down by the thread's end and not by the request's: a client that hangs up frees no core.
-        loop = asyncio.get_running_loop()
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._finished))
+        # Released by the thread's end and not by the request's: a client that hangs up frees no core. The loop may be
+        # closed by then.
+        future.add_done_callback(lambda _: self._room.release())
         return await asyncio.wrap_future(future)
-
-    def _finished(self) -> None:
-        self._unfinished -= 1
 
     def close(self) -> None:
         """Ends the threads."""

@@ -1,9 +1,14 @@
 """Password hashes."""
 
+import asyncio
+import threading
+
 import argon2
 import pytest
 
-from service.passwords import hash_password
+from service import passwords
+from service.passwords import BusyError, Passwords, hash_password
+from tests.support.waiting import eventually
 
 
 @pytest.mark.parametrize("password", ["correct horse battery", "p" * 1000, "pässwörd \N{LOCK}"])
@@ -20,3 +25,41 @@ def test_another_implementation_verifies_the_hash(password: str) -> None:
 def test_no_two_hashes_are_the_same() -> None:
     """Each has a salt of its own."""
     assert hash_password("correct horse battery") != hash_password("correct horse battery")
+
+
+def test_a_hash_outlasts_its_request_and_the_loop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client that hangs up frees no thread; one that is at work when the service stops ends without a traceback."""
+    begun, release = threading.Semaphore(0), threading.Event()
+
+    def wait(password: str) -> str:
+        begun.release()
+        release.wait(10)
+        return password
+
+    monkeypatch.setattr(passwords, "hash_password", wait)
+    hashing = Passwords(queue=0)
+
+    async def hang_up() -> None:
+        requests = [asyncio.create_task(hashing.hash("x")) for _ in range(passwords.usable_cores())]
+        await asyncio.sleep(0)
+        assert all(begun.acquire(timeout=10) for _ in requests)
+        for request in requests:
+            request.cancel()
+        await asyncio.wait(requests)
+        with pytest.raises(BusyError):
+            await hashing.hash("one more")
+
+    asyncio.run(hang_up())
+    release.set()
+    eventually(lambda: asyncio.run(_is_free(hashing)), 10, "the threads are free")
+    hashing.close()
+    assert not caplog.records
+
+
+async def _is_free(hashing: Passwords) -> bool:
+    try:
+        return await hashing.hash("x") == "x"
+    except BusyError:
+        return False
