@@ -2,8 +2,19 @@
 
 from outbox.add import add
 from outbox.context import Context
-from outbox.errors import OutboxError, PayloadError, SkipRetry, TaskError
+from outbox.errors import OptionError, OutboxError, PayloadError, SkipRetry, TaskError
 from outbox.registry import Handler, handler
 from outbox.task import Task
 
-__all__ = ["Context", "Handler", "OutboxError", "PayloadError", "SkipRetry", "Task", "TaskError", "add", "handler"]
+__all__ = [
+    "Context",
+    "Handler",
+    "OptionError",
+    "OutboxError",
+    "PayloadError",
+    "SkipRetry",
+    "Task",
+    "TaskError",
+    "add",
+    "handler",
+]

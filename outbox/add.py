@@ -8,6 +8,7 @@ from psycopg import AsyncConnection, Connection
 from psycopg.rows import scalar_row
 from psycopg.types.json import Jsonb
 
+from outbox.errors import OptionError
 from outbox.queries import query
 from outbox.task import P, Task
 
@@ -26,7 +27,11 @@ class Options(TypedDict, total=False):
     unique_key: str | None
     """1 to 200 characters. At most one row that is not done may carry it, and a dead row is not done."""
     request_id: str | None
-    """Goes along in the logs of the row."""
+    """At most 200 characters. Goes along in the logs of the row."""
+
+
+_MOST_CHARACTERS = 200
+"""Of a `unique_key` or a `request_id`; the table has the same limits."""
 
 
 @overload
@@ -64,7 +69,8 @@ def add(
     Raises:
         PayloadError: the payload does not fit the task's model; nothing was written.
         TypeError: there is no option of that name; nothing was written.
-        psycopg.errors.CheckViolation: an option is out of its limits.
+        OptionError: `unique_key` or `request_id` is too long; nothing was written.
+        psycopg.errors.CheckViolation: another option is out of its limits.
     """
     row = _row(task, payload, options)
     if isinstance(connection, AsyncConnection):
@@ -81,6 +87,10 @@ async def _add_async(connection: AsyncConnection[Any], row: Mapping[str, object]
 def _row(task: Task[P], payload: P | Mapping[str, object], options: Options) -> dict[str, object]:
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"outbox.add has no option {', '.join(sorted(unknown))}")
+    unique_key, request_id = options.get("unique_key"), options.get("request_id")
+    for name, text in (("unique_key", unique_key), ("request_id", request_id)):
+        if text is not None and (length := len(str(text))) > _MOST_CHARACTERS:
+            raise OptionError(f"{name} has {length} characters: outbox.add takes {_MOST_CHARACTERS} at most")
     delay = options.get("delay", task.delay)
     return {
         "task": task.name,
@@ -89,6 +99,6 @@ def _row(task: Task[P], payload: P | Mapping[str, object], options: Options) -> 
         "delay": delay.total_seconds() if isinstance(delay, timedelta) else delay,
         "max_retries": options.get("max_retries", task.max_retries),
         "timeout": options.get("timeout", task.timeout),
-        "unique_key": options.get("unique_key"),
-        "request_id": options.get("request_id"),
+        "unique_key": unique_key,
+        "request_id": request_id,
     }

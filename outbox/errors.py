@@ -53,6 +53,10 @@ class PayloadError(OutboxError):
     """A payload does not fit its task's model; nothing was written."""
 
 
+class OptionError(OutboxError):
+    """An option of `outbox.add` is too long; nothing was written."""
+
+
 class TimeLimitError(OutboxError):
     """An attempt's time is over, and a step of it would begin: a mail, or a connection to Postgres."""
 

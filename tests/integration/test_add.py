@@ -130,6 +130,20 @@ def test_options_beyond_the_limits_are_refused(connection: Connection, options: 
     assert _rows(connection) == []
 
 
+@pytest.mark.parametrize("option", ["request_id", "unique_key"])
+def test_a_text_that_is_too_long_is_refused_before_it_is_sent(connection: Connection, option: str) -> None:
+    """The sentence names the option and the limit, and not the text; the caller's transaction can go on."""
+    with connection.transaction():
+        for text in ("x" * 201, "é" * 3_000_000):
+            options: Any = {option: text}
+            with pytest.raises(outbox.OptionError) as caught:
+                outbox.add(connection, REPORT, {"month": 1}, **options)
+            assert str(caught.value) == f"{option} has {len(text)} characters: outbox.add takes 200 at most"
+        options = {option: "é" * 200}
+        outbox.add(connection, REPORT, {"month": 1}, **options)
+    assert [row[option] for row in _rows(connection)] == ["é" * 200]
+
+
 def test_a_misspelt_option_is_refused(connection: Connection) -> None:
     """A typed dictionary is the type checker's business alone, and not every caller has one."""
     options: Any = {"max_retry": 1, "dealy": 5}

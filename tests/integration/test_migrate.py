@@ -233,6 +233,61 @@ def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.Mon
 
 
 @pytest.fixture
+def long_ids_url(create_database: CreateDatabase, template: str) -> str:
+    """A database of a version that had no limit for request ids, with a row in each status and long ids in all."""
+    url = create_database(template)
+    with psycopg.connect(url) as connection:
+        connection.execute("DELETE FROM _yoyo_migration WHERE migration_id > '0006'")
+        connection.execute("ALTER TABLE outbox DROP CONSTRAINT IF EXISTS outbox_request_id_valid")
+        connection.execute(
+            """
+            INSERT INTO outbox (task, payload, status, request_id, lease_until, done_at)
+            SELECT 't', '{}', status, repeat('é', 3000000), CASE status WHEN 'running' THEN now() END,
+                   CASE status WHEN 'done' THEN now() END
+            FROM unnest(ARRAY['pending', 'enqueued', 'running', 'done', 'dead']) AS status
+            """
+        )
+        connection.execute(
+            "INSERT INTO outbox (task, payload, request_id) VALUES ('t', '{}', 'short'), ('t', '{}', NULL)"
+        )
+    return url
+
+
+def test_request_ids_of_earlier_versions_are_cut(long_ids_url: str) -> None:
+    """Else no later update of their rows would bear the limit: they could be neither handed over nor marked."""
+    assert len(migrate(long_ids_url)) == 2
+    with postgres.connect(long_ids_url, "test") as connection:
+        connection.execute("UPDATE outbox SET delivery = delivery + 1")
+        ids = [row["request_id"] for row in connection.execute("SELECT request_id FROM outbox ORDER BY id")]
+        assert ids == ["é" * 200] * 5 + ["short", None]
+        valid = "SELECT convalidated FROM pg_constraint WHERE conname = 'outbox_request_id_valid'"
+        assert connection.execute(valid).fetchall() == [{"convalidated": True}]
+
+
+def test_rows_are_written_while_long_request_ids_are_cut(long_ids_url: str, impatient: pytest.MonkeyPatch) -> None:
+    """It waits for who has such a row locked, and nobody waits for it; longer ids are refused by then."""
+    impatient.setattr(migrating, "TRIES", 1000)
+    with (
+        postgres.connect(long_ids_url, "test") as connection,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        assert migrating._apply(connection, "0006_limited_request_ids")
+        with psycopg.connect(long_ids_url) as holder:
+            holder.execute("SELECT FROM outbox WHERE id = 1 FOR UPDATE")
+            migrated = threads.submit(migrate, long_ids_url)
+            waits = "SELECT FROM pg_stat_activity WHERE query LIKE '%%left(request_id%%' AND wait_event_type = 'Lock'"
+            eventually(lambda: connection.execute(waits + " AND pid <> pg_backend_pid()").fetchall(), 10, "it waits")
+            connection.execute("SET lock_timeout = '2s'")
+            connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
+            connection.execute("UPDATE outbox SET run_at = now() WHERE id = 6")
+            with pytest.raises(psycopg.errors.CheckViolation):
+                connection.execute(
+                    "INSERT INTO outbox (task, payload, request_id) VALUES ('t', '{}', repeat('x', 201))"
+                )
+        assert migrated.result(20) == ["0007_cut_request_ids"]
+
+
+@pytest.fixture
 def other_url(empty_url: str) -> Iterator[str]:
     """An empty database, as a role that may only look at its schema."""
     name = f"outbox_test_{secrets.token_hex(6)}"
@@ -339,6 +394,7 @@ def test_a_newer_database_is_accepted(connection: Connection) -> None:
         ("outbox_timeout_valid", "timeout", 86_401),
         ("outbox_unique_key_valid", "unique_key", ""),
         ("outbox_unique_key_valid", "unique_key", "x" * 201),
+        ("outbox_request_id_valid", "request_id", "x" * 201),
         ("outbox_payload_object", "payload", "[]"),
         ("outbox_running_is_leased", "status", "running"),
         ("outbox_running_is_leased", "lease_until", "2030-01-01"),
