@@ -79,9 +79,12 @@ async def open_verification_link(
 ) -> Response[Any]:
     """Verifies the address for a JSON client; shows a person the button."""
     wants_json = _wants_json(request)
-    found = await store.verify(email_id, secret_code, use=wants_json)
+    found, username, email = await store.verify(email_id, secret_code, use=wants_json)
     if found is Verification.VALID and not wants_json:
-        return page("Verify your email address", "One click, and your address is verified.", with_button=True)
+        # Somebody else may have signed up with the reader's address.
+        text = f"One click, and the account {username} gets the confirmed address {email}."
+        text += " If you did not sign up, close this page: somebody else has the account's password."
+        return page("Verify your email address", text, with_button=True)
     return _answer(request, found, wants_json=wants_json)
 
 
@@ -97,7 +100,8 @@ async def verify_email(
     request: Request[Any, Any, Any], store: NamedDependency[Store], email_id: EmailId, secret_code: SecretCode
 ) -> Response[Any]:
     """Verifies the address."""
-    return _answer(request, await store.verify(email_id, secret_code, use=True), wants_json=_wants_json(request))
+    found, _, _ = await store.verify(email_id, secret_code, use=True)
+    return _answer(request, found, wants_json=_wants_json(request))
 
 
 def _answer(request: Request[Any, Any, Any], found: Verification, *, wants_json: bool) -> Response[Any]:

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool
@@ -50,6 +50,14 @@ class Verification(Enum):
     """The user's address was changed since."""
     USED = "used"
     EXPIRED = "expired"
+
+
+class Opened(NamedTuple):
+    """A link that was opened, and the account that it is for, which is for who has the right code alone."""
+
+    found: Verification
+    username: str
+    email: str
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class Store:
         self.wakeup.hint()
         return User.model_validate(row)
 
-    async def verify(self, email_id: int, code: str, *, use: bool) -> Verification:
+    async def verify(self, email_id: int, code: str, *, use: bool) -> Opened:
         """Looks at a link and, if it is valid and `use` says so, verifies its user.
 
         Args:
@@ -129,11 +137,11 @@ class Store:
         """
         async with self._connection() as connection:
             found, row = await self._judge(connection, email_id, code)
-            if not use or found is not Verification.VALID or await _use(connection, row):
-                return found
-            # The user, the address or the link has changed since.
-            found, _ = await self._judge(connection, email_id, code)
-            return Verification.USED if found is Verification.VALID else found
+            if use and found is Verification.VALID and not await _use(connection, row):
+                # The user, the address or the link has changed since.
+                found, row = await self._judge(connection, email_id, code)
+                found = Verification.USED if found is Verification.VALID else found
+            return Opened(found, row["username"], row["email"])
 
     async def _judge(
         self, connection: AsyncConnection, email_id: int, code: str

@@ -109,7 +109,33 @@ def test_opening_the_link_in_a_browser_changes_nothing(api: Api, connection: Con
         assert is_page(response, 200), accept
         assert '<form method="post"><button>' in response.text
         assert link.code not in response.text
+        assert "the account alice gets the confirmed address alice@example.com" in response.text
+        assert "If you did not sign up, close this page" in response.text
     assert state(connection) == UNTOUCHED
+
+
+def test_an_account_is_named_to_who_has_the_code_alone(api: Api, connection: Connection) -> None:
+    """Whoever guesses ids learns no username and no address, nor does who opens a link that is over."""
+    link, over = mailed(connection), mailed(connection, "bob", lifetime=0)
+    for query in ({**link.query, "secret_code": "0" * 64}, over.query):
+        for method in ("GET", "POST"):
+            told = api.client.request(method, PATH, params=query, headers=BROWSER).text
+            assert "alice" not in told
+            assert "bob" not in told
+
+
+def test_an_address_is_text_in_the_page(api: Api, connection: Connection) -> None:
+    """Markup in an address is shown, not run."""
+    connection.execute("INSERT INTO users VALUES ('eve', 'hash', 'Eve', %s)", ["<b>\"'&@example.com"])
+    found = connection.execute(
+        "INSERT INTO verify_emails (outbox_id, username, email, expired_at)"
+        " SELECT 1, username, email, now() + interval '1 min' FROM users RETURNING id"
+    ).fetchone()
+    assert found is not None
+    code = secret_code(SECRET_KEY, found["id"], "eve", "<b>\"'&@example.com")
+    shown = api.client.get(PATH, params=Link(found["id"], code).query, headers=BROWSER)
+    assert "&lt;b&gt;&quot;&#x27;&amp;@example.com" in shown.text
+    assert "<b>" not in shown.text
 
 
 def test_the_button_verifies(api: Api, connection: Connection) -> None:

@@ -44,7 +44,7 @@ def mail_of(
 
 def wire(settings: WorkerSettings, recipient: str = "a@example.com", name: str = "Alice", link: str = LINK) -> bytes:
     """Returns the same mail as the bytes that are sent, whose lines are as SMTP wants them."""
-    content = compose(settings, 7, recipient, name, link, sent_at=SENT_AT).content
+    content = compose(settings, 7, recipient, name, link, username="alice", sent_at=SENT_AT).content
     assert content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
     assert max(map(len, content.split(b"\r\n"))) <= 300
     return content
@@ -70,6 +70,16 @@ def test_both_parts_carry_the_link() -> None:
     assert mail["Subject"]
     assert parsedate_to_datetime(mail["Date"]).replace(tzinfo=UTC).timestamp() == SENT_AT
     assert mail["Auto-Submitted"] == "auto-generated"
+
+
+def test_both_parts_say_which_account_a_click_confirms() -> None:
+    """Somebody else may have signed up with the reader's address: without that, a click gives that account away."""
+    mail = mail_of(settings(public_url="https://example.com:8443/app"), "victim@example.com", "Eve")
+    for kind in ("plain", "html"):
+        told = " ".join(body(mail, kind).split())
+        assert "the account alice at example.com was created with this address" in told
+        assert "confirm that it is yours" in told
+        assert "If you did not sign up, ignore this mail: somebody else has the account's password" in told
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(900, "15 minutes"), (60, "1 minute"), (1, "1 minute"), (90, "2 min")])
@@ -104,7 +114,7 @@ def test_a_name_never_gets_into_the_headers(name: str) -> None:
 def test_an_address_with_a_line_break_makes_no_mail(recipient: str) -> None:
     """The service refuses such an address; if one got into the table all the same, no mail is made of it."""
     with pytest.raises(ValueError, match="linefeed"):
-        compose(settings(), 7, recipient, "Alice", LINK, sent_at=SENT_AT)
+        compose(settings(), 7, recipient, "Alice", LINK, username="alice", sent_at=SENT_AT)
 
 
 @pytest.mark.parametrize("sender", ["a@example.com\r\nBcc: v@example.com", "A\n <a@example.com>", "a@b\u2028Bcc: x@y"])

@@ -11,7 +11,7 @@ from email.utils import formatdate, parseaddr
 from functools import lru_cache, partial
 from html import escape
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -61,7 +61,9 @@ def send_verify_email(payload: SendVerifyEmail, context: Context) -> Mapping[str
     parameters = urlencode({"email_id": verification["id"], "secret_code": code})
     link = f"{context.settings.public_url}/v1/verify_email?{parameters}"
     name, sent_at = verification["full_name"], verification["now"]
-    context.send(compose(context.settings, context.row, recipient, name, link, sent_at=sent_at))
+    context.send(
+        compose(context.settings, context.row, recipient, name, link, username=payload.username, sent_at=sent_at)
+    )
     return {"email": recipient}
 
 
@@ -134,16 +136,19 @@ def _open(cursor: Cursor[dict[str, Any]], wanted: Mapping[str, object], context:
 
 
 def compose(
-    settings: WorkerSettings, row: int, recipient: str, full_name: str, link: str, *, sent_at: float
+    settings: WorkerSettings, row: int, recipient: str, full_name: str, link: str, *, username: str, sent_at: float
 ) -> Message:
     """Returns the mail. No line break gets into a header, and the name is in the body alone.
 
+    It says which account a click confirms: whoever has signed up with somebody else's address knows its password.
+
     Args:
-        settings: for the sender and the link's lifetime.
+        settings: for the sender, the service's host and the link's lifetime.
         row: the outbox row.
         recipient: the address.
         full_name: of the user.
         link: what the button opens; the Message-ID is derived from it and the row.
+        username: the account.
         sent_at: seconds since the epoch, by Postgres' clock.
 
     Raises:
@@ -151,6 +156,8 @@ def compose(
     """
     minutes = max(1, round(settings.link_lifetime / 60))
     lifetime = "1 minute" if minutes == 1 else f"{minutes} minutes"
+    account = f"the account {username} at {urlsplit(settings.public_url).hostname} was created with this address"
+    warning = "If you did not sign up, ignore this mail: somebody else has the account's password."
     return alternatives(
         deliverable(recipient),
         {
@@ -162,14 +169,14 @@ def compose(
         },
         text=(
             f"Hello {full_name},\n\n"
-            f"thank you for signing up. Open this link to verify your email address:\n\n{link}\n\n"
-            f"It works for {lifetime}. If you did not sign up, ignore this mail.\n"
+            f"{account}. Open this link to confirm that it is yours:\n\n{link}\n\n"
+            f"It works for {lifetime}. {warning}\n"
         ),
         html=(
             f"<!doctype html><html><body><p>Hello {escape(full_name)},</p>"
-            f"<p>thank you for signing up.</p>"
+            f"<p>{escape(account)}. Open this link to confirm that it is yours:</p>"
             f'<p><a href="{escape(link)}">Verify your email address</a></p>'
-            f"<p>The link works for {lifetime}. If you did not sign up, ignore this mail.</p></body></html>\n"
+            f"<p>The link works for {lifetime}. {warning}</p></body></html>\n"
         ),
     )
 
