@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import psycopg
 
@@ -12,6 +12,8 @@ from outbox.outage import one_line
 from outbox.postgres import Connection
 
 T = TypeVar("T")
+K = TypeVar("K", int, str)
+"""What names a row: its id, or a user's name."""
 
 MOST_LEFT_OUT = 1000
 """Rows that are left out at a time, at most: where there are more, it is hardly the rows' fault."""
@@ -20,42 +22,43 @@ _NO_ROWS_FAULT = ("42501", "53", "58")
 """How the states begin of errors that smaller batches do not help against: no right, no room, the system's errors."""
 
 
-class LeftOut:
+class LeftOut(Generic[K]):
     """Rows that Postgres has refused by themselves. A duty leaves them out for a while, and does it for the others.
 
     So may be refused what a trigger raises for, what somebody's foreign key holds, or what meets a lock each time.
     """
 
-    def __init__(self, event: str, seconds: float) -> None:
-        """Takes the log event that names the rows, at most once in the time that they are left out."""
+    def __init__(self, event: str, seconds: float, *, field: str = "rows") -> None:
+        """Takes the log event that names the rows in a field, at most once in the time that they are left out."""
         self._event = event
+        self._field = field
         self._seconds = seconds
-        self._until: dict[int, float] = {}
+        self._until: dict[K, float] = {}
         self._tell_at = 0.0
 
-    def rows(self) -> list[int]:
+    def rows(self) -> list[K]:
         """Returns the ids of the rows that are left out now."""
         now = time.monotonic()
         self._until = {row: until for row, until in self._until.items() if now < until}
         return sorted(self._until)
 
-    def add(self, rows: list[int], error: Exception) -> None:
+    def add(self, rows: list[K], error: Exception) -> None:
         """Leaves out rows from now on."""
         now = time.monotonic()
         self._until |= dict.fromkeys(rows, now + self._seconds)
         if now >= self._tell_at:
-            logs.get().error(self._event, rows=sorted(rows), error=one_line(error))
+            logs.get().error(self._event, **{self._field: sorted(rows)}, error=one_line(error))
             self._tell_at = now + self._seconds
 
 
-class Batches:
+class Batches(Generic[K]):
     """One duty's batches: after a refusal half as large, and at last without the row that is refused alone."""
 
-    def __init__(self, most: int, event: str, seconds: float) -> None:
+    def __init__(self, most: int, event: str, seconds: float, *, field: str = "rows") -> None:
         """Takes the rows of a batch, and what `LeftOut` takes."""
         self._size = BatchSize(most)
-        self.left_out = LeftOut(event, seconds)
-        self.tried: list[int] = []
+        self.left_out: LeftOut[K] = LeftOut(event, seconds, field=field)
+        self.tried: list[K] = []
         """The rows of the batch that is being written, once they are known."""
 
     def write(self, connection: Connection, write: Callable[[int], T]) -> T | None:

@@ -24,7 +24,7 @@ class HandOver:
         self._client = client
         self._queue = queue
         self._settings = settings
-        self._batches = Batches(settings.batch, "rows cannot be handed over", LEFT_OUT)
+        self._batches = Batches[int](settings.batch, "rows cannot be handed over", LEFT_OUT)
         self._has_backlog = False
 
     def step(self, connection: Connection, drain: Drain) -> float:

@@ -21,6 +21,7 @@ from outbox.queries import query
 from outbox.settings import RelaySettings
 from relay.clock import Clock
 from relay.drain import Drain
+from relay.expiry import Expiry
 from relay.hand_over import HandOver
 from relay.repair import repair
 from relay.rescue import IMPOSSIBLE_LEASE, Rescue
@@ -97,6 +98,9 @@ class Relay:
             Duty("retention", Retention(settings).step),
             Duty("look for unserved queues", self._tell_of_unserved_queues),
         ]
+        if settings.unverified_retention is not None:
+            expiry = Expiry(settings.unverified_retention)
+            self._unhurried.append(Duty("expiry of unverified users", expiry.step))
 
     def run(self) -> None:
         """Works until it is told to stop, through outages of either server.

@@ -25,7 +25,7 @@ class Retention:
 
     def __init__(self, settings: RelaySettings) -> None:
         self._settings = settings
-        self._batches = Batches(BATCH, "done rows cannot be deleted", LEFT_OUT)
+        self._batches = Batches[int](BATCH, "done rows cannot be deleted", LEFT_OUT)
 
     def step(self, connection: Connection) -> float:
         """Deletes one batch and returns the seconds until the next.

@@ -71,7 +71,7 @@ class Sweep:
         self._settings = settings
         self._missing: list[Delivery] = []
         self._size = BatchSize(MOST_SWEPT)
-        self._left_out = LeftOut("rows cannot be swept", LEFT_OUT)
+        self._left_out = LeftOut[int]("rows cannot be swept", LEFT_OUT)
 
     def step(self, connection: Connection) -> float:
         """Does one of the two steps and returns the seconds until the next; infinite when both are done.

@@ -333,6 +333,53 @@ FOR UPDATE SKIP LOCKED;
 DELETE FROM outbox WHERE id = ANY (%(ids)s);
 
 
+-- name: has_index_of_unverified
+-- Whether there is the index without which the next statement would read all users.
+SELECT EXISTS (
+    SELECT FROM pg_catalog.pg_index WHERE indexrelid = pg_catalog.to_regclass('users_unverified')::oid AND indisvalid
+) AS has;
+
+
+-- name: unverified_users
+-- The next users, by age, who have not verified their address in time, locked to be judged. One whom somebody has locked,
+-- as to verify an address or to send a mail, is passed over until the next round.
+SELECT username, created_at::text AS signed_up_at
+FROM users
+WHERE NOT is_email_verified
+  AND created_at < pg_catalog.now() - %(retention)s::float8 * interval '1 s'
+  AND (created_at, username) > (%(after)s::timestamptz, %(after_username)s::text)
+  AND username <> ALL (%(left_out)s::text[])
+ORDER BY created_at, username
+LIMIT %(batch)s
+FOR UPDATE SKIP LOCKED;
+
+
+-- name: delete_expired_users
+-- Deletes those of these users, locked before, whose mail is out and whose links are over, and with them what others'
+-- foreign keys say; returns the rows of their mails. A mail is out if a verification was opened for it and its row is
+-- done, or gone since: an operator may have discarded it. What another user's row has been given a verification's id for
+-- is not this user's.
+-- OFFSET 0 has verifications and rows looked up one by one.
+WITH verification AS MATERIALIZED (
+    SELECT name.username, verification.expired_at, mail.id, mail.status
+    FROM pg_catalog.unnest(%(usernames)s::text[]) AS name (username),
+         LATERAL (SELECT outbox_id, expired_at FROM verify_emails WHERE verify_emails.username = name.username
+                  OFFSET 0) AS verification
+         LEFT JOIN LATERAL (SELECT id, status FROM outbox
+                            WHERE outbox.id = verification.outbox_id AND task = 'send_verify_email'
+                              AND payload ->> 'username'::text = name.username
+                            OFFSET 0) AS mail ON true
+), expired AS MATERIALIZED (
+    SELECT username, pg_catalog.array_remove(pg_catalog.array_agg(id), NULL::bigint) AS rows
+    FROM verification
+    GROUP BY username
+    HAVING pg_catalog.bool_and(expired_at <= pg_catalog.now() AND coalesce(status, 'done') = 'done')
+), deleted AS (
+    DELETE FROM users WHERE username = ANY (ARRAY(SELECT username FROM expired)) RETURNING username
+)
+SELECT rows FROM deleted JOIN expired USING (username);
+
+
 -- name: unserved_queues
 -- Queues that hold work and that these settings do not name: no relay hands over their pending rows, and no worker takes
 -- the jobs of their enqueued ones. Of either kind it finds the queues one by one, each by a look into the index that begins
