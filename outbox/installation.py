@@ -16,6 +16,9 @@ KEY = "outbox:installation"
 LIFETIME = 30
 """Seconds that an installation counts as there after its last process has announced it."""
 
+LONGEST = 200
+"""Bytes of the key that are read: any client may have written it, and an id of ours has some 100 at most."""
+
 TELL_INTERVAL = 60.0
 """Seconds between two log lines about another installation that is there."""
 
@@ -59,16 +62,19 @@ class Installation:
         if self._id is None:
             return
         own = self._id.encode()
-        other: object = self._client.get(KEY) if not self._is_in else None
-        if other not in (None, own):
+        other: object = self._client.getrange(KEY, 0, LONGEST - 1) if not self._is_in else b""
+        if other not in (b"", own):
             raise SharedRedisError(
                 f"the Redis database of REDIS_URL is in use by another installation of this service, {other!r}:"
                 " give each one of its own, as in redis://host:6379/3."
                 f" If that one has been stopped, start this one {LIFETIME} s later"
             )
-        other = self._client.set(KEY, own, ex=LIFETIME, get=True)
+        with self._client.pipeline() as pipeline:
+            pipeline.getrange(KEY, 0, LONGEST - 1)
+            pipeline.set(KEY, own, ex=LIFETIME)
+            other, _ = pipeline.execute()
         self._is_in = True
-        if other not in (None, own) and time.monotonic() - self._told_at >= TELL_INTERVAL:
+        if other not in (b"", own) and time.monotonic() - self._told_at >= TELL_INTERVAL:
             self._told_at = time.monotonic()
             logs.get().error(
                 "another installation uses this Redis database",

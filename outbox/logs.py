@@ -15,6 +15,7 @@ import structlog
 from pydantic_core import from_json, to_json
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
+from outbox.log_limits import FIELD_LIMIT, LINE_LIMIT, LONGEST_LINE, cut
 from outbox.log_writer import LogWriter
 from outbox.printable import printable
 from outbox.verification import masked
@@ -175,12 +176,15 @@ def _escaping(render: Processor) -> Processor:
     """Returns a renderer that escapes what a terminal would obey: paths, ids and names of tasks are others' text."""
 
     def rendered(logger: WrappedLogger, method: str, event: EventDict) -> Any:
+        escaped: EventDict = {}
         for name, value in event.items():
             if isinstance(value, str):
-                event[name] = printable(value, "\n\t" if name == "exception" else "")
-            elif not isinstance(value, bool | int | float | None):
-                event[name] = printable(repr(value))
-        return render(logger, method, event)
+                escaped[name] = printable(value, "\n\t" if name == "exception" else "")
+            elif isinstance(value, bool | int | float | None):
+                escaped[name] = value
+            else:
+                escaped[name] = printable(repr(value))
+        return render(logger, method, escaped)
 
     return rendered
 
@@ -199,16 +203,25 @@ def _hide_rows(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _never_failing(render: Processor) -> Processor:
-    """Returns a renderer that never raises: where a field cannot be rendered, it renders the known ones alone."""
+    """Returns a renderer that never raises, and whose lines have a limit.
+
+    Where a field cannot be rendered, or the fields are too many, it renders the known ones alone. It looks at a line
+    once that is rendered: nearly all are short, and to look at each field first would take longer.
+    """
 
     def rendered(logger: WrappedLogger, method: str, event: EventDict) -> Any:
-        known = {
-            name: event.get(name) for name in ("event", "level", "timestamp", "process", "type", "row", "delivery")
-        }
         try:
-            return render(logger, method, event)
+            line = render(logger, method, event)
+            if len(line) <= LINE_LIMIT:
+                return line
+            line = render(logger, method, cut(event))
+            if len(line) <= LONGEST_LINE:
+                return line
+            why = "too long"
         except Exception as error:  # noqa: BLE001 - a field's __str__ may raise anything
-            return render(logger, method, {**known, "fields_error": type(error).__name__})
+            why = type(error).__name__
+        known = ("event", "level", "timestamp", "process", "type", "row", "delivery")
+        return render(logger, method, cut({**{name: event.get(name) for name in known}, "fields_error": why}))
 
     return rendered
 
@@ -244,7 +257,7 @@ def _add_bound(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 _bound: ContextVar[Mapping[str, object]] = ContextVar("_bound", default={})  # noqa: B039 - nobody writes into it
 
 
-PAYLOAD_LIMIT = 2000
+PAYLOAD_LIMIT = FIELD_LIMIT
 """Characters of a payload that a log line shows."""
 
 

@@ -178,3 +178,57 @@ def test_a_terminal_obeys_nothing_that_is_logged() -> None:
     assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(shown)
     assert len([line for line in shown.splitlines() if "forged" in line]) == 3
     assert "Traceback" in shown
+
+
+LONG_FIELDS = {
+    "text": "'x' * 200_000",
+    "bytes": "b'x' * 200_000",
+    "list": "list(range(50_000))",
+    "nested": "{'a': {'b': ['x' * 200_000]}}",
+    "object": "type('Long', (), {'__str__': lambda _: 'x' * 200_000, '__repr__': lambda _: 'x' * 200_000})()",
+    "surrogates": "'\\ud800' * 200_000",
+}
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+@pytest.mark.parametrize("value", LONG_FIELDS.values(), ids=LONG_FIELDS)
+def test_no_field_makes_a_line_long(log_format: str, value: str) -> None:
+    """Of a long one the beginning is logged, wherever it comes from; the other fields are whole."""
+    code = (
+        f"value = {value}; logs.get().warning('ours', request_id=value, row=1, payload={{'a': [1, 2]}});"
+        "logs.bind(request_id=value); logs.get().warning('bound', row=1, payload={'a': [1, 2]});"
+        "import logging; logging.getLogger('rq.worker').warning('theirs %s', value)"
+    )
+    lines = _run(code, log_format).stdout.splitlines()
+    assert [name in line for name, line in zip(("ours", "bound", "theirs"), lines, strict=True)] == [True] * 3
+    assert max(map(len, lines)) < 30_000
+    if log_format == "json":
+        ours, bound, theirs = map(json.loads, lines)
+        assert len(ours["request_id"]) == len(bound["request_id"]) == len(theirs["event"]) == 2000
+        assert (ours["row"], ours["payload"], bound["payload"]) == (1, {"a": [1, 2]}, {"a": [1, 2]})
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+@pytest.mark.parametrize(
+    "fields", ["{f'field_{n}': 'x' * 2000 for n in range(1000)}", "{'x' * 200_000: 1}", "{'n': 10 ** 4000}"]
+)
+def test_no_number_of_fields_makes_a_line_long(log_format: str, fields: str) -> None:
+    """A handler's may be thousands, with any names: then the line has those alone that say what it is about."""
+    code = f"logs.get().info('processed task', **{{**{fields}, 'row': 7}})"
+    (line,) = _run(code, log_format).stdout.splitlines()
+    assert len(line) < 30_000
+    assert "processed task" in line
+    assert "7" in line
+
+
+def test_a_traceback_and_a_payload_keep_their_own_limits() -> None:
+    """Beside a long field the payload stays an object, and the traceback has its last 10,000 characters."""
+    code = (
+        "\ndef fail(n): raise ValueError('x' * 20_000)\n"
+        "try: fail(1)\n"
+        "except ValueError as error:\n"
+        '    payload = logs.stored(\'{"a": "\\u00e9"}\')\n'
+        "    logs.get().error('failed', exc_info=error, request_id='y' * 5000, payload=payload)"
+    )
+    (line,) = map(json.loads, _run(code).stdout.splitlines())
+    assert (len(line["exception"]), line["request_id"], line["payload"]) == (10_000, "y" * 2000, {"a": "\u00e9"})
