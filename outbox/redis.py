@@ -1,7 +1,10 @@
 """Connections to Redis, and whether it is one that can serve."""
 
+from typing import Any
+
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import DefaultParser
 from redis.retry import Retry
 
 from outbox.errors import UnsupportedRedisError
@@ -17,6 +20,29 @@ BLOCK = 1.0
 LIFETIME = 60.0
 """Seconds after which a process connects anew, should nothing have failed: the address may lead to another server now,
 and the old one may still answer whoever is connected."""
+
+
+LONGEST_ELEMENT = 16_000_000
+"""Bytes of one element of a reply, be it in a list of many: an id has 30 at most. Redis itself allows 512 MB."""
+
+
+class TooLongError(redis.InvalidResponse):
+    """A foreign client has written an element that is longer than `LONGEST_ELEMENT`, and the rest of it is unread."""
+
+
+class _Parser(DefaultParser):  # type: ignore[misc, valid-type]  # redis-py chooses it by what is installed
+    """Reads replies as redis-py does, and never more of an element than may be."""
+
+    def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
+        """Reads what has arrived.
+
+        Raises:
+            TooLongError: what has arrived of one element is too long already. The connection is closed then.
+        """
+        has_read: bool = super().read_from_socket(*args, **kwargs)
+        if self._reader is not None and self._reader.len() > LONGEST_ELEMENT:
+            raise TooLongError(f"Redis holds an element of over {LONGEST_ELEMENT} bytes, which a foreign client wrote")
+        return has_read
 
 
 def connect(redis_url: str, name: str) -> redis.Redis:
@@ -37,6 +63,7 @@ def connect(redis_url: str, name: str) -> redis.Redis:
         health_check_interval=15,
         retry=Retry(NoBackoff(), 1),
         protocol=2,
+        parser_class=_Parser,
     )
 
 

@@ -24,9 +24,9 @@ local now, batch, offset, prefix, queues, kept, left_limit = unpack(ARGV)
 local moved, left, foreign, aside, dropped = 0, 0, {}, {}, {}
 local found = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', offset, batch)
 for _, id in ipairs(found) do
-    local origin = redis.pcall('HGET', prefix .. id, 'origin')
+    local origin = #id <= 1000 and redis.pcall('HGET', prefix .. id, 'origin')
     local is_job = type(origin) == 'string' and #origin < 1000 -- else each look would read it
-    local is_ours = string.match(id, '^[1-9]%d*%-[1-9]%d*$')
+    local is_ours = #id <= 30 and string.match(id, '^[1-9]%d*%-[1-9]%d*$')
     local queue = false
     for j = 8, #ARGV do queue = queue or is_job and is_ours and origin == ARGV[j] and queues .. origin end
     local stays = is_job and not queue and offset + left < tonumber(left_limit)

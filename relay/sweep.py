@@ -13,9 +13,10 @@ from outbox.halving import write_by_halves
 from outbox.jobs import Delivery, intermediate_key, queue_key
 from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.redis import TooLongError
 from outbox.settings import RelaySettings
 from relay.batches import LeftOut
-from relay.repair import CANARY
+from relay.repair import CANARY, drop_long_ids
 from relay.schedule import SCHEDULED_JOBS
 
 POPPING_LIMIT = 300.0
@@ -102,7 +103,12 @@ class Sweep:
         if not candidates:
             return 0
         # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.
-        held = held_deliveries(self._client, {row["queue"] for row in candidates})
+        queues = {row["queue"] for row in candidates}
+        try:
+            held = held_deliveries(self._client, queues)
+        except TooLongError:
+            drop_long_ids(self._client, _keys(queues))
+            return 0
         candidates = [row for row in candidates if row["id"] not in left_out]
         self._missing = [Delivery(row["id"], row["delivery"]) for row in candidates if not held.keeps(row)]
         return len(self._missing)
@@ -140,19 +146,28 @@ def held_deliveries(client: redis.Redis, queues: Collection[str]) -> Held:
     """Returns every delivery that Redis holds, in one snapshot.
 
     The write that goes along makes a Redis that is read-only or out of memory fail here, as it would for a relay.
+
+    Raises:
+        TooLongError: there is an id that is too long to be read.
+        redis.RedisError: Redis is away, or could not be read completely.
     """
+    scheduled_jobs, *lists_of_queues = _keys(queues)
     pipeline = client.pipeline(transaction=True)
     pipeline.set(CANARY, 1, ex=60)
-    pipeline.zrange(SCHEDULED_JOBS, 0, -1, withscores=True)
-    for name in queues:
-        pipeline.lrange(queue_key(name), 0, -1)
-        pipeline.lrange(intermediate_key(name), 0, -1)
+    pipeline.zrange(scheduled_jobs, 0, -1, withscores=True)
+    for key in lists_of_queues:
+        pipeline.lrange(key, 0, -1)
     _, scheduled, *lists = pipeline.execute()
     held = Held(scheduled={delivery: score for job_id, score in scheduled if (delivery := Delivery.parse(job_id))})
     for name, queued, popping in zip(queues, lists[::2], lists[1::2], strict=True):
         held.queued[name] = _deliveries(queued)
         held.popping[name] = _deliveries(popping)
     return held
+
+
+def _keys(queues: Collection[str]) -> list[str]:
+    """Returns where jobs of these queues are."""
+    return [SCHEDULED_JOBS, *(key(name) for name in queues for key in (queue_key, intermediate_key))]
 
 
 def _deliveries(job_ids: list[bytes]) -> set[Delivery]:

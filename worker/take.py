@@ -10,12 +10,14 @@ from rq.job import Job
 from rq.suspension import WORKERS_SUSPENDED
 
 from outbox import logs
+from outbox import redis as outbox_redis
 from outbox.foreign import KEPT, ForeignJobs, aside_key
 from outbox.jobs import Delivery, queue_key
-from outbox.redis import BLOCK
+from outbox.redis import BLOCK, TooLongError
 
 # One round trip for any number of jobs. Each queue first gives up to its share, then what shares left over is
 # taken in the same order. The jobs' hashes go with their ids: what they say is in Postgres too, and truer there.
+# An id of RQ's has 36 bytes; one of over 1,000 is not looked up: it may have some hundred million.
 # A foreign job goes to a list of its own, where its owner finds it; if that fails, the others are taken all the same.
 # A stranger's key where a queue belongs would fail every take, so it goes; the sweep restores what the queue held.
 _TAKE = """
@@ -23,7 +25,7 @@ if redis.call('EXISTS', unpack(KEYS)) == 0 then return {0, {}, {}, {}, {}} end
 if redis.call('EXISTS', KEYS[1]) == 1 then return {1, {}, {}, {}, {}} end
 local taken, hashes, strange, aside, dropped, left = {}, {}, {}, {}, {}, tonumber(ARGV[1])
 local function put_aside(key, id)
-    local is_job = redis.pcall('HEXISTS', ARGV[2] .. id, 'origin') == 1
+    local is_job = #id <= 1000 and redis.pcall('HEXISTS', ARGV[2] .. id, 'origin') == 1
     local kept = is_job and redis.pcall('LLEN', ARGV[3] .. key)
     local to = dropped
     if type(kept) == 'number' and kept < tonumber(ARGV[4]) then
@@ -41,7 +43,7 @@ local function take(key, count)
         return
     end
     for _, id in ipairs(ids) do
-        if string.match(id, '^[1-9]%d*%-[1-9]%d*$') then
+        if #id <= 30 and string.match(id, '^[1-9]%d*%-[1-9]%d*$') then
             hashes[#hashes + 1] = ARGV[2] .. id
             taken[#taken + 1] = string.sub(id, 1, 100)
         else
@@ -109,7 +111,12 @@ class Queues:
             redis.RedisError: Redis is away.
         """
         keys = [queue_key(name) for name in weighted_order(self._weights_of(names))]
-        popped: Any = self._client.blpop(keys, timeout=BLOCK)
+        popped: Any = None
+        try:
+            popped = self._client.blpop(keys, timeout=BLOCK)
+        except TooLongError:  # it is popped, and the server has no command that waits and leaves it there
+            job = f"(over {outbox_redis.LONGEST_ELEMENT} bytes)"
+            logs.get().warning("dropped job", job=job, why="no job has an id of that length")
         if not popped:
             return []
         key, job_id = popped
