@@ -120,13 +120,14 @@ SELECT migration_id FROM _yoyo_migration;
 
 
 -- name: first_migration
--- Whether the tables of the first migration are there, each known by a rule that hardly anybody else's has.
+-- Whether the tables of the first migration are there, each known by a rule that hardly anybody else's has. The columns of
+-- information_schema have types of its own, which no operator of Postgres' is made for.
 SELECT pg_catalog.count(*) = 3 AS is_applied
 FROM information_schema.table_constraints
-WHERE table_schema = pg_catalog.current_schema()
-  AND (table_name, constraint_name) IN (('users', 'users_username_valid'),
-                                        ('verify_emails', 'verify_emails_outbox_id_key'),
-                                        ('outbox', 'outbox_running_is_leased'));
+WHERE table_schema::name = pg_catalog.current_schema()
+  AND (table_name::name, constraint_name::name) IN (('users', 'users_username_valid'),
+                                                    ('verify_emails', 'verify_emails_outbox_id_key'),
+                                                    ('outbox', 'outbox_running_is_leased'));
 
 
 -- name: record_migration

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -14,16 +15,19 @@ from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
 from tests.conftest import Connection
 from tests.integration.test_plans import STATEMENTS
+from tests.support.parse_trees import inexact_operators, parse_trees
 from tests.unit.test_queries import NAMES
 
 GRAMMAR = {"coalesce", "greatest", "least", "extract", "varchar"}
 """What looks like a function, and is found by no name."""
 
-# Each trap fits some types exactly, so that it beats a function that would have to convert them.
+# Each trap fits some types exactly, so that it beats a function that would have to convert them. Operators are tested
+# for all types further down.
 TRAPS = """
 DO $$
 DECLARE
-    types text[] := '{smallint,integer,bigint,float8,text,varchar,name,jsonb,timestamptz,interval,regclass,oid}';
+    types text[] := '{smallint,integer,bigint,float8,text,varchar,name,jsonb,timestamptz,interval,regclass,oid,
+                      information_schema.sql_identifier}';
     body text := 'BEGIN RAISE EXCEPTION ''trap''; END';
     name text; one text; two text;
 BEGIN
@@ -37,13 +41,10 @@ BEGIN
         END LOOP;
     END LOOP;
     FOREACH one IN ARRAY types LOOP
-        FOREACH two IN ARRAY types LOOP
-            EXECUTE format('CREATE FUNCTION public.trap(%%s, %%s) RETURNS boolean LANGUAGE plpgsql AS %%L',
-                           one, two, body);
-            FOREACH name IN ARRAY '{||,+,-,*,<,<=,=,<>,>,>=,!~}'::text[] LOOP
-                EXECUTE format('CREATE OPERATOR public.%%s (LEFTARG = %%s, RIGHTARG = %%s, FUNCTION = public.trap)',
-                               name, one, two);
-            END LOOP;
+        EXECUTE format('CREATE FUNCTION public.trap(%%s, %%s) RETURNS boolean LANGUAGE plpgsql AS %%L', one, one, body);
+        FOREACH name IN ARRAY '{||,+,-,*,<,<=,=,<>,>,>=,~,!~}'::text[] LOOP
+            EXECUTE format('CREATE OPERATOR public.%%s (LEFTARG = %%s, RIGHTARG = %%s, FUNCTION = public.trap)',
+                           name, one, one);
         END LOOP;
     END LOOP;
 END $$;
@@ -83,10 +84,15 @@ def trapped_url(create_database: Callable[[str | None], str]) -> str:
     return url
 
 
-def test_a_trap_would_be_found(trapped_url: str) -> None:
-    """By a name alone, as psycopg sends small numbers."""
+@pytest.mark.parametrize(
+    "statement",
+    ["SELECT left('a'::text, %s)", "SELECT %s FROM information_schema.schemata WHERE schema_name = 'public'"],
+    ids=["function", "operator"],
+)
+def test_a_trap_would_be_found(trapped_url: str, statement: LiteralString) -> None:
+    """By a name alone, as psycopg sends small numbers; by a type that Postgres has made no operator for."""
     with psycopg.connect(trapped_url) as connection, pytest.raises(psycopg.errors.RaiseException, match="trap"):
-        connection.execute("SELECT left('a'::text, %s)", [2000])
+        connection.execute(statement, [2000])
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +155,64 @@ def test_no_statement_calls_a_trap(trapped: Connection, name: str) -> None:
         with trapped.transaction(force_rollback=True):
             trapped.execute(query("open_verifications"), PARAMETERS["open_verifications"])
             trapped.execute(query(name), parameters)
+
+
+@pytest.fixture(scope="module")
+def clean(create_database: Callable[[str | None], str], template: str) -> Iterator[Connection]:
+    """A connection to a migrated database without traps."""
+    with postgres.connect(create_database(template), "test") as connection:
+        yield connection
+
+
+def sized(value: Any, number: int) -> Any:
+    """Returns a parameter with this number instead of each of its own."""
+    if isinstance(value, list):
+        return [sized(one, number) for one in value]
+    return number if isinstance(value, int | float) else value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operators_are_made_for_the_types_that_they_get(clean: Connection, name: str) -> None:
+    """Then nobody can make one that fits better, whatever size psycopg sends a number in: it takes the smallest."""
+    given = PARAMETERS.get(name, {})
+    with parse_trees(clean) as trees:
+        for number in (None, 1, 2**20, 2**40):
+            parameters = {key: value if number is None else sized(value, number) for key, value in given.items()}
+            with suppress(psycopg.DataError, psycopg.IntegrityError), clean.transaction(force_rollback=True):
+                clean.execute(query(name), parameters)
+    assert len(trees) >= 4 * 3, "a transaction's beginning, its statement and its end"
+    assert [operator for tree in trees for operator in inexact_operators(clean, tree)] == []
+
+
+def test_what_migrations_leave_behind_has_such_operators_too(clean: Connection) -> None:
+    """The checks, defaults and indexes, which run at every write, and what records the migrations."""
+    stored = """
+        SELECT conbin::text AS tree FROM pg_constraint WHERE connamespace = current_schema()::regnamespace
+        UNION ALL SELECT adbin::text FROM pg_attrdef
+        UNION ALL SELECT unnest(ARRAY[indexprs::text, indpred::text]) FROM pg_index
+    """
+    stored_trees = [row["tree"] for row in clean.execute(stored) if row["tree"]]
+    with parse_trees(clean) as trees:
+        clean.execute((sql_folder() / "records.sql").read_bytes())
+    assert sum(":opno" in tree for tree in stored_trees) > 15
+    assert [operator for tree in [*stored_trees, *trees] for operator in inexact_operators(clean, tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("expression", "operator"),
+    [
+        ("'a'::varchar = 'b'", "=(text,text)"),
+        ("'a'::information_schema.sql_identifier = 'b'", "=(name,name)"),
+        ("1 = 1.5", "=(numeric,numeric)"),
+        ("1 = ANY ('{1.5}'::numeric[])", "=(numeric,numeric)"),
+        ("(1::bigint, 'a'::varchar) < (2, 'b')", "<(text,text)"),
+        ("'a'::varchar IS DISTINCT FROM 'b'", "=(text,text)"),
+        ("ARRAY[1] || ARRAY[2]", "||(anycompatiblearray,anycompatiblearray)"),
+        ("'1' || 1", "||(text,anynonarray)"),
+    ],
+)
+def test_a_looser_operator_would_be_found(clean: Connection, expression: LiteralString, operator: str) -> None:
+    """One that Postgres chooses though it has to convert an operand, or that takes operands of any type."""
+    with parse_trees(clean) as trees:
+        clean.execute(f"SELECT {expression}")
+    assert operator in inexact_operators(clean, trees[0])
