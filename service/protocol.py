@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import resource
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -59,16 +58,8 @@ class Crowd:
         self.awaited.pop(protocol, None)
 
 
-def limited_protocol(most: int, reserve: int) -> type[asyncio.Protocol]:
-    """Returns what uvicorn makes of each connection.
-
-    Args:
-        most: connections at a time.
-        reserve: descriptors that this process needs for all else: fewer connections are let in where it has no more.
-    """
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if descriptors != resource.RLIM_INFINITY:
-        most = max(1, min(most, descriptors - reserve))
+def limited_protocol(most: int) -> type[asyncio.Protocol]:
+    """Returns what uvicorn makes of each connection, of which there may be so many at a time."""
     return cast("type[asyncio.Protocol]", partial(Protocol, Crowd(most)))
 
 

@@ -5,6 +5,7 @@ import socket
 
 import uvicorn
 
+from outbox import open_files
 from outbox.endpoints import Address
 from outbox.errors import StartError
 from outbox.outage import Outage
@@ -14,7 +15,9 @@ from service.protocol import IDLE_TIME, limited_protocol
 from service.requests import RequestLog
 
 _RESERVE = 40
-"""Descriptors for what is neither a request's nor Postgres': the log, the listener, the loop, and Python's own."""
+"""Descriptors for what is neither a client's nor Postgres': the log, the listener, the loop, and Python's own."""
+_PER_CONNECTION = 2
+"""Descriptors of a connection to Postgres: a statement is cancelled over one more."""
 
 HEADERS = [
     ("Cache-Control", "no-store"),
@@ -33,12 +36,14 @@ def create_server(settings: ServiceSettings, outage: Outage | None = None) -> uv
         settings: of the service.
         outage: what is known already of Postgres' absence.
     """
+    reserve = _RESERVE + _PER_CONNECTION * settings.pool_size
+    most = open_files.provide(settings.http_connections, reserve, "OUTBOX_HTTP_CONNECTIONS")
     return uvicorn.Server(
         uvicorn.Config(
             RequestLog(create_app(settings, outage)),
             log_config=None,
             access_log=False,
-            http=limited_protocol(settings.http_connections, _RESERVE + settings.pool_size),
+            http=limited_protocol(most),
             ws="none",
             server_header=False,
             headers=HEADERS,

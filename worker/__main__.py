@@ -4,11 +4,14 @@ import logging
 import os
 import traceback
 
-from outbox import encryption, logs, redis_url, start
+from outbox import encryption, logs, open_files, redis_url, start
 from outbox.errors import SettingsError, TaskError
 from outbox.settings import WorkerSettings
 from worker.handlers import registry
 from worker.worker import OutboxWorker
+
+_RESERVE = 40
+"""Descriptors for the worker's own connections to Postgres and Redis, the log, and what handlers open."""
 
 
 def main() -> None:
@@ -21,6 +24,12 @@ def main() -> None:
         handlers = registry(settings.handlers)
     except TaskError as error:
         raise SettingsError(f"OUTBOX_HANDLERS is wrong: {error}") from error
+    open_files.provide(
+        # A statement of a handler is cancelled over a connection of its own.
+        2 * settings.handler_connections + settings.mail_connections,
+        _RESERVE,
+        "OUTBOX_HANDLER_CONNECTIONS and OUTBOX_MAIL_CONNECTIONS",
+    )
     worker = OutboxWorker(settings, handlers)
     try:
         start.run(worker.run)

@@ -33,12 +33,21 @@ QUICK = {
 class Process:
     """One running process, its log and its end."""
 
-    def __init__(self, module: str, environment: Mapping[str, str], log: Path, *, measured: bool = True) -> None:
+    def __init__(
+        self,
+        module: str,
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        measured: bool = True,
+        limits: str = "",
+    ) -> None:
         self.module = module
         self.log = log
+        limited = ["sh", "-c", f'{limits} && exec "$@"', "sh"] if limits else []
         with log.open("wb") as output:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [*limited, sys.executable, "-m", module],
                 env={**_clean_environment(measured=measured), "LOG_FORMAT": "json", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -113,16 +122,16 @@ class Stack:
         """Where the API is."""
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, module: str, **environment: str) -> Process:
-        """Starts `python -m module` without waiting for it."""
+    def start(self, module: str, *, limits: str = "", **environment: str) -> Process:
+        """Starts `python -m module`, behind a command of the shell that sets limits, without waiting for it."""
         log = self.folder / f"{module}-{len(self.processes)}.log"
-        process = Process(module, {**self.environment, **environment}, log, measured=self.measured)
+        process = Process(module, {**self.environment, **environment}, log, measured=self.measured, limits=limits)
         self.processes.append(process)
         return process
 
-    def run(self, module: str, **environment: str) -> Process:
+    def run(self, module: str, *, limits: str = "", **environment: str) -> Process:
         """Starts a process and waits until it says that it has started (the service: until it answers)."""
-        process = self.start(module, **environment)
+        process = self.start(module, limits=limits, **environment)
         process.await_event("started")
         if module == "service":
             eventually(lambda: self.get("/healthz")[0] == 200, 20, "the service answers")

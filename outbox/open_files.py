@@ -1,0 +1,40 @@
+"""How many files, connections among them, a process may have open at once."""
+
+import resource
+from contextlib import suppress
+
+from outbox import logs
+
+
+def provide(wanted: int, reserve: int, settings: str) -> int:
+    """Raises this process' own limit of open files as far as it needs and may, and warns where that is not enough.
+
+    Only the soft limit can be raised. It is low by default for the sake of programs that call `select`.
+
+    Args:
+        wanted: connections that the settings allow for.
+        reserve: descriptors that the process needs for all else.
+        settings: the variables that say how many are wanted.
+
+    Returns:
+        How many of the wanted connections there are descriptors for, 1 at least.
+    """
+    needed = wanted + reserve
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        with suppress(OSError, ValueError):  # macOS has a limit of its own besides
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
+            )
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    room = max(1, soft - reserve)
+    logs.get().warning(
+        "too few open files",
+        limit=soft,
+        needed=needed,
+        room=room,
+        remedy=f"raise the limit of open files (ulimit -n, LimitNOFILE) to {needed}, or lower {settings}",
+    )
+    return room
