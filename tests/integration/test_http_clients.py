@@ -1,0 +1,49 @@
+"""Clients as they are: those that offer HTTP/2 on a plain connection are served over HTTP/1.1, bodies and all."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from outbox.settings import ServiceSettings
+from tests.integration.test_http_behaviour import Api, serve, user
+
+SIGN_UPS = Path(__file__).parent.parent / "support" / "SignUps.java"
+
+
+@pytest.fixture
+def api(service_settings: ServiceSettings) -> Iterator[Api]:
+    """A service on a database of the test's own."""
+    with serve(service_settings) as served:
+        yield served
+
+
+def run(*command: str) -> list[str]:
+    """Runs a program and returns the lines that it prints."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout.splitlines()
+
+
+def test_javas_client_signs_up(api: Api) -> None:
+    """It offers h2c with each request; every other of these has its body in chunks."""
+    if not shutil.which("java") or not any("jdk.compiler" in line for line in run("java", "--list-modules")):
+        pytest.skip("java is not installed, or without its compiler")
+    quick = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+    printed = run("java", *quick, str(SIGN_UPS), f"http://127.0.0.1:{api.port}/v1/users", "6")
+    assert printed == [f"201 java_{number}" for number in range(6)]
+
+
+def test_curl_signs_up_with_http2(api: Api) -> None:
+    """It offers h2c with each request of a connection that it keeps."""
+    if not shutil.which("curl") or not any("HTTP2" in line for line in run("curl", "--version")):
+        pytest.skip("curl is not installed, or knows no HTTP/2")
+    requests: list[str] = []
+    for number in range(3):
+        requests += ["--next"] if requests else []
+        requests += ["--silent", "--http2", "--header", "Content-Type: application/json"]
+        requests += ["--data", json.dumps(user(f"curl_{number}")), "--output", "/dev/null"]
+        requests += ["--write-out", "%{http_code} %{http_version} %{num_connects}\\n"]
+        requests += [f"http://127.0.0.1:{api.port}/v1/users"]
+    assert run("curl", *requests) == ["201 1.1 1", "201 1.1 0", "201 1.1 0"]
