@@ -1,12 +1,15 @@
 """Behind a real reverse proxy with persistent connections, each client gets the answers to its own requests."""
 
 import json
+import random
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -14,6 +17,7 @@ import pytest
 from outbox.settings import ServiceSettings
 from tests.integration.test_http_behaviour import serve, user
 from tests.support import http_proxies
+from tests.support.http_client import RawClient
 
 ROUNDS = 40
 
@@ -63,6 +67,98 @@ def test_nobody_gets_the_answer_to_another_request(port: int) -> None:
         looking = [threads.submit(look, port, worker) for worker in range(3)]
         assert sum((future.result() for future in offering), Counter()) == {(201, True): 3 * ROUNDS}
         assert sum((future.result() for future in looking), Counter()) == {(200, True): 15 * ROUNDS}
+
+
+INNER = [
+    b"GET /readyz HTTP/1.1\r\nHost: x\r\nX-Request-ID: in_%s\r\n\r\n",
+    b"POST /v1/users HTTP/1.1\r\nHost: x\r\nX-Request-ID: in_%%s\r\nContent-Length: %d\r\n\r\n%s"
+    % (len(json.dumps(user())), json.dumps(user()).encode()),
+    b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-ID: in_%s\r\nX: ",
+]
+"""Requests inside others' bodies: one that is answered at once, one that takes its time, and one that has no end."""
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
+LENGTH = b"Content-Length: LENGTH\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+READ = [LENGTH, UPGRADE + LENGTH, CHUNKED, UPGRADE + CHUNKED]
+REFUSED = [
+    LENGTH + b"Content-Length: 0\r\n",
+    LENGTH + CHUNKED,
+    b"Transfer-Encoding: gzip, chunked\r\n",
+    b"Transfer-Encoding: identity, chunked\r\n",
+]
+
+
+class Mixed(NamedTuple):
+    """A request of any kind."""
+
+    marker: str
+    method: bytes
+    head: bytes
+    body: bytes
+    is_read: bool
+    """Whether no server may refuse it."""
+
+
+def mixed_request(choice: random.Random, name: str) -> Mixed:
+    """Returns a request that bears this name as a marker."""
+    marker = name.encode()
+    method, path = choice.choice([(b"GET", b"/healthz"), (b"HEAD", b"/healthz"), (b"POST", b"/v1/users")])
+    framing = choice.choice(READ * 2 + REFUSED)
+    body = choice.choice(INNER) % marker
+    if framing.endswith(b" chunked\r\n"):
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    line = b"%s %s HTTP/1.1\r\n" % (method, path)
+    head = line + b"Host: x\r\nX-Request-ID: %s\r\nContent-Type: application/json\r\n" % marker
+    framing_lines = framing.replace(b"LENGTH", b"%d" % len(body))
+    return Mixed(name, method, head + framing_lines + b"\r\n", body, framing in READ)
+
+
+def send(client: RawClient, request: Mixed, pause: float) -> None:
+    """Sends a request, its body apart from its head or with it; an error means that it was refused already."""
+    with suppress(ConnectionError):
+        if pause:
+            client.send(request.head)
+            time.sleep(pause)
+            client.send(request.body)
+        else:
+            client.send(request.head, request.body)
+
+
+def mix(port: int, worker: int, rounds: int) -> Counter[str]:
+    """Sends requests of all kinds, several before their answers are read, and returns how many answers were whose."""
+    whose: Counter[str] = Counter()
+    choice = random.Random(worker)
+    for number in range(rounds):
+        names = [f"mixed_{worker}_{number}_{one}" for one in range(choice.randint(1, 6))]
+        requests = [mixed_request(choice, name) for name in names]
+        pause = choice.choice([0, 0.003])
+        with RawClient(port) as client:
+            for request in requests:
+                send(client, request, pause)
+            for request in requests:
+                if not (answer := client.answer(to_head=request.method == b"HEAD")):
+                    whose["none"] += 1
+                    break
+                told = answer.headers.get("x-request-id", "")
+                if told == request.marker:
+                    whose["own"] += 1
+                elif not request.is_read and answer.status >= 400 and "_" not in told:
+                    whose["refused"] += 1
+                else:
+                    whose["another's"] += 1
+                if not request.is_read:  # what is behind it is not looked at
+                    whose["another's"] += client.rest().count(b"HTTP/1.")
+                    break
+    return whose
+
+
+def test_mixed_requests_get_their_own_answers(port: int) -> None:
+    """Sent without waiting, with bodies behind any method, offered upgrades, chunks, and what nobody may read."""
+    with ThreadPoolExecutor(8) as threads:
+        whose = sum(threads.map(lambda worker: mix(port, worker, ROUNDS), range(8)), Counter[str]())
+    assert whose["another's"] == 0
+    assert whose["own"] > 5 * ROUNDS
+    assert whose["refused"] > ROUNDS
 
 
 SMUGGLED = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nX-Request-ID: smuggled\r\nContent-Length: 0\r\n\r\n"
