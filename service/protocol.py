@@ -21,6 +21,8 @@ HEAD_TIME = 10.0
 """Seconds from the first byte of a head to its end."""
 BODY_TIME = 20.0
 """Seconds from the end of a head to the end of the body."""
+READ_TIME = 20.0
+"""Seconds in which a client has to take what was written to it."""
 IDLE_TIME = 75
 """Seconds that a connection may be idle: longer than proxies keep theirs (nginx: 60), so that it is they who close it,
 and no request meets a connection that is about to be closed."""
@@ -79,6 +81,7 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for a request."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # any byte that the client leaves with us pauses writing
         if self._crowd.admit(self):
             self._await("request", IDLE_TIME)
         else:
@@ -101,6 +104,16 @@ class Protocol(H11Protocol):
             super().data_received(data)
             self._note_state()
 
+    def pause_writing(self) -> None:
+        """Waits for the client to take what was written, unless it is waited for already."""
+        super().pause_writing()
+        self._note_state()
+
+    def resume_writing(self) -> None:
+        """Goes on: the client has taken all."""
+        super().resume_writing()
+        self._note_state()
+
     def on_response_complete(self) -> None:
         """Waits for the next request, or for the rest of this one's body, which nobody reads."""
         super().on_response_complete()
@@ -119,7 +132,9 @@ class Protocol(H11Protocol):
 
     def _note_state(self) -> None:
         state = self.conn.their_state
-        if state is h11.SEND_BODY:
+        if self.flow.write_paused:  # also by an answer after which the connection is to be closed
+            self._await("reading", READ_TIME)
+        elif state is h11.SEND_BODY:
             self._await("body", BODY_TIME)
         elif state is not h11.IDLE or self.transport.is_closing():
             self._await()
@@ -141,7 +156,9 @@ class Protocol(H11Protocol):
             self._limit = self.loop.call_later(seconds, self._give_up, seconds)
 
     def _give_up(self, seconds: float) -> None:
-        if self._awaited == "request":
+        if self._awaited == "reading":
+            self.abort()
+        elif self._awaited == "request":
             self.transport.close()  # an answer to nothing would be taken for the next request's
         else:
             self._refuse(408, f"the {self._awaited} of the request did not come within {seconds:g} s")
@@ -170,3 +187,4 @@ class Protocol(H11Protocol):
                 for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+        self._note_state()

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import repeat
 
 import httpx
+import psutil
 import pytest
 
 from outbox.settings import ServiceSettings
@@ -172,3 +173,48 @@ def test_requests_that_are_being_answered_make_no_room(api: Api, connection: Con
             assert everything(further).startswith(b"HTTP/1.1 503 ")
         connection.execute("ROLLBACK")
         assert [everything(one)[:12] for one in busy] == [b"HTTP/1.1 201"] * 10
+
+
+ANSWERS_UNREAD = 400
+"""Answers of 13 KB, pipelined: more than the buffers of both ends take."""
+
+
+@contextmanager
+def unread(port: int, count: int, last: bytes = b"") -> Iterator[list[socket.socket]]:
+    """Holds connections that ask for much and read nothing of it."""
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for connection in connections:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            connection.connect(("127.0.0.1", port))
+            connection.sendall(b"GET /schema/openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * ANSWERS_UNREAD + last)
+        yield connections
+
+
+def is_held(port: int) -> bool:
+    """Whether the service, which runs in this process, holds a connection. To read from one would let it go on."""
+    held = psutil.Process().net_connections("tcp")
+    return any(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == port for one in held)
+
+
+@pytest.mark.parametrize("last", [b"", b"nonsense\r\n\r\n"], ids=["requests alone", "nonsense in the end"])
+def test_a_client_that_reads_no_answers_is_not_waited_for(
+    api: Api, last: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its buffers are full, it has so long to read on; then its connection is closed."""
+    monkeypatch.setattr(protocol, "READ_TIME", 0.5)
+    with unread(api.port, 1, last):
+        eventually(lambda: is_held(api.port), 5, "it is accepted")
+        eventually(lambda: not is_held(api.port), 20, "it is closed")
+
+
+def test_clients_that_read_no_answers_keep_nobody_out(service_settings: ServiceSettings) -> None:
+    """They make room for others before their time is over."""
+    with serve(service_settings.model_copy(update={"http_connections": 2})) as api, unread(api.port, 2):
+        eventually(lambda: _is_served(api.port), 15, "another client gets its answer")
+
+
+def _is_served(port: int) -> bool:
+    with connect(port) as connection:
+        connection.sendall(LINE + b"Connection: close\r\n\r\n")
+        return everything(connection).startswith(b"HTTP/1.1 200 ")
