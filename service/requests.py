@@ -17,8 +17,9 @@ _ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 HUNG_UP = 499
 """What is logged, and never sent, where a client has hung up in the middle of its request: nginx's convention."""
 
+_MAX_METHOD = 20
 _MAX_PATH = 200
-"""Characters of a path that are logged."""
+"""Characters of a method and of a path that are logged."""
 
 _END_OF_PATH = re.compile(r"[?&;%]")
 
@@ -68,7 +69,7 @@ class RequestLog:
             finally:
                 logs.get().info(
                     "received an HTTP request",
-                    method=scope["method"],
+                    method=scope["method"][:_MAX_METHOD],
                     path=_END_OF_PATH.split(scope["path"], maxsplit=1)[0][:_MAX_PATH],
                     status_code=status_code or 500,
                     duration=round(time.perf_counter() - started, 6),

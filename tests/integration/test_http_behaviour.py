@@ -297,6 +297,13 @@ def test_the_documentation_can_be_read(api: Api) -> None:
 # Problems and limits.
 
 
+def test_a_long_method_is_cut_in_the_log(api: Api) -> None:
+    """A line is no longer than that of a method that there is."""
+    assert api.client.request("A" * 60_000, "/healthz").status_code == 405
+    (line,) = api.events("received an HTTP request")
+    assert line["method"] == "A" * 20
+
+
 def test_other_methods_are_refused(api: Api) -> None:
     """A method that a path does not have is a 405 that names those it has; an unknown path is a 404."""
     for method in ("HEAD", "PUT", "DELETE", "PATCH", "TRACE", "PROPFIND", "QUERY"):
