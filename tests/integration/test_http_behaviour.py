@@ -294,6 +294,12 @@ def test_the_documentation_can_be_read(api: Api) -> None:
     assert response.headers["content-type"].startswith("text/html")
 
 
+@pytest.mark.parametrize("path", ["openapi.yaml", "openapi.yml", "swagger", "elements", "rapidoc", "scalar"])
+def test_the_documentation_has_one_page_and_one_format(api: Api, path: str) -> None:
+    """YAML took twenty times as long as any other answer that needs no password's hash."""
+    assert api.client.get(f"/schema/{path}").status_code == 404
+
+
 # Problems and limits.
 
 
