@@ -12,6 +12,9 @@ FINISHING_TIME = 4.0
 """Seconds that the answer to a whole mail is waited for at least, however little time the attempt has left: the server
 may be taking it. Shorter than the grace after which an attempt is overdue."""
 
+MOST_OF_AN_ANSWER = 64 * 1024
+"""Bytes that a server may send in one step: all lines of an answer are kept until the last has come."""
+
 SHORTEST = 0.001
 """Seconds: a socket takes 0 for "do not wait"."""
 
@@ -99,10 +102,13 @@ class _Answers(io.RawIOBase):
         self._sock = sock
         self._limit = sock.gettimeout() or 0.0
         self._ends = 0.0
+        self._received = 0
+        """Bytes in the current step."""
 
     def limit(self, seconds: float) -> None:
         """Begins a step that may take so long."""
         self._ends = time.monotonic() + seconds
+        self._received = 0
         self._arm(seconds)
 
     def _arm(self, seconds: float) -> None:
@@ -118,4 +124,8 @@ class _Answers(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("timed out")
         self._arm(left)
-        return self._sock.recv_into(buffer)
+        received = self._sock.recv_into(buffer)
+        self._received += received
+        if self._received > MOST_OF_AN_ANSWER:
+            raise OSError(f"its answer is over {MOST_OF_AN_ANSWER // 1024} KiB")
+        return received

@@ -1,0 +1,29 @@
+"""A mail server, or whoever sits between it and the worker, that says what no mail server says."""
+
+import pytest
+
+from tests.integration.test_mail import close, mail, mailer
+from tests.support.mailbox import serve_script
+from tests.support.waiting import eventually
+from worker.mail_errors import MailError
+
+
+@pytest.mark.parametrize("step", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "."])
+def test_an_answer_without_end_is_not_read_to_its_end(step: str) -> None:
+    """Each line of an answer is kept until the last: at the speed of a local network, that was a gigabyte a step."""
+    code = {"CONNECT": b"220", "DATA": b"354"}.get(step, b"250")
+    with serve_script({step: (code + b"-" + b"x" * 500 + b"\r\n") * 400 + code + b" go on"}) as server:
+        sender = mailer(server.url, smtp_timeout=5)
+        with pytest.raises(MailError, match="its answer is over 64 KiB"):
+            sender.send(mail())
+        close(sender)
+
+
+def test_a_long_answer_is_read() -> None:
+    """As many lines as a server may have reasons to say."""
+    with serve_script({"EHLO": b"250-X-EXTENSION\r\n" * 1000 + b"250 HELP"}) as server:
+        sender = mailer(server.url, smtp_timeout=5)
+        for _ in range(3):
+            sender.send(mail())
+        close(sender)
+        eventually(lambda: server.mails == 3, 5, "they are taken: the server counts one after it has answered")
