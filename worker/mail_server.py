@@ -48,7 +48,7 @@ class MailServer:
             raise refusal("the connection", error.smtp_code, error.smtp_error) from error
         except UnicodeEncodeError:  # its text would quote the password
             raise MailServerError("the user or password in SMTP_URL has characters that no login can carry") from None
-        except (OSError, UnicodeError, TimeLimitError) as error:
+        except (OSError, ValueError, TimeLimitError) as error:
             raise self.failed("it cannot be reached", error, began) from error
 
     def failed(self, how: str, error: Exception, began: float) -> MailServerError | TimeLimitError:
@@ -66,6 +66,7 @@ class MailServer:
         Raises:
             OSError: the error of the last address that was tried; smtplib's errors are OSErrors.
             UnicodeError: the name of the server cannot be looked up, or the login cannot be sent.
+            ValueError: the server's challenge in a login is none (not in base64, say).
         """
         left = deadline.begin_step(self._timeout)
         began = time.monotonic()

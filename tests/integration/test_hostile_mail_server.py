@@ -1,11 +1,13 @@
 """A mail server, or whoever sits between it and the worker, that says what no mail server says."""
 
+import base64
+
 import pytest
 
 from tests.integration.test_mail import close, mail, mailer
 from tests.support.mailbox import serve_script
 from tests.support.waiting import eventually
-from worker.mail_errors import MailError
+from worker.mail_errors import MailError, MailServerError
 
 
 @pytest.mark.parametrize("step", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "."])
@@ -27,3 +29,16 @@ def test_a_long_answer_is_read() -> None:
             sender.send(mail())
         close(sender)
         eventually(lambda: server.mails == 3, 5, "they are taken: the server counts one after it has answered")
+
+
+@pytest.mark.parametrize("kind", [b"CRAM-MD5", b"LOGIN", b"PLAIN"])
+@pytest.mark.parametrize(
+    "challenge", [b"abc", b"a", b"\xff", b"=", base64.b64encode(b"\xff")], ids=["abc", "a", "xff", "=", "base64 of xff"]
+)
+def test_a_challenge_that_is_none_is_the_servers_fault(kind: bytes, challenge: bytes) -> None:
+    """No mail is at fault, so no attempt counts."""
+    with serve_script({"EHLO": b"250-this\r\n250 AUTH " + kind, "AUTH": b"334 " + challenge}) as server:
+        sender = mailer(server.url.replace("//", "//user:password@"), smtp_timeout=5)
+        with pytest.raises(MailServerError):
+            sender.send(mail())
+        close(sender)
