@@ -16,8 +16,8 @@ KEY = "outbox:installation"
 LIFETIME = 30
 """Seconds that an installation counts as there after its last process has announced it."""
 
-LONGEST = 200
-"""Bytes of the key that are read: any client may have written it, and an id of ours has some 100 at most."""
+MOST_BYTES = 200
+"""Bytes of another's id that are read: more than ours has."""
 
 TELL_INTERVAL = 60.0
 """Seconds between two log lines about another installation that is there."""
@@ -62,19 +62,16 @@ class Installation:
         if self._id is None:
             return
         own = self._id.encode()
-        other: object = self._client.getrange(KEY, 0, LONGEST - 1) if not self._is_in else b""
-        if other not in (b"", own):
+        other = self._find_other(own)
+        if other and not self._is_in:
             raise SharedRedisError(
                 f"the Redis database of REDIS_URL is in use by another installation of this service, {other!r}:"
                 " give each one of its own, as in redis://host:6379/3."
                 f" If that one has been stopped, start this one {LIFETIME} s later"
             )
-        with self._client.pipeline() as pipeline:
-            pipeline.getrange(KEY, 0, LONGEST - 1)
-            pipeline.set(KEY, own, ex=LIFETIME)
-            other, _ = pipeline.execute()
+        self._client.set(KEY, own, ex=LIFETIME)
         self._is_in = True
-        if other not in (b"", own) and time.monotonic() - self._told_at >= TELL_INTERVAL:
+        if other and time.monotonic() - self._told_at >= TELL_INTERVAL:
             self._told_at = time.monotonic()
             logs.get().error(
                 "another installation uses this Redis database",
@@ -82,3 +79,15 @@ class Installation:
                 own=self._id,
                 remedy="give each one of its own (REDIS_URL); until then jobs are handed over many times",
             )
+
+    def _find_other(self, own: bytes) -> bytes | None:
+        """Returns the id of another installation that is there.
+
+        A key that stays for longer than any of ours is no installation's.
+        """
+        with self._client.pipeline() as pipeline:
+            pipeline.getrange(KEY, 0, MOST_BYTES - 1)
+            pipeline.pttl(KEY)
+            found, milliseconds = pipeline.execute()
+        is_announced = 0 <= milliseconds <= LIFETIME * 1000
+        return found if is_announced and found != own else None

@@ -87,6 +87,25 @@ def test_one_that_runs_goes_on(redis_client: redis.Redis, database_url: str, oth
     assert "REDIS_URL" in lines[0]["remedy"]
 
 
+@pytest.mark.parametrize("lifetime", [None, 3600])
+def test_a_key_that_no_installation_wrote_keeps_nobody_out(
+    redis_client: redis.Redis, database_url: str, lifetime: int | None
+) -> None:
+    """Theirs runs out within LIFETIME. One that stays would have to be found and deleted before any process starts."""
+    redis_client.set(installation.KEY, "x" * 1_000_000, ex=lifetime)
+    identified(redis_client, database_url).announce()
+    assert 0 < redis_client.ttl(installation.KEY) <= installation.LIFETIME
+
+
+def test_what_another_installation_calls_itself_is_cut(redis_client: redis.Redis, database_url: str) -> None:
+    """However much there is, little of it is read."""
+    made = identified(redis_client, database_url)
+    redis_client.set(installation.KEY, "x" * 1_000_000, ex=installation.LIFETIME)
+    with pytest.raises(SharedRedisError) as raised:
+        made.announce()
+    assert len(str(raised.value)) < 1000
+
+
 def test_a_process_that_connects_anew_is_the_same_installation(redis_client: redis.Redis, database_url: str) -> None:
     """Whatever session it has; after a restart of its process as well."""
     for _ in range(2):
