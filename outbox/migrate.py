@@ -87,6 +87,8 @@ def _create_records(connection: Connection) -> None:
     with connection.transaction():
         connection.execute(query("unlimit_transaction"))
         connection.execute((sql_folder() / "records.sql").read_bytes())
+        _check_owners(connection)  # again: one that was planted meanwhile is visible now that the names are taken
+        connection.execute(query("record_version"))
 
 
 @contextmanager
@@ -163,6 +165,7 @@ def _apply(connection: Connection, name: str) -> bool:
             return False
         connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
         if name == postgres.migrations()[0] and _is_left_unrecorded(connection):
+            _check_owners(connection)
             logs.get().warning(
                 "migration was not recorded", migration=name, why="an earlier version's 'outbox migrate' was cut short"
             )

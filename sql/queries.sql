@@ -160,6 +160,12 @@ WHERE NOT owner.rolsuper
   AND (own.rolsuper OR NOT pg_catalog.pg_has_role(own.oid, owner.oid, 'MEMBER'));
 
 
+-- name: record_version
+-- Notes for yoyo that its tables are of its second version.
+INSERT INTO _yoyo_version
+SELECT 2, pg_catalog.now() AT TIME ZONE 'UTC' WHERE NOT EXISTS (SELECT FROM _yoyo_version);
+
+
 -- name: lock_migrations
 -- One `outbox migrate` at a time; released by the end of the transaction, however that comes. Only a role that may write
 -- to the table can take a lock that keeps this one waiting. Those who read it, such as the processes, go on.

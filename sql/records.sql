@@ -19,5 +19,3 @@ CREATE TABLE IF NOT EXISTS _yoyo_version (
     version          integer PRIMARY KEY,
     installed_at_utc timestamp
 );
-INSERT INTO _yoyo_version
-SELECT 2, pg_catalog.now() AT TIME ZONE 'UTC' WHERE NOT EXISTS (SELECT FROM _yoyo_version);

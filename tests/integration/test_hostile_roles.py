@@ -131,6 +131,32 @@ def test_a_neighbours_table_is_not_taken_for_ours(empty_url: str, as_neighbour: 
         assert tables.fetchone() in [(1,), (2,)], "nothing was created but what was planted, and its index"
 
 
+@pytest.mark.parametrize("statement", PLANTED[:2])
+def test_a_neighbours_table_that_comes_in_between_is_not_taken_for_ours(
+    empty_url: str, as_neighbour: Connect, statement: str
+) -> None:
+    """One that is committed only when a migration waits for its name. No trigger of it runs."""
+    neighbour = as_neighbour(empty_url)
+    neighbour.execute("CREATE SEQUENCE fired")
+    neighbour.execute("""
+        CREATE FUNCTION fire() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN PERFORM nextval('fired'); RETURN NEW; END $$
+        """)
+    neighbour.execute("GRANT ALL ON SEQUENCE fired TO PUBLIC")
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(empty_url, autocommit=True) as owner:
+        with neighbour.transaction():
+            neighbour.execute(statement.encode())
+            table = statement.split()[2]
+            neighbour.execute(f"CREATE TRIGGER fire BEFORE INSERT ON {table} EXECUTE FUNCTION fire()".encode())
+            neighbour.execute(f"GRANT ALL ON {table} TO PUBLIC".encode())
+            migrated = threads.submit(migrate, empty_url)
+            waiting = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            eventually(lambda: owner.execute(waiting).fetchall(), 10, "the migration waits")
+        with pytest.raises(RightsError, match="belongs to the role outbox_test_"):
+            migrated.result(20)
+        assert owner.execute("SELECT is_called FROM fired").fetchone() == (False,)
+
+
 def test_another_role_may_migrate_what_a_role_of_its_own_owns(empty_url: str, as_neighbour: Connect) -> None:
     """A member of the owning role may run it again, and a superuser where that role owns the schema."""
     owner = as_neighbour(empty_url).info.user
