@@ -214,14 +214,14 @@ def read_only() -> psycopg.errors.ReadOnlySqlTransaction:
     )
 
 
-def has_heard(connection: psycopg.BaseConnection[Any]) -> bool:
-    """Returns whether anything has arrived on an idle connection: it may be broken, and should be asked.
+def has_heard(connection: psycopg.BaseConnection[Any], timeout: float = 0.0) -> bool:
+    """Returns whether anything arrives on an idle connection within `timeout` seconds.
 
-    Who closes a connection says so, and to ask every time takes a round trip.
+    It may be broken, and should be asked: who closes a connection says so, and to ask every time takes a round trip.
     """
     arrivals = select.poll()
     arrivals.register(connection.fileno(), select.POLLIN)
-    return bool(arrivals.poll(0))
+    return bool(arrivals.poll(timeout * 1000))
 
 
 def migrations() -> list[str]:

@@ -91,6 +91,8 @@ class Relay:
         self._clock = Clock()
         self._rescue = Rescue(settings.lease)
         self._told_of_polling = False
+        self._is_hinted = False
+        """Whether a hint has come since the last wait."""
         self._hand_overs = {queue: HandOver(self._client, queue, settings) for queue in settings.queues}
         self._sweep = Sweep(self._client, settings)
         # What is not urgent keeps its turn over an outage, after which there is other work to do.
@@ -181,6 +183,7 @@ class Relay:
                 self._told_of_polling = True
             return False
         try:
+            connection.add_notify_handler(self._note_hint)
             connection.execute(query("listen"))
         except psycopg.Error as error:
             if connection.closed or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
@@ -236,8 +239,17 @@ class Relay:
         It looks for the hint even where a duty is due already: while one queue's batches are full, that is always so,
         and another queue's rows must not wait for the next poll.
         """
-        # All that have arrived: whatever is left there would wake it once more, one by one.
-        return bool(list(connection.notifies(timeout=min(max(seconds, 0.0), 1.0), stop_after=1)))
+        if not self._is_hinted and postgres.has_heard(connection, min(max(seconds, 0.0), 1.0)):
+            connection.pgconn.consume_input()
+            # All that have arrived: whatever is left there would wake it once more, one by one.
+            while connection.pgconn.notifies():
+                self._is_hinted = True
+        was_hinted, self._is_hinted = self._is_hinted, False
+        return was_hinted
+
+    def _note_hint(self, _: psycopg.Notify) -> None:
+        """Takes note of a hint that came with a statement's answer, of which psycopg would keep the whole payload."""
+        self._is_hinted = True
 
     @staticmethod
     def _hand_over(hand_over: HandOver, drain: Drain, moving: Duty, connection: Connection) -> float:

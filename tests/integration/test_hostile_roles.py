@@ -1,8 +1,10 @@
 """Another role of the database server: what it may do to us without a right on our tables."""
 
 import secrets
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import psycopg
 import psycopg.sql
@@ -17,6 +19,7 @@ from outbox.errors import RightsError
 from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
 from outbox.settings import RelaySettings
+from relay.loop import Relay
 from relay.publish import publish
 from relay.sweep import Sweep
 from tests.conftest import Connection
@@ -89,6 +92,26 @@ def test_an_advisory_lock_keeps_no_migration_waiting(empty_url: str, as_neighbou
             with psycopg.connect(empty_url, autocommit=True) as owner:
                 owner.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted")
             raise
+
+
+def test_hints_by_the_thousand_take_no_memory(
+    connection: Connection, database_url: str, relay_settings: RelaySettings, as_neighbour: Connect
+) -> None:
+    """Any role that may connect may send them, 8 KB each: nothing is kept of one but that it has come."""
+    relay = Relay(relay_settings, Event())
+    relay._listen(connection)
+    tracemalloc.start()
+    try:
+        as_neighbour(database_url).execute(
+            "SELECT count(pg_notify('outbox', n || repeat('x', 7900))) FROM generate_series(1, 2000) AS n"
+        )
+        connection.execute("SELECT 1")
+        assert relay._wait(connection, 5)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000
+    eventually(lambda: not relay._wait(connection, 0.1), 5, "they are all heard")
 
 
 def test_no_statement_takes_an_advisory_lock() -> None:

@@ -113,7 +113,7 @@ def test_hints_that_came_together_wake_it_once(connection: Connection, relay_set
     """However many hints have arrived during other statements, none is left that would wake an idle relay later."""
     relay = Relay(relay_settings, Event())
     with postgres.connect(relay_settings.database_url, "test") as listening:
-        listening.execute(query("listen"))
+        relay._listen(listening)
         for _ in range(50):
             connection.execute(query("notify_relays"))
             listening.execute("SELECT 1")
