@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -66,6 +66,14 @@ class _Settings(BaseSettings):
         default="info", validation_alias="LOG_LEVEL"
     )
     log_format: Literal["console", "json"] | None = Field(default=None, validation_alias="LOG_FORMAT")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_encoding(cls, value: object) -> object:
+        # Python reads bytes that are none as surrogates, which nothing that is sent can hold.
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise ValueError("is not in UTF-8")
+        return value
 
     @classmethod
     def settings_customise_sources(

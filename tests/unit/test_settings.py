@@ -127,6 +127,11 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
         [
             *("hunter2", "mysql://u:hunter2@h/d", "postgresql://u:hunter2%zz@h/d", "postgresql://u@h/d?hunter2=1"),
             *("postgresql://h:hunter2/d", "postgresql://u:pass@wo:rd@hunter2/d", "postgresql://h/d?port=5432,hunter2"),
+            *(
+                "postgresql://u:pass@hunter2@h/d",
+                "postgresql://u:pass@hunter2@a,b/d",
+                "postgresql://a,pass@hunter2@b/d",
+            ),
             *("postgresql://u:hunter2@h:0/d", "postgresql://u:hunter2@h:65536/d", "postgresql://u:hunter2@h:-1/d"),
             *("postgresql://a,b/d?port=1,2,3", "postgresql:///d?port=1,2", "postgresql://a,b/d?hostaddr=::1"),
             *(f"postgresql://h/d?{name}=hunter2" for name in _CHECKED_OPTIONS),
@@ -316,6 +321,15 @@ def test_libpqs_own_variables_may_name_the_servers(environment: pytest.MonkeyPat
     environment.setenv("PGPORT", "1,2,3")
     with pytest.raises(SettingsError, match="variables such as PG"):
         DatabaseSettings.from_environment()
+
+
+@pytest.mark.parametrize("name", [*GOOD, "OUTBOX_HANDLERS"])
+def test_what_is_not_utf8_is_refused(name: str, environment: pytest.MonkeyPatch) -> None:
+    """Such as a key of random bytes: each mail would fail for it, and spend its attempts."""
+    environment.setenv(name, f"{GOOD.get(name, '')}\udcff")
+    with pytest.raises(SettingsError) as caught:
+        WorkerSettings.from_environment()
+    assert str(caught.value) == f"{name} is wrong: it is not in UTF-8"
 
 
 @pytest.mark.parametrize("servers", ["//127.0.0.1:{0}", "///d?hostaddr=127.0.0.1&port={0}", "//127.0.0.1:{0},h:x"])
