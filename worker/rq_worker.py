@@ -23,6 +23,8 @@ from outbox.outage import one_line
 
 HEARTBEAT_INTERVAL = 15.0
 """Seconds between two registrations in Redis."""
+LONGEST_COMMAND = 1000
+"""Bytes: more than a command of RQ's has. Read as JSON, a longer message would take many times its size."""
 
 
 class RQWorker(BaseWorker):
@@ -129,7 +131,7 @@ class RQWorker(BaseWorker):
         The other commands speak of forks that this worker does not have.
         """
         try:
-            command = json.loads(message["data"])["command"]
+            command = json.loads(message["data"])["command"] if len(message["data"]) <= LONGEST_COMMAND else None
         except (ValueError, TypeError, LookupError, RecursionError):
             command = None
         if command == "shutdown":

@@ -80,6 +80,7 @@ def test_garbage_on_its_channel_is_ignored(running: Process, redis_client: redis
     channel = f"rq:pubsub:{seen.name}"
     eventually(lambda: dict(redis_client.pubsub_numsub(channel)).get(channel.encode()) == 1)
     garbage = [b"", b"\xff\0", b"{", b"[]", b"7", b'{"command": ["shutdown"]}', b"[" * 100_000, b"x" * 5_000_000]
+    garbage += [b'{"command": "shutdown", "numbers": [%s]}' % b",".join([b"1"] * 2_000_000)]
     garbage += [b'{"command": "stop-job", "job_id": "\\"command\\": \\"shutdown\\""}', b'{"command": "kill-horse"}']
     for message in garbage:
         redis_client.publish(channel, message)
