@@ -11,6 +11,8 @@ MAX_LINES = 200
 """Lines of a head: each costs time."""
 MAX_CHUNKS = 1000
 """Chunks of a body: each costs time, however short it is."""
+MAX_CHUNKED_LINES = 3000
+"""Lines of a body in chunks: two for each chunk, those of its JSON, and trailers, each of which costs time."""
 
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -29,6 +31,15 @@ class FramedConnection(h11.Connection):
     """Why what the client has sent is no request."""
     _chunks = 0
     """Of the request that is being read."""
+    _lines = 0
+    """Of its body, and of what follows that has arrived already."""
+    _is_chunked = False
+
+    def receive_data(self, data: bytes) -> None:
+        """Takes what a client has sent."""
+        super().receive_data(data)
+        if self._is_chunked:
+            self._lines += data.count(b"\n")
 
     def next_event(self) -> Any:
         """Returns what comes next of a request.
@@ -39,10 +50,16 @@ class FramedConnection(h11.Connection):
         try:
             if self.their_state is h11.IDLE:
                 _check_lines(self.trailing_data[0])
+            elif self._is_chunked:
+                _check_chunked_lines(self._lines)
             event = super().next_event()
             if isinstance(event, h11.Request):
-                self._chunks = 0
                 _check_framing(event)
+                self._is_chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
+                self._chunks = 0
+                self._lines = self.trailing_data[0].count(b"\n") if self._is_chunked else 0
+            elif isinstance(event, h11.EndOfMessage):
+                self._is_chunked = False
             elif isinstance(event, h11.Data) and event.chunk_start:
                 self._chunks += 1
                 _check_chunks(self._chunks)
@@ -80,3 +97,8 @@ def _check_framing(request: h11.Request) -> None:
 def _check_chunks(count: int) -> None:
     if count > MAX_CHUNKS:
         raise h11.RemoteProtocolError(f"its body has over {MAX_CHUNKS} chunks", error_status_hint=413)
+
+
+def _check_chunked_lines(count: int) -> None:
+    if count > MAX_CHUNKED_LINES:
+        raise h11.RemoteProtocolError(f"its body has over {MAX_CHUNKED_LINES} lines", error_status_hint=413)

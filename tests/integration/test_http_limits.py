@@ -112,6 +112,20 @@ def test_a_small_request_costs_little(api: Api, request_: bytes) -> None:
     assert api.client.get("/healthz").status_code == 200
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_many_trailers_are_refused(api: Api, parts: int) -> None:
+    """Lines behind the last chunk cost as much as those of a head, and nobody sends any."""
+    trailers = b"a:\r\n" * (15_000 // parts)
+    with connect(api.port) as connection:
+        connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n \r\n0\r\n")
+        with suppress(ConnectionError):
+            for _ in range(parts):
+                connection.sendall(trailers)
+                time.sleep(0.05)
+            connection.sendall(b"\r\n")
+        assert everything(connection).startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize("sent", [b"G", LINE, BODY_LESS], ids=["a byte", "half a head", "half a body"])
 def test_half_a_request_is_not_waited_for(api: Api, sent: bytes) -> None:
     """It gets 408, its connection is closed, and the log says so once, however many there are."""
