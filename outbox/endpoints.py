@@ -230,6 +230,8 @@ def http_url(value: str) -> str:
         raise ValueError("is not a valid URL; it looks like https://example.com") from None
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must start with http:// or https:// and name a host, as in https://example.com")
+    if parts.username is not None:
+        raise ValueError("must hold no user and password: it would be in every mail")
     if "?" in value or "#" in value:
         raise ValueError("must not hold '?' or '#': what links add would not be part of the path")
     return value.rstrip("/")

@@ -191,7 +191,7 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
         [
             *("hunter2", "ftp://hunter2", "https://", "//hunter2", "https://a/?hunter2", "https://a/#hunter2"),
             *("https://hunter2\n", "https://a\nhunter2", " https://hunter2", "https://hunter2/<b>", "https://hunter2#"),
-            *("https://hunter2:abc", "https://hunter2:99999", "https://[hunter2"),
+            *("https://hunter2:abc", "https://hunter2:99999", "https://[hunter2", "https://user:hunter2@a"),
         ],
     ),
     (WorkerSettings, "SECRET_KEY", ["hunter2"]),
