@@ -179,6 +179,7 @@ def _reset(connection: Connection[Any]) -> None:
             connection.read_only = None
         if connection.deferrable is not None:
             connection.deferrable = None
+        connection.row_factory, connection.cursor_factory = tuple_row, HandlerCursor
     except (psycopg.Error, TimeLimitError):
         connection.close()  # the pool opens another
 

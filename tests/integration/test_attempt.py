@@ -13,6 +13,7 @@ import psycopg
 import pytest
 import structlog
 from psycopg import Cursor, IsolationLevel
+from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 from pydantic import BaseModel, model_validator
 from structlog.testing import capture_logs
@@ -26,7 +27,7 @@ from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from worker.attempt import NOT_NOW_DELAY, Outcome, attempt
 from worker.claim import Claim, claim
-from worker.database import HandlerPool
+from worker.database import HandlerCursor, HandlerPool
 from worker.leases import Leases
 from worker.mark import Marker
 
@@ -448,11 +449,14 @@ def test_what_a_handler_sets_on_a_connection_ends_with_its_block(
         with context.database.connection() as lent:
             lent.read_only = True
             lent.isolation_level = IsolationLevel.SERIALIZABLE
+            lent.row_factory, lent.cursor_factory = dict_row, Cursor
             lent.execute("SELECT 1")
 
     def fail_in_a_block(_: Note, context: Context) -> NoReturn:
         with context.database.connection() as lent:
             lent.execute("INSERT INTO users VALUES ('alice', 'hash', 'A User', 'alice@example.com')")
+            assert lent.execute("SELECT 1").fetchone() == (1,)
+            assert isinstance(lent.cursor(), HandlerCursor)
             raise ZeroDivisionError
 
     assert tried(set_much, context).error is None
