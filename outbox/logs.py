@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -59,11 +61,21 @@ class _Handler(logging.Handler):
         self._output.drain()
 
 
+FLOODING = frozenset({"deleted key", "dropped job", "ignored an RQ command"})
+"""Events of which whoever can write to Redis can cause any number, one for a few bytes."""
+MOST_OF_A_FLOOD = 100
+"""Lines of one of these that are logged in `FLOOD_TIME`."""
+FLOOD_TIME = 60.0
+"""Seconds."""
+
+
 class _Counts:
-    """Numbers warnings and errors: how many of a kind this process has logged, and all of them when it stops."""
+    """Numbers warnings and errors: how many of a kind this process has met, and all of them when it stops."""
 
     def __init__(self) -> None:
         self._logged: Counter[str] = Counter()
+        self._floods: dict[str, tuple[float, int]] = {}
+        """By event: when its last `FLOOD_TIME` began, and how many there had been."""
         self._lock = Lock()
 
     def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -74,12 +86,21 @@ class _Counts:
             with self._lock:
                 self._logged[kind] += 1
                 event["nth"] = self._logged[kind]
+                if record is None and kind in FLOODING and self._is_flood(kind):
+                    raise structlog.DropEvent
         elif event["event"] == "stopped":
             with self._lock:
                 event["warnings"] = dict(self._logged)
             if lost := sum(writer.lost for writer in _writers):
                 event["lost_lines"] = lost
         return event
+
+    def _is_flood(self, event: str) -> bool:
+        now, count = time.monotonic(), self._logged[event]
+        began, before = self._floods.get(event, (-math.inf, 0))
+        if now - began >= FLOOD_TIME:
+            began, before = self._floods[event] = now, count - 1
+        return count - before > MOST_OF_A_FLOOD
 
 
 def configure(process: str, level: str, log_format: Literal["console", "json"] | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -35,6 +36,20 @@ def test_warnings_are_counted() -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line.get("nth") for line in lines] == [1, 2, 1, None, 1, None]
     assert lines[-1]["warnings"] == {"dropped job": 2, "bad": 1, "theirs": 1}
+
+
+def test_what_others_cause_by_the_thousand_floods_no_log() -> None:
+    """A hundred lines a minute of each such event; `nth` and the last line count all. Other events are all logged."""
+    done = _run(
+        "import outbox.logs; log = logs.get(); [log.warning('dropped job', job=n) for n in range(5000)];"
+        "[log.warning('ignored an RQ command') for _ in range(101)]; [log.warning('swept row') for _ in range(300)];"
+        "outbox.logs.FLOOD_TIME = 0.0; log.warning('dropped job', job=5000); log.info('stopped')"
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    events = Counter(line["event"] for line in lines)
+    assert events == {"dropped job": 101, "ignored an RQ command": 100, "swept row": 300, "stopped": 1}
+    assert [line["nth"] for line in lines if line["event"] == "dropped job"] == [*range(1, 101), 5001]
+    assert lines[-1]["warnings"]["dropped job"] == 5001
 
 
 def test_warnings_of_libraries_are_counted_by_their_kind() -> None:
