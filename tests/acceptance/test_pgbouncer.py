@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from outbox import pooler, postgres
 from outbox.migrate import migrate
-from outbox.queries import query
+from outbox.queries import query, sql_folder
 from tests.conftest import Connection, short_folder
 from tests.support.mailbox import Mailbox, link_in
 from tests.support.pgbouncer import PROGRAM, pgbouncer
@@ -156,6 +156,8 @@ def test_a_role_that_has_limits_may_migrate(
             connection.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {_name(direct)} SET {limit} = '300ms'")
     url = bouncer(direct)
     with psycopg.connect(direct) as first, ThreadPoolExecutor(1) as threads:
+        first.execute((sql_folder() / "records.sql").read_bytes())
+        first.commit()
         first.execute(query("unlimit_transaction"))
         first.execute(query("lock_migrations"))
         second = threads.submit(migrate, url)

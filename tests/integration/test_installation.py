@@ -142,14 +142,14 @@ def test_of_a_long_value_that_somebody_else_wrote_the_beginning_is_read(
     redis_client: redis.Redis, database_url: str
 ) -> None:
     """Before the start, in its sentence, and afterwards, in the log; neither the process nor the line gets long."""
-    redis_client.set(installation.KEY, b"x" * 1_000_000)
+    redis_client.set(installation.KEY, b"x" * 1_000_000, ex=installation.LIFETIME)
     with pytest.raises(SharedRedisError) as caught:
         identified(redis_client, database_url).announce()
     assert 200 < len(str(caught.value)) < 1000
     redis_client.delete(installation.KEY)
     running = identified(redis_client, database_url)
     running.announce()
-    redis_client.set(installation.KEY, b"x" * 1_000_000)
+    redis_client.set(installation.KEY, b"x" * 1_000_000, ex=installation.LIFETIME)
     with capture_logs() as lines:
         running.announce()
     (line,) = lines
