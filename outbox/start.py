@@ -59,8 +59,7 @@ def run_process(name: str, main: Callable[[], object]) -> None:
     def unargued() -> None:
         if sys.argv[1:]:  # not repeated: there may be a secret in it
             raise UsageError(
-                f"python -m {name} takes no arguments: environment variables configure it,"
-                " which the README lists under 'Settings'"
+                f"python -m {name} takes no arguments: environment variables configure it, which docs/settings.md lists"
             )
         main()
 
