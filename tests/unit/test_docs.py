@@ -149,3 +149,14 @@ def test_every_command_is_described(name: str, command: click.Command) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert any(option in pages for option in parameter.opts), parameter.opts
+
+
+def test_every_recipe_is_described() -> None:
+    """Some page says what each recipe of the justfile is for."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    recipes = re.findall(
+        r"^([a-z][a-z-]*)(?: \*\w+)?:(?!=)", Path("justfile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    public = set(recipes) - {"default", "setup", "setup-bench"}
+    assert len(public) > 10
+    assert {recipe for recipe in public if f"just {recipe}" not in pages} == set()
