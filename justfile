@@ -1,57 +1,57 @@
-# Everything runs in .venv, or in the folder that VENV names; the first recipe that needs it sets it up.
+# Everything runs in .venv, or in the folder that VENV names. The first recipe that needs the folder creates it.
 
 set shell := ["sh", "-euc"]
 
 venv := env("VENV", ".venv")
 bin := venv / "bin"
 
-# What makes that folder: another interpreter wants another folder, as in `PYTHON=python3.13 VENV=.venv-3.13 just test`.
+# The interpreter of that folder. Use another folder for another one: `PYTHON=python3.13 VENV=.venv-3.13 just test`.
 python := env("PYTHON", "python3")
 
-# Tests start a hundred processes: where bytecode is not kept, each one compiles everything again.
+# Tests start a hundred processes. Without stored bytecode, each one compiles everything again.
 export PYTHONDONTWRITEBYTECODE := ""
 
 # List the recipes
 default:
     @{{ just_executable() }} --list --unsorted
 
-# Twice as many processes as the cores of a small machine: tests wait a lot. A file's tests stay together.
+# Twice as many processes as a small machine has cores, because tests wait a lot. A file's tests stay together.
 pytest := bin / "pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder"
 
-# Run everything on this machine: API, relay, worker, and servers for whichever URL is not set
+# Run everything on this machine: API, relay, worker, and a server for each URL that is not set
 [no-exit-message]
 up *arguments: setup
     @{{ bin }}/outbox up {{ arguments }}
 
-# Run all tests; or those that the arguments to pytest name
+# Run all tests, or those that the arguments (pytest's) name
 test *arguments: setup
     @{{ pytest }} {{ arguments }}
 
-# Run all tests once more with a tracer in every process, and demand 90 % branch coverage
+# Run all tests with a tracer in every process, and require 90 % branch coverage
 coverage *arguments: setup
     @{{ pytest }} --cov --cov-report=term --cov-fail-under=90 {{ arguments }}
 
-# Inject faults at random while users are created, then judge: was anything lost? (--help tells the options)
+# Inject random faults while users are created, then check that nothing was lost (--help lists the options)
 [no-exit-message]
 chaos *arguments: setup
     @{{ bin }}/python -m tests.chaos {{ arguments }}
 
-# Run the project's statements step by step in random order, and judge every transition of a row (--help tells the options)
+# Run the project's statements step by step in random order, and judge every transition of a row (--help lists the options)
 [no-exit-message]
 schedules *arguments: setup
     @{{ bin }}/python -m tests.schedules {{ arguments }}
 
-# Measure how long mails wait after a fault, against what is promised
+# Measure how long mails wait after a fault, and compare with the promised times
 [no-exit-message]
 recovery *arguments: setup
     @{{ bin }}/python -m tests.chaos.figures {{ arguments }}
 
-# Measure speed against what people would use instead; `just bench relay` measures one part (--help tells the options)
+# Measure speed beside the alternatives; `just bench relay` measures one part (--help lists the options)
 [no-exit-message]
 bench *arguments: setup-bench
     @{{ bin }}/python -m bench {{ arguments }}
 
-# Add 500 rows a second for half an hour: do the table and its indexes stop growing? (--help tells the options)
+# Add 500 rows a second for half an hour, and show whether the table stops growing (--help lists the options)
 [no-exit-message]
 steady *arguments: setup-bench
     @{{ bin }}/python -m bench.steady {{ arguments }}
@@ -69,7 +69,7 @@ check: setup-bench
     {{ bin }}/mypy
     {{ bin }}/lint-imports
 
-# Format the code and mend what the linter can
+# Format the code, and fix what the linter can fix
 fmt: setup
     {{ bin }}/ruff check --fix .
     {{ bin }}/ruff format .
@@ -86,7 +86,7 @@ postgres: setup
 redis: setup
     @{{ bin }}/python -m outbox.up.alone redis
 
-# Pin the newest versions that pyproject.toml allows, by hash and for every platform
+# Pin the newest versions that pyproject.toml allows, with hashes, for every platform
 lock: setup
     {{ bin }}/uv pip compile -q pyproject.toml --extra dev --upgrade {{ lock_options }} -o requirements.lock
     {{ bin }}/uv pip compile -q pyproject.toml --upgrade --constraint requirements.lock {{ lock_options }} -o requirements-runtime.lock
@@ -102,10 +102,10 @@ wheel: setup
 image:
     docker build -t outbox-service .
 
-# The locks are complete, so pip need not look for dependencies: where it does, it takes the newest coverage for
-# pytest-cov's coverage[toml], whatever the lock has pinned, and fails for want of its hash.
+# --no-deps: the locks are complete. If pip resolved dependencies, it would take the newest coverage for pytest-cov's
+# coverage[toml], whatever the lock pins, and fail because that has no hash.
 
-# Install what requirements.lock pins into that folder, unless that is done
+# Install what requirements.lock pins into that folder, unless it is up to date
 setup:
     @if [ ! -x {{ bin }}/python ]; then {{ python }} -m venv {{ venv }}; fi
     @if [ -z "$(find {{ venv }}/.installed -newer requirements.lock -newer pyproject.toml 2>/dev/null)" ]; then \
@@ -115,7 +115,7 @@ setup:
         touch {{ venv }}/.installed; \
     fi
 
-# Install the peers of the bench on top
+# Also install the alternatives that the bench measures
 setup-bench: setup
     @if [ -z "$(find {{ venv }}/.bench-installed -newer {{ venv }}/.installed -newer requirements-bench.lock 2>/dev/null)" ]; then \
         {{ bin }}/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements-bench.lock; \

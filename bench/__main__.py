@@ -24,8 +24,10 @@ _ROOT = Path(__file__).parent.parent
 
 @click.command()
 @click.argument("parts", nargs=-1, metavar="[PART]...")
-@click.option("--smoke", is_flag=True, help="Tiny sizes and one run: does it all work? Says nothing about speed.")
-@click.option("--runs", type=click.IntRange(min=1), help="How often each contender is measured.  [default: 5]")
+@click.option(
+    "--smoke", is_flag=True, help="Checks that every part works: tiny sizes, one run. Says nothing about speed."
+)
+@click.option("--runs", type=click.IntRange(min=1), help="Measurements per contender.  [default: 5]")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -35,9 +37,9 @@ _ROOT = Path(__file__).parent.parent
 def main(parts: tuple[str, ...], runs: int | None, output: Path | None, *, smoke: bool) -> None:
     """Measure this project and what people would use instead, side by side.
 
-    PART is one or more of relay, schedule, noop, sleep, mails, wait, api, idle, scale; all of them without it. Servers
-    are started for the occasion, unless BENCH_DATABASE_URL and BENCH_REDIS_URL name some: that Redis is emptied, and
-    databases are created and dropped on that Postgres.
+    PART is one or more of relay, schedule, noop, sleep, mails, wait, api, idle, scale; without it, all are measured.
+    The bench starts its own servers, unless BENCH_DATABASE_URL and BENCH_REDIS_URL name others: it empties that Redis,
+    and creates and drops databases on that Postgres.
     """
     if unknown := [part for part in parts if part not in PARTS]:
         raise click.UsageError(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")

@@ -36,14 +36,14 @@ Look = dict[str, Any]
 
 
 @click.command()
-@click.option("--minutes", default=30.0, show_default=True, help="How long.")
-@click.option("--rate", default=500, show_default=True, help="Rows a second.")
+@click.option("--minutes", default=30.0, show_default=True, help="Minutes during which rows are added.")
+@click.option("--rate", default=500, show_default=True, help="Rows per second.")
 @click.option("--retention", default=300, show_default=True, help="Seconds that done rows are kept.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path(__file__).parent.parent / "docs" / "steady.png",
-    help="Where the picture goes.  [default: docs/steady.png]",
+    help="File for the picture.  [default: docs/steady.png]",
 )
 def main(minutes: float, rate: int, retention: int, output: Path) -> None:
     """Add rows at a steady rate, and show how large the table and its indexes get."""

@@ -16,7 +16,7 @@ from outbox.up.binaries import EXTRA_MISSING
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="outbox-service")
 def outbox() -> None:
-    """A transactional outbox: create users, and lose no mail."""
+    """A transactional outbox: creates users, and loses no mail."""
 
 
 @outbox.command()
@@ -37,20 +37,20 @@ class _Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
-@outbox.command(short_help="Run everything here, for development.")
+@outbox.command(short_help="Run everything on this machine, for development.")
 @click.option(
     "--data",
     type=_Folder(file_okay=False, readable=False, path_type=Path),
     default=Path(".outbox"),
     show_default=True,
     metavar="FOLDER",
-    help="Keeps the database, the mails and the secret key.",
+    help="Folder for the database, the mails and the secret key.",
 )
 def up(data: Path) -> None:
-    """Run everything here, for development: service, relay and worker, and the servers that they need.
+    """Run everything on this machine, for development: service, relay, worker, and the servers that they need.
 
-    Embedded Postgres, Redis and a mail catcher stand in for whichever of DATABASE_URL, REDIS_URL and SMTP_URL is
-    not set. One Ctrl-C stops everything; a second one hurries.
+    Starts an embedded Postgres, Redis and mail catcher for each of DATABASE_URL, REDIS_URL and SMTP_URL that is not
+    set. Ctrl-C stops everything; a second Ctrl-C hurries.
     """
     # Production installs have no development extra, and need none for `outbox migrate`.
     try:

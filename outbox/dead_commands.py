@@ -38,11 +38,11 @@ _task = click.option("--task", metavar="NAME", callback=_task_name, help="Only r
 _as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON, for programs.")
 
 
-@click.group(short_help="Look at dead rows; retry or discard them.")
+@click.group(short_help="List, show, retry or discard dead rows.")
 def dead() -> None:
-    """Look at the rows that were given up, and retry or discard them.
+    """List, show, retry or discard the rows that were given up.
 
-    A row is dead when it cannot succeed, or when its retries are used up. It stays until somebody decides.
+    A row is dead when it cannot succeed, or when its retries are used up. It stays until an operator decides.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # payloads hold what not every terminal can show
@@ -50,12 +50,12 @@ def dead() -> None:
 
 @dead.command("list")
 @_task
-@click.option("--limit", type=click.IntRange(1, 2**31 - 1), default=50, show_default=True, help="Rows at most.")
+@click.option("--limit", type=click.IntRange(1, 2**31 - 1), default=50, show_default=True, help="Upper bound of rows.")
 @_as_json
 def list_(task: str | None, limit: int, *, as_json: bool) -> None:
-    """List dead rows, the newest first, a line each.
+    """List dead rows, one per line, the newest first.
 
-    --json prints one array of whole rows, as the columns of the table call them.
+    --json prints an array of rows: objects with the columns of the table.
     """
     with _database() as connection:
         rows = [] if as_json else letters.newest(connection, task, limit)
@@ -76,9 +76,9 @@ def list_(task: str | None, limit: int, *, as_json: bool) -> None:
 @click.argument("row", metavar="ID", type=_row_id)
 @_as_json
 def show(row: int, *, as_json: bool) -> None:
-    """Show all that there is of one dead row.
+    """Show everything about one dead row.
 
-    --json prints one object, as the columns of the table call them.
+    --json prints an object with the columns of the table.
     """
     with _database() as connection:
         found = letters.read(connection, row)
@@ -92,11 +92,11 @@ def show(row: int, *, as_json: bool) -> None:
 
 @dead.command()
 @click.argument("ids", metavar="[ID]...", nargs=-1, type=_row_id)
-@click.option("--all", "every", is_flag=True, help="All rows that are dead now; with --task, all of that task.")
+@click.option("--all", "every", is_flag=True, help="All rows that are dead now, or with --task, all of that task.")
 @_task
 @_as_json
 def retry(ids: tuple[int, ...], task: str | None, *, every: bool, as_json: bool) -> None:
-    """Try dead rows again: at once, and with all their attempts.
+    """Make dead rows pending and due at once, with all their attempts.
 
     --json prints {"retried": [ids], "not_dead": [{"id": …, "status": …}]}; the status of a row that does not exist
     is null. Exit code 1 if any of the ids was not dead.
@@ -119,7 +119,7 @@ def retry(ids: tuple[int, ...], task: str | None, *, every: bool, as_json: bool)
 @click.argument("ids", metavar="ID...", nargs=-1, type=_row_id)
 @_as_json
 def discard(ids: tuple[int, ...], *, as_json: bool) -> None:
-    """Delete dead rows, for good and without asking.
+    """Delete dead rows permanently, without asking.
 
     --json prints {"discarded": [ids], "not_dead": [{"id": …, "status": …}]}; the status of a row that does not exist
     is null. Exit code 1 if any of the ids was not dead.
@@ -134,14 +134,15 @@ def discard(ids: tuple[int, ...], *, as_json: bool) -> None:
 
 
 @dead.command("give-up")
-@click.option("--all", "every", is_flag=True, help="Such rows of all tasks.")
+@click.option("--all", "every", is_flag=True, help="The rows of all tasks that no worker can handle.")
 @_task
 @_as_json
 def give_up(task: str | None, *, every: bool, as_json: bool) -> None:
-    """Give up rows that no worker can handle, before their hour is over.
+    """Make rows dead that no worker can handle.
 
-    Workers give a row back whose task they do not know, or whose payload does not fit its model: another may handle it.
-    A row that a worker holds at this moment is left to it. --json prints {"given_up": [ids]}.
+    Without this command they are dead after OUTBOX_UNHANDLED_GRACE. Workers give back a row if they do not know its
+    task or if its payload does not fit their model: another worker may handle it. Skips a row that a worker holds at
+    this moment. --json prints {"given_up": [ids]}.
     """
     if (task is not None) == every:
         raise UsageError("say which rows to give up: those of one --task, or --all")

@@ -28,16 +28,22 @@ _SHOWN = 5
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--minutes", default=5.0, type=click.FloatRange(min=0.1), help="How long faults are injected.")
-@click.option("--rate", default=10.0, type=click.FloatRange(min=0.1), help="New clients per second.")
-@click.option("--seed", type=int, help="Repeats a run's faults.  [default: random]")
-@click.option("--folder", default=Path(".chaos"), type=click.Path(file_okay=False, path_type=Path), help="For results.")
+@click.option(
+    "--minutes", default=5.0, type=click.FloatRange(min=0.1), help="Minutes during which faults are injected."
+)
+@click.option("--rate", default=10.0, type=click.FloatRange(min=0.1), help="Users created per second.")
+@click.option("--seed", type=int, help="Repeats the faults of a run.  [default: random]")
+@click.option(
+    "--folder", default=Path(".chaos"), type=click.Path(file_okay=False, path_type=Path), help="Folder for results."
+)
 @click.option("--services", default=2, type=click.IntRange(min=1))
 @click.option("--relays", default=2, type=click.IntRange(min=1))
 @click.option("--workers", default=2, type=click.IntRange(min=1))
-@click.option("--kinds", "patterns", multiple=True, metavar="PATTERN", help="Only these faults, as in 'redis.*'.")
-@click.option("--lanes", default=2, type=click.IntRange(min=0), help="How many faults there are at a time, at most.")
-@click.option("--gap", default=1.5, type=click.FloatRange(min=0.01), help="Mean seconds between a lane's faults.")
+@click.option(
+    "--kinds", "patterns", multiple=True, metavar="PATTERN", help="Injects only these faults, as in 'redis.*'."
+)
+@click.option("--lanes", default=2, type=click.IntRange(min=0), help="Upper bound of faults at a time.")
+@click.option("--gap", default=1.5, type=click.FloatRange(min=0.01), help="Mean seconds between the faults of a lane.")
 def main(
     *,
     minutes: float,
@@ -51,7 +57,7 @@ def main(
     lanes: int,
     gap: float,
 ) -> None:
-    """Let clients create users, let faults strike everything else, and check that every promise was kept."""
+    """Create users while faults strike everything else, and check that every promise was kept."""
     try:
         chosen = tuple(kinds.chosen(patterns))
         folder = emptied(folder)

@@ -170,9 +170,9 @@ async def measure(folder: Path, times: int) -> dict[Promise, list[float]]:
 
 
 @click.command()
-@click.option("--times", default=5, show_default=True, type=click.IntRange(min=1), help="How often each is measured.")
+@click.option("--times", default=5, show_default=True, type=click.IntRange(min=1), help="Measurements per fault.")
 def main(times: int) -> None:
-    """Measure what was promised for single faults, with default settings."""
+    """Measure how long mails wait after a fault, with default settings, and compare with the promised times."""
     with tempfile.TemporaryDirectory(prefix="chaos-figures-") as folder:
         found = asyncio.run(measure(emptied(Path(folder)), times))
     table = Table(title=f"Seconds, of {times} times each, with default settings")

@@ -15,12 +15,12 @@ from tests.schedules.stage import stage
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--seconds", default=60.0, type=click.FloatRange(min=1), help="How long new schedules are begun.")
-@click.option("--schedules", type=click.IntRange(min=1), help="How many there are at most.  [default: no limit]")
+@click.option("--seconds", default=60.0, type=click.FloatRange(min=1), help="Seconds during which schedules start.")
+@click.option("--schedules", type=click.IntRange(min=1), help="Upper bound of schedules.  [default: none]")
 @click.option("--seed", type=int, help="Repeats a run.  [default: random]")
-@click.option("--first", default=1, type=click.IntRange(min=1), help="Number of the schedule to begin with.")
-@click.option("--mutant", type=click.Choice(sorted(MUTANTS)), help="A statement to break: it must be caught.")
-@click.option("--trace", is_flag=True, help="Show every step of every schedule.")
+@click.option("--first", default=1, type=click.IntRange(min=1), help="Number of the first schedule.")
+@click.option("--mutant", type=click.Choice(sorted(MUTANTS)), help="Breaks a statement; the judge must notice.")
+@click.option("--trace", is_flag=True, help="Prints every step of every schedule.")
 def main(
     *, seconds: float, schedules: int | None, seed: int | None, first: int, mutant: str | None, trace: bool
 ) -> None:
