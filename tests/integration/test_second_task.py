@@ -1,6 +1,8 @@
 """A task of one's own: one definition, one function, and OUTBOX_HANDLERS."""
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,3 +53,22 @@ def test_a_second_task(stack: Stack, connection: Connection, tmp_path: Path, mon
         )
     )
     sys.modules.pop("greetings")
+
+
+def test_the_example_of_the_readme(stack: Stack, database_url: str, tmp_path: Path) -> None:
+    """Its three files, as they are written but for the delay, are a task, a handler and a row that is handled."""
+    page = Path("README.md").read_text(encoding="utf-8")
+    files = re.findall(r"```python\n# (greetings/\w+\.py)\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in files] == ["greetings/tasks.py", "greetings/handlers.py", "greetings/add.py"]
+    (tmp_path / "greetings").mkdir()
+    for name, text in [("greetings/__init__.py", ""), *files]:
+        (tmp_path / name).write_text(text.replace("delay=5", "delay=0"))
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+
+    worker, _ = stack.run_all("worker", "relay", OUTBOX_HANDLERS="greetings.handlers", PYTHONPATH=path)
+    environment = {**os.environ, "DATABASE_URL": database_url, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-m", "greetings.add"], env=environment, check=True, timeout=30)
+
+    (line,) = eventually(lambda: worker.events("processed task"), 10, "the greeting")
+    assert line["type"] == "send_greeting"
+    assert line["payload"] == {"username": "alice"}
