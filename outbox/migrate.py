@@ -43,8 +43,8 @@ def migrate(database_url: str) -> list[str]:
 
     Raises:
         UnsupportedDatabaseError: the database is not in UTF-8.
-        RightsError: the database lacks migrations, and the role may create no tables; or a table by a name of ours
-            belongs to another role.
+        RightsError: the database lacks migrations, and the role may create no tables; or a table by a name of ours,
+            or the schema by our role's name, belongs to another role.
         LockedError: others held a table for too long; the migrations before this one are applied, and nothing of it.
         psycopg.OperationalError: Postgres is away.
     """
@@ -71,11 +71,16 @@ def _connect(database_url: str) -> Connection:
 
 
 def _check_owners(connection: Connection) -> None:
-    """Checks that no other role has planted a table where ours are, or where they would be.
+    """Checks that no other role has planted a schema or a table where ours are, or where they would be.
 
     Raises:
         RightsError: one has.
     """
+    for found in connection.execute(query("foreign_schema")):
+        raise RightsError(
+            f"the schema {found['name']}, which search_path finds because it has our role's name, belongs to the role"
+            f" {found['owner']}: drop it, REVOKE CREATE ON DATABASE from that role, and run {found['statement']}"
+        )
     for found in connection.execute(query("foreign_tables")):
         raise RightsError(
             f"the table {found['name']} belongs to the role {found['owner']}, and the schema to another: migrate as"

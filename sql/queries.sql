@@ -160,6 +160,23 @@ WHERE NOT owner.rolsuper
   AND (own.rolsuper OR NOT pg_catalog.pg_has_role(own.oid, owner.oid, 'MEMBER'));
 
 
+-- name: foreign_schema
+-- The schema that "$user" in our search_path leads to, where it belongs to a role that we have no reason to trust: one that
+-- may create schemas in this database can make one by the name of our role, with any table of ours in it.
+SELECT schema.nspname::text AS name, owner.rolname::text AS owner,
+       'ALTER ROLE ' || pg_catalog.quote_ident(current_user) || ' IN DATABASE '
+           || pg_catalog.quote_ident(pg_catalog.current_database()) || ' SET search_path = public' AS statement
+FROM pg_catalog.pg_namespace AS schema
+JOIN pg_catalog.pg_database AS database ON database.datname = pg_catalog.current_database()
+JOIN pg_catalog.pg_roles AS owner ON owner.oid = schema.nspowner
+JOIN pg_catalog.pg_roles AS own ON own.rolname = current_user
+WHERE schema.nspname = own.rolname AND schema.nspname = ANY (pg_catalog.current_schemas(false))
+  AND pg_catalog.strpos(pg_catalog.current_setting('search_path'), '$user') > 0
+  AND NOT owner.rolsuper
+  AND owner.oid <> own.oid AND owner.oid <> database.datdba
+  AND (own.rolsuper OR NOT pg_catalog.pg_has_role(own.oid, owner.oid, 'MEMBER'));
+
+
 -- name: record_version
 -- Notes for yoyo that its tables are of its second version.
 INSERT INTO _yoyo_version

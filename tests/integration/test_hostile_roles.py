@@ -180,6 +180,29 @@ def test_a_neighbours_table_that_comes_in_between_is_not_taken_for_ours(
         assert owner.execute("SELECT is_called FROM fired").fetchone() == (False,)
 
 
+@pytest.mark.parametrize("statement", ["", *PLANTED[:1]])
+def test_a_neighbours_schema_is_not_taken_for_ours(empty_url: str, as_neighbour: Connect, statement: str) -> None:
+    """A role that may create schemas can make the one that "$user" leads our role to, be it empty until we use it."""
+    neighbour = as_neighbour(empty_url)
+    with psycopg.connect(empty_url, autocommit=True) as owner:
+        user = psycopg.sql.Identifier(owner.info.user)
+        database = psycopg.sql.Identifier(owner.info.dbname)
+        owner.execute(psycopg.sql.SQL("GRANT CREATE ON DATABASE {} TO PUBLIC").format(database))
+        neighbour.execute(psycopg.sql.SQL("CREATE SCHEMA {}").format(user))
+        neighbour.execute(psycopg.sql.SQL("GRANT ALL ON SCHEMA {} TO PUBLIC").format(user))
+        neighbour.execute(psycopg.sql.SQL("SET search_path TO {}").format(user))
+        if statement:
+            neighbour.execute(statement.encode())
+        tables = "SELECT count(*) FROM pg_class WHERE relkind = 'r' AND relnamespace = current_schema::regnamespace"
+        before = owner.execute(tables).fetchone()
+        with pytest.raises(RightsError, match=r"belongs to the role outbox_test_\w+") as caught:
+            migrate(empty_url)
+        assert "\n" not in str(caught.value)
+        assert owner.execute(tables).fetchone() == before
+        owner.execute(psycopg.sql.SQL("ALTER ROLE {} IN DATABASE {} SET search_path = public").format(user, database))
+    assert migrate(empty_url) == postgres.migrations(), "the remedy that the error names"
+
+
 def test_another_role_may_migrate_what_a_role_of_its_own_owns(empty_url: str, as_neighbour: Connect) -> None:
     """A member of the owning role may run it again, and a superuser where that role owns the schema."""
     owner = as_neighbour(empty_url).info.user
