@@ -6,7 +6,7 @@ could migrate. Earlier versions can still read these tables, and be used again.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psycopg
@@ -54,10 +54,10 @@ def migrate(database_url: str) -> list[str]:
         _check_owners(connection)
         if _may_create(connection):
             try:
-                _create_records(connection)
+                _when_free("records", _create_records, connection)
             except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable):  # another process did so meanwhile
-                _create_records(connection)
-            applied = [name for name in postgres.migrations() if _apply_when_free(connection, name)]
+                _when_free("records", _create_records, connection)
+            applied = [name for name in postgres.migrations() if _when_free(name, _apply, connection)]
     logs.get().info("db migrated", applied=applied)
     return applied
 
@@ -88,12 +88,16 @@ def _check_owners(connection: Connection) -> None:
         )
 
 
-def _create_records(connection: Connection) -> None:
+def _create_records(connection: Connection, name: str) -> bool:
+    """Makes the tables in which migrations are recorded, where they are not there."""
     with connection.transaction():
         connection.execute(query("unlimit_transaction"))
-        connection.execute((sql_folder() / "records.sql").read_bytes())
+        # Whoever may create in our schema could hold a name of these for ever, in a transaction that never ends.
+        connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
+        connection.execute((sql_folder() / f"{name}.sql").read_bytes())
         _check_owners(connection)  # again: one that was planted meanwhile is visible now that the names are taken
         connection.execute(query("record_version"))
+    return True
 
 
 @contextmanager
@@ -142,15 +146,15 @@ def _may_create(connection: Connection) -> bool:
     return False
 
 
-def _apply_when_free(connection: Connection, name: str) -> bool:
-    """Applies a migration as soon as its tables are free, and returns whether it had to be applied.
+def _when_free(name: str, apply: Callable[[Connection, str], bool], connection: Connection) -> bool:
+    """Applies a migration, or the records, as soon as the tables are free, and returns whether it had to be applied.
 
     Raises:
         LockedError: they were not, at any of `TRIES` tries.
     """
     for left in reversed(range(TRIES)):
         try:
-            return _apply(connection, name)
+            return apply(connection, name)
         except psycopg.errors.LockNotAvailable as error:
             if not left:
                 raise LockedError(

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from outbox import migrate as migrating
 from outbox import postgres
-from outbox.errors import RightsError
+from outbox.errors import LockedError, RightsError
 from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
 from outbox.settings import RelaySettings
@@ -220,6 +220,25 @@ def test_another_role_may_migrate_what_a_role_of_its_own_owns(empty_url: str, as
         finally:
             connection.execute("ALTER SCHEMA public OWNER TO CURRENT_USER")
             connection.execute(f"DROP ROLE {member}".encode())
+
+
+@pytest.mark.parametrize("statement", ["CREATE TABLE _yoyo_migration ()", "CREATE DOMAIN _yoyo_log AS int"])
+def test_a_name_that_a_neighbour_holds_keeps_no_migration_waiting_for_ever(
+    empty_url: str, as_neighbour: Connect, monkeypatch: pytest.MonkeyPatch, statement: str
+) -> None:
+    """A neighbour who creates it in a transaction that never ends: the migration says so, and gives up."""
+    monkeypatch.setattr(migrating, "LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(migrating, "PAUSE", 0.0)
+    neighbour = as_neighbour(empty_url)
+    with neighbour.transaction(), capture_logs() as lines, ThreadPoolExecutor(1) as threads:
+        neighbour.execute(statement.encode())
+        migrated = threads.submit(migrate, empty_url)
+        try:
+            with pytest.raises(LockedError, match="pg_stat_activity"):
+                migrated.result(20)
+        finally:
+            neighbour.execute("ROLLBACK")  # else the thread would never end
+    assert {line["event"] for line in lines} == {"migration waits for a lock"}
 
 
 def test_a_migration_says_that_it_waits_for_another(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
