@@ -25,6 +25,8 @@ _PATIENCE = 10.0
 """Seconds for a left-over process to end in order, before it is killed."""
 _PROCESSES = "processes.jsonl"
 _SECRET_KEY = "secret_key"  # noqa: S105 - a file's name
+_KEY_LENGTH = 32
+"""Characters of a key, at least, as the processes want it."""
 
 
 class DataFolder:
@@ -49,10 +51,15 @@ class DataFolder:
                 with os.fdopen(descriptor, "w", encoding="ascii") as output:
                     output.write(secrets.token_hex(32))
                 self._folder.rename(unfinished, _SECRET_KEY)
-            with os.fdopen(self._folder.open(_SECRET_KEY, os.O_RDONLY), encoding="ascii") as key:
-                return key.read()
+            with os.fdopen(self._folder.open(_SECRET_KEY, os.O_RDONLY), encoding="utf-8", errors="replace") as file:
+                key = file.read()
         except OSError as error:
             raise StartError(f"{self.path / _SECRET_KEY} cannot be used: {error.strerror}") from error
+        if len(key) < _KEY_LENGTH or not key.isascii():
+            raise StartError(
+                f"{self.path / _SECRET_KEY} holds no key: remove it, and links in unopened mails are invalid"
+            )
+        return key
 
     def remember(self, name: str, process: subprocess.Popen[bytes]) -> None:
         """Writes down a child that was just started, for the next `outbox up`, should this one be killed."""
@@ -85,11 +92,11 @@ class DataFolder:
         found: list[tuple[str, psutil.Process]] = []
         if not self._folder.has(_PROCESSES):
             return found
-        with os.fdopen(self._folder.open(_PROCESSES, os.O_RDONLY), encoding="utf-8") as lines:
+        with os.fdopen(self._folder.open(_PROCESSES, os.O_RDONLY), encoding="utf-8", errors="replace") as lines:
             remembered = lines.read().splitlines()
         for line in remembered:
-            # A line that was cut short by the kill, a process that is gone, or its number in another's hands.
-            with suppress(ValueError, psutil.NoSuchProcess):
+            # A line that was cut short or spoilt, a process that is gone, or its number in another's hands.
+            with suppress(ValueError, RecursionError, psutil.NoSuchProcess):
                 match json.loads(line):
                     case {"name": str(name), "pid": int(pid), "started": float(started)} if name in _ORDER:
                         process = psutil.Process(pid)

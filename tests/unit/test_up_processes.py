@@ -116,6 +116,29 @@ def test_the_secret_key_is_made_once_and_private(tmp_path: Path) -> None:
     assert (tmp_path / "secret_key").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("content", [b"", b"cut", b"\xff" * 64])
+def test_what_is_no_secret_key_is_named(tmp_path: Path, content: bytes) -> None:
+    """A machine that loses power may leave the file empty; SECRET_KEY would be said to be missing."""
+    with held(tmp_path) as folder:
+        (tmp_path / "secret_key").write_bytes(content)
+        with pytest.raises(StartError, match=f"{tmp_path / 'secret_key'} holds no key"):
+            folder.secret_key()
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b"[" * 100_000, b'{"name": "relay", "pid": 99999999999999999999, "started": 1.0}']
+)
+def test_a_list_of_processes_that_was_spoilt_is_left_out(tmp_path: Path, line: bytes) -> None:
+    """Whatever a line has turned into, the others are read."""
+    with held(tmp_path) as folder:
+        leftover = _deaf(Supervisor())
+        folder.remember("relay", leftover)
+        file = tmp_path / "processes.jsonl"
+        file.write_bytes(line + b"\n" + file.read_bytes())
+        folder.stop_leftovers(lambda _: leftover.kill())
+        eventually(lambda: leftover.poll() is not None, 10, "the leftover ends")
+
+
 def test_a_free_port_is_found_and_a_taken_one_refused() -> None:
     """Port 0 becomes a real port; a port that somebody listens on is an error that names it."""
     assert free_address(Address("127.0.0.1", 0)).port > 0
