@@ -75,9 +75,9 @@ def postgres_url(value: str) -> str:
     except psycopg.ProgrammingError:
         # libpq's message may quote the URL, password and all.
         raise ValueError("is not a valid Postgres URL; percent-encode special characters in the password") from None
-    hosts = [host for host in options.get("host", "").split(",") if not host.startswith(("/", "@"))]
-    if any("@" in host for host in hosts):  # the rest of a password, which errors would quote
-        raise ValueError("has a host with an '@' in it; percent-encode special characters in the password")
+    if value.partition("?")[0].count("@") > 1:
+        # libpq ends the password at the first: the rest would be the host's or the database's name, which errors quote.
+        raise ValueError("has an '@' too many; percent-encode special characters in the password")
     for name in _POSTGRES_NUMBERS:
         if not re.fullmatch("-?[0-9]{1,9}", options.get(name, "0")):
             raise ValueError(f"has an option {name} that is not a whole number")
