@@ -148,8 +148,10 @@ SELECT current_user AS role, coalesce(pg_catalog.has_schema_privilege(pg_catalog
 -- What a statement of ours would find by the name of one of our tables, though it belongs to a role that we have no reason
 -- to trust: one that may create in our schema, and could plant a table there before the first migration. Its triggers would
 -- run with our rights. A superuser is a member of every role, so that membership tells nothing there.
+-- And by the name of the constraint that tells the service which usernames are taken: Postgres would choose another.
 SELECT found.relname::text AS name, owner.rolname::text AS owner
-FROM (VALUES ('users'), ('verify_emails'), ('outbox'), ('_yoyo_migration'), ('_yoyo_log'), ('_yoyo_version')) AS ours (name)
+FROM (VALUES ('users'), ('verify_emails'), ('outbox'), ('_yoyo_migration'), ('_yoyo_log'), ('_yoyo_version'),
+             ('users_pkey')) AS ours (name)
 JOIN pg_catalog.pg_class AS found ON found.oid = pg_catalog.to_regclass(ours.name)::oid
 JOIN pg_catalog.pg_namespace AS schema ON schema.oid = found.relnamespace
 JOIN pg_catalog.pg_database AS database ON database.datname = pg_catalog.current_database()

@@ -138,6 +138,7 @@ PLANTED = [
     "CREATE TABLE users (username varchar PRIMARY KEY)",
     "CREATE VIEW outbox AS SELECT 1 AS id",
     "CREATE VIEW verify_emails AS SELECT 1 AS id",
+    "CREATE TABLE users_pkey (a integer)",
 ]
 
 
