@@ -149,6 +149,7 @@ SELECT current_user AS role, coalesce(pg_catalog.has_schema_privilege(pg_catalog
 -- to trust: one that may create in our schema, and could plant a table there before the first migration. Its triggers would
 -- run with our rights. A superuser is a member of every role, so that membership tells nothing there.
 -- And by the name of the constraint that tells the service which usernames are taken: Postgres would choose another.
+-- In further schemas such a table may be another application's: ours are made in the first, if we may, and are found there.
 SELECT found.relname::text AS name, owner.rolname::text AS owner
 FROM (VALUES ('users'), ('verify_emails'), ('outbox'), ('_yoyo_migration'), ('_yoyo_log'), ('_yoyo_version'),
              ('users_pkey')) AS ours (name)
@@ -157,7 +158,9 @@ JOIN pg_catalog.pg_namespace AS schema ON schema.oid = found.relnamespace
 JOIN pg_catalog.pg_database AS database ON database.datname = pg_catalog.current_database()
 JOIN pg_catalog.pg_roles AS owner ON owner.oid = found.relowner
 JOIN pg_catalog.pg_roles AS own ON own.rolname = current_user
-WHERE NOT owner.rolsuper
+WHERE (schema.nspname = pg_catalog.current_schema()
+       OR NOT pg_catalog.has_schema_privilege(pg_catalog.current_schema(), 'CREATE'))
+  AND NOT owner.rolsuper
   AND owner.oid <> own.oid AND owner.oid <> schema.nspowner AND owner.oid <> database.datdba
   AND (own.rolsuper OR NOT pg_catalog.pg_has_role(own.oid, owner.oid, 'MEMBER'));
 

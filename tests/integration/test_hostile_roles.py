@@ -155,6 +155,20 @@ def test_a_neighbours_table_is_not_taken_for_ours(empty_url: str, as_neighbour: 
         assert tables.fetchone() in [(1,), (2,)], "nothing was created but what was planted, and its index"
 
 
+@pytest.mark.parametrize("statement", PLANTED)
+def test_a_neighbours_table_in_another_schema_is_left_alone(
+    empty_url: str, as_neighbour: Connect, statement: str
+) -> None:
+    """Ours go to the first schema of search_path, and are found there: further ones may be another application's."""
+    as_neighbour(empty_url).execute(statement.encode())
+    with psycopg.connect(empty_url) as connection:
+        connection.execute("CREATE SCHEMA ours")
+    url = make_conninfo(empty_url, options="-c search_path=ours,public")
+    assert migrate(url) == postgres.migrations()
+    with postgres.connect(url, "test") as connection:
+        postgres.check_migrated(connection)
+
+
 @pytest.mark.parametrize("statement", PLANTED[:2])
 def test_a_neighbours_table_that_comes_in_between_is_not_taken_for_ours(
     empty_url: str, as_neighbour: Connect, statement: str
