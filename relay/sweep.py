@@ -25,6 +25,9 @@ POPPING_LIMIT = 300.0
 LATENESS = 1.0
 """Seconds that a job may be scheduled after its row's time; a stranger may have put it off for ever."""
 
+MOVING_LIMIT = 60.0
+"""Seconds after its row's time, and its hand-over, for which a job may be scheduled: a relay that serves its queue has
+moved it by then, unless a stranger has changed which queue that is."""
 
 CLOCK_ERROR = 60.0
 """Seconds ahead at which no row can have been handed over: the server's clock was set back since."""
@@ -57,7 +60,8 @@ class Held:
             return True
         if delivery in self.popping[row["queue"]] and row["age"] < POPPING_LIMIT:
             return True
-        return delivery in self.scheduled and self.scheduled[delivery] <= row["run_at"] + LATENESS
+        is_scheduled = delivery in self.scheduled and self.scheduled[delivery] <= row["run_at"] + LATENESS
+        return is_scheduled and min(row["age"], row["overdue"]) < MOVING_LIMIT
 
 
 class Sweep:

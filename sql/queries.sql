@@ -287,6 +287,7 @@ SELECT extract(epoch FROM pg_catalog.now())::float8 AS now,
 -- Rows that were handed over longer than a grace ago and that no worker has claimed; those that were handed over in the
 -- future among them: the server's clock was set back since.
 SELECT id, delivery, queue, extract(epoch FROM run_at)::float8 AS run_at,
+       extract(epoch FROM pg_catalog.now() - run_at)::float8 AS overdue,
        extract(epoch FROM pg_catalog.now() - enqueued_at)::float8 AS age
 FROM outbox
 WHERE status = 'enqueued'

@@ -1,6 +1,7 @@
 """Taking back what Redis has lost, and nothing else."""
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,13 @@ from structlog.testing import capture_logs
 
 from outbox import postgres
 from outbox import redis as outbox_redis
+from outbox.jobs import queue_key
 from outbox.queries import query
 from outbox.settings import RelaySettings
 from outbox.up.embedded import embedded_redis
 from relay.publish import publish
 from relay.repair import repair
-from relay.schedule import SCHEDULED_JOBS
+from relay.schedule import SCHEDULED_JOBS, Schedule
 from relay.sweep import SETTLING_TIME, Sweep
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -128,6 +130,30 @@ def test_a_job_that_was_put_off_for_ever_is_lost(
     _hand_over(connection, redis_client, settings, delay=30)
     assert sweep(connection, redis_client, settings) == 0
     redis_client.zadd(SCHEDULED_JOBS, {"1-1": 32_503_680_000})
+    assert sweep(connection, redis_client, settings) == 1
+
+
+@pytest.mark.parametrize("score", ["1", "-inf"])
+def test_a_job_that_no_relay_moves_is_lost(
+    connection: Connection, redis_client: redis.Redis, settings: RelaySettings, score: str
+) -> None:
+    """One in rq-scheduler's set whose hash names a foreign queue stays there; its row is not kept for that."""
+    _hand_over(connection, redis_client, settings, 1)
+    _hand_over(connection, redis_client, settings, 1, delay=30)
+    redis_client.delete(queue_key("default"))
+    for job_id in (b"1-1", b"2-1"):
+        redis_client.hset(b"rq:job:" + job_id, "origin", "nobodys")
+        redis_client.zadd(SCHEDULED_JOBS, {job_id: score})
+    Schedule(redis_client, QUEUES).move_due(time.time())
+    assert redis_client.zcard(SCHEDULED_JOBS) == 2, "no relay moves them"
+    assert sweep(connection, redis_client, settings) == 0, "one that knows the queue may be about to"
+
+    connection.execute("UPDATE outbox SET run_at = run_at - interval '61 s' WHERE id = 1")
+    assert sweep(connection, redis_client, settings) == 0, "it was handed over a moment ago"
+    connection.execute("UPDATE outbox SET enqueued_at = enqueued_at - interval '61 s'")
+    assert sweep(connection, redis_client, settings) == 1
+    assert _states(connection) == [("pending", 1), ("enqueued", 1)], "the other's time has not come"
+    connection.execute("UPDATE outbox SET run_at = run_at - interval '91 s'")
     assert sweep(connection, redis_client, settings) == 1
 
 
