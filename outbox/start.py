@@ -1,9 +1,7 @@
 """How every process starts and ends: a mistake of whoever set it up is a sentence on stderr and an exit code."""
 
-import signal
 import sys
 from collections.abc import Callable
-from threading import Thread
 
 import psycopg
 
@@ -11,11 +9,10 @@ from outbox import logs
 from outbox.errors import OutboxError, SettingsError, UsageError
 from outbox.log_writer import LogWriter
 from outbox.outage import one_line
+from outbox.stop import ignore_signals
 
 EXIT_SETTINGS = 2
 EXIT_FAILED = 1
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(main: Callable[[], object]) -> None:
@@ -36,25 +33,8 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(130)
 
 
-def on_stop_signal(stop: Callable[[], object]) -> None:
-    """Has SIGTERM and SIGINT call `stop`, in a thread: a signal may strike inside a lock that `stop` takes."""
-
-    def handle(*_: object) -> None:
-        try:
-            Thread(target=stop).start()
-        except RuntimeError:  # no thread can be started
-            stop()
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, handle)
-
-
 def run_process(name: str, main: Callable[[], object]) -> None:
-    """Runs `python -m name`, which the environment alone configures, as `run` does; arguments are a mistake.
-
-    A stop signal that comes after `main` has ended changes nothing: while the interpreter shuts down, it would kill the
-    process, and the exit code would tell of a failure.
-    """
+    """Runs `python -m name`, which the environment alone configures, as `run` does; arguments are a mistake."""
 
     def unargued() -> None:
         if sys.argv[1:]:  # not repeated: there may be a secret in it
@@ -66,8 +46,7 @@ def run_process(name: str, main: Callable[[], object]) -> None:
     try:
         run(unargued)
     finally:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
 
 
 def fail(sentence: str, code: int) -> None:

@@ -1,9 +1,8 @@
 """`python -m relay`: one relay, configured by the environment, stopped by SIGTERM."""
 
-from threading import Event
-
 from outbox import encryption, logs, redis_url, start
 from outbox.settings import RelaySettings
+from outbox.stop import Stop
 from relay.loop import Relay
 
 
@@ -13,8 +12,8 @@ def main() -> None:
     redis_url.check(settings.redis_url)
     logs.configure("relay", settings.log_level, settings.log_format)
     encryption.tell_of_plain_text(settings.database_url, redis_url=settings.redis_url)
-    stop = Event()
-    start.on_stop_signal(stop.set)
+    stop = Stop()
+    stop.listen()
     Relay(settings, stop).run()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from threading import Event
 from typing import Any
 
 import psycopg
@@ -19,6 +18,7 @@ from outbox.outage import Outage, one_line
 from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
+from outbox.stop import Stop
 from relay.clock import Clock
 from relay.drain import Drain
 from relay.expiry import Expiry
@@ -78,7 +78,7 @@ class Poll:
 class Relay:
     """One relay process. Any number of them may run side by side."""
 
-    def __init__(self, settings: RelaySettings, stop: Event) -> None:
+    def __init__(self, settings: RelaySettings, stop: Stop) -> None:
         self._settings = settings
         self._stop = stop
         self._postgres = Outage("Postgres")
@@ -122,7 +122,7 @@ class Relay:
             logs.get().info("stopped")
 
     def _work(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.is_requested():
             try:
                 with (
                     pooler.connect_checked(
@@ -164,9 +164,9 @@ class Relay:
             Duty("reconnect", self._reconnect, needs_redis=True),
             *self._unhurried,
         ]
-        while not self._stop.is_set():
+        while not self._stop.is_requested():
             for duty in duties:
-                if not self._stop.is_set() and duty.due <= time.monotonic():
+                if not self._stop.is_requested() and duty.due <= time.monotonic():
                     again = self._do(duty, connection)
                     duty.due = time.monotonic() + again
             self._postgres.back()  # only now: a server may let us in and still refuse to write

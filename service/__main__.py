@@ -1,11 +1,10 @@
 """`python -m service`: one API process, configured by the environment, stopped by SIGTERM."""
 
-import signal
-
 from outbox import encryption, logs, pooler, postgres, start
 from outbox.endpoints import Address
 from outbox.outage import Outage
 from outbox.settings import ServiceSettings
+from outbox.stop import Stop
 from service.server import create_server, listen
 
 
@@ -27,9 +26,8 @@ def main() -> None:
         outage.away(error)
 
     server = create_server(settings, outage)
-    # For signals that come before uvicorn listens to them, and for the one that it raises once more in the end.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    stop = Stop()
+    stop.listen(lambda: server.obey(stop))
     address = Address(settings.http_server_address.host, listener.getsockname()[1])
     logs.get().info("started", address=str(address))
     server.run(sockets=[listener])

@@ -2,6 +2,8 @@
 
 import math
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -10,6 +12,7 @@ from outbox.endpoints import Address
 from outbox.errors import StartError
 from outbox.outage import Outage
 from outbox.settings import ServiceSettings
+from outbox.stop import Stop
 from service.app import create_app
 from service.protocol import IDLE_TIME, limited_protocol
 from service.requests import RequestLog
@@ -29,7 +32,21 @@ HEADERS = [
 links hold secrets, and no other site's page is to show them."""
 
 
-def create_server(settings: ServiceSettings, outage: Outage | None = None) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's server, which leaves the signals of its process alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Installs no signal handlers."""
+        yield
+
+    def obey(self, stop: Stop) -> None:
+        """Ends when a stop is requested: after the requests in flight, or without them where it is to hurry."""
+        self.should_exit = stop.is_requested()
+        self.force_exit = stop.is_hurried()
+
+
+def create_server(settings: ServiceSettings, outage: Outage | None = None) -> Server:
     """Returns the server of the whole application; it does not run yet.
 
     Args:
@@ -38,7 +55,7 @@ def create_server(settings: ServiceSettings, outage: Outage | None = None) -> uv
     """
     reserve = _RESERVE + _PER_CONNECTION * settings.pool_size
     most = open_files.provide(settings.http_connections, reserve, "OUTBOX_HTTP_CONNECTIONS")
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             RequestLog(create_app(settings, outage)),
             log_config=None,

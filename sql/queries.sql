@@ -34,7 +34,7 @@ LISTEN outbox;
 -- A claim must see what the transaction that it has waited for has committed.
 -- Times are read and shown in one format; a float has all its digits, and a null in an array is no text.
 -- A plan that is kept, made for a table of a few pages, reads all of it for each id after a bulk insert, until the next
--- ANALYZE: marks took 7 s. Compiling a plan takes longer than any statement of ours.
+-- ANALYZE: a batch of outcomes took 7 s. Compiling a plan takes longer than any statement of ours.
 -- A 201, a claim and an outcome must outlive a crash of Postgres; how far replicas are waited for is left as it is.
 SELECT pg_catalog.set_config(name, value, false)
 FROM (VALUES ('idle_in_transaction_session_timeout', '30s'),
@@ -67,7 +67,7 @@ SELECT pg_catalog.current_setting('transaction_read_only')::boolean AS is_read_o
 
 
 -- name: limit_lock_wait
--- A session in which a worker claims or marks waits for a lock less long, because all that the worker does waits with it.
+-- A session in which a worker claims or completes waits for a lock less long, because all that the worker does waits with it.
 -- A claim waits for a relay that is about to commit.
 SELECT pg_catalog.set_config('lock_timeout', '1s', false);
 
@@ -318,7 +318,7 @@ SELECT pg_catalog.set_config('lock_timeout', '100ms', true);
 
 
 -- name: expired
--- Rows whose lease has passed, locked until the end of the rescue's transaction. A row that is being renewed or marked
+-- Rows whose lease has passed, locked until the end of the rescue's transaction. A row that is being renewed or completed
 -- at this moment, or that anybody else has locked, is passed over, as are those that Postgres has refused lately.
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
 FROM outbox
@@ -509,7 +509,7 @@ WHERE id = ANY (ARRAY(
 RETURNING id, delivery;
 
 
--- name: mark
+-- name: complete
 -- Writes the outcomes of a batch of attempts; returns the rows that were still this worker's to write, under this
 -- delivery, and that nobody else had locked.
 WITH locked AS MATERIALIZED (
@@ -540,9 +540,9 @@ WHERE outbox.id = outcome.id
 RETURNING outbox.id, outbox.delivery;
 
 
--- name: unmarked
--- The status of rows that a mark did not write, as far as this worker was the last to claim them: `running` where another
--- session has them locked, and the outcome itself where an earlier mark has written it and the answer was lost.
+-- name: not_completed
+-- The status of rows that `complete` did not write, as far as this worker was the last to claim them: `running` where another
+-- session has them locked, and the outcome itself where an earlier statement has written it and the answer was lost.
 WITH found AS MATERIALIZED (
     SELECT id, delivery, status, worker FROM outbox WHERE id = ANY (%(ids)s)
 )

@@ -1,1 +1,1 @@
-"""The worker: claims what Redis announces, does it, and marks it in Postgres."""
+"""The worker: claims the rows that Redis announces, handles them, and completes them in Postgres."""

@@ -7,8 +7,9 @@ import traceback
 from outbox import encryption, logs, open_files, redis_url, start
 from outbox.errors import SettingsError, TaskError
 from outbox.settings import WorkerSettings
+from outbox.stop import Stop
 from worker.handlers import registry
-from worker.worker import OutboxWorker
+from worker.worker import Worker
 
 _RESERVE = 40
 """Descriptors for the worker's own connections to Postgres and Redis, the log, and what handlers open."""
@@ -30,17 +31,19 @@ def main() -> None:
         _RESERVE,
         "OUTBOX_HANDLER_CONNECTIONS and OUTBOX_MAIL_CONNECTIONS",
     )
-    worker = OutboxWorker(settings, handlers)
+    stop = Stop()
+    stop.listen()
+    worker = Worker(settings, handlers, stop)
     try:
         start.run(worker.run)
     except BaseException as error:
-        if not worker.has_unfinished:
+        if not worker.has_unended:
             raise
         if not isinstance(error, SystemExit):
             start.write_to_stderr(traceback.format_exc())
         logging.shutdown()
         os._exit(start.EXIT_FAILED)
-    if worker.has_unfinished:
+    if worker.has_unended:
         logging.shutdown()
         os._exit(0)  # a handler's thread cannot be stopped; its row was given back, and the fence shuts it out
 

@@ -60,7 +60,7 @@ def live(connection: Connection, client: redis.Redis, settings: RelaySettings, b
             begun = time.perf_counter()
             claim(connection, some, _WORKER, settings.lease)
             claiming.append(time.perf_counter() - begun)
-        connection.execute(query("mark"), _done(batch))
+        connection.execute(query("complete"), _done(batch))
     return Lives(rows, publishing, claiming)
 
 

@@ -263,7 +263,7 @@ proctype Sweep() {
   od
 }
 
-/* A rescue, whichever relay runs it: it holds the row's lock from its look to its mark, and so is one step. */
+/* A rescue, whichever relay runs it: it holds the row's lock from its look to its write, and so is one step. */
 proctype Rescue() {
 #ifdef NO_RESCUE
   false;
@@ -295,7 +295,7 @@ proctype Rescue() {
 #define FORGET job[me] = 0; claimed[me] = false; runs[me] = false; lapsed[me] = false; outcome = 0; attempt = 0; UNLOOK
 
 /*
- * A worker, as far as one row goes: it pops, claims, runs, marks. It may crash anywhere, and starts anew. What waits
+ * A worker, as far as one row goes: it pops, claims, runs, completes. It may crash anywhere, and starts anew. What waits
  * for the lock waits for a relay's commit, and sees what that has committed.
  */
 proctype Worker(bit me) {
@@ -344,7 +344,7 @@ proctype Worker(bit me) {
   /* Renewing: a lease that has passed is had again, if nobody saw that. */
   :: d_step { claimed[me] && lapsed[me] && lock == 0 && IS_RUNNING_MINE -> lease = true; lapsed[me] = !HOLDS(me) }
 
-  /* The mark. The loser of the fence writes nothing. */
+  /* The completion. The loser of the fence writes nothing. */
   :: d_step {
       HAS_OUTCOME && lock == 0 ->
       if

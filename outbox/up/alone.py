@@ -2,10 +2,10 @@
 
 import sys
 from pathlib import Path
-from threading import Event
 
 from outbox import logs, start
 from outbox.errors import StartError
+from outbox.stop import Stop
 from outbox.up.embedded import embedded_postgres, embedded_redis
 from outbox.up.folder import held
 
@@ -21,8 +21,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in SERVERS:
         raise StartError(f"name one of {', '.join(SERVERS)}")
-    stop = Event()
-    start.on_stop_signal(stop.set)
+    stop = Stop()
+    stop.listen()
     logs.configure("up", "info", None)
     variable, embedded = SERVERS[name]
     with held(Path(f".outbox-{name}")) as folder, embedded(folder.path) as server:

@@ -67,7 +67,7 @@ def test_all_three_work_through_it(stack: Stack, connection: Connection, mailbox
         assert process.wait() == 0
         assert "prepared statement" not in process.text()
         assert not process.events("Postgres is away")
-        assert not process.events("marks failed")
+        assert not process.events("writing outcomes failed")
     said = [line for process in processes for line in process.events("polling without LISTEN")]
     assert [(line["process"], line["level"], line["why"]) for line in said] == [
         ("relay", "info", "OUTBOX_TRANSACTION_POOLING is set")

@@ -25,11 +25,12 @@ from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
-from worker.attempt import NOT_NOW_DELAY, Outcome, attempt
+from worker.attempt import NOT_NOW_DELAY, attempt
 from worker.claim import Claim, claim
+from worker.complete import Completer
 from worker.database import HandlerCursor, HandlerPool
-from worker.leases import Leases
-from worker.mark import Marker
+from worker.in_flight import InFlight
+from worker.outcome import Outcome
 
 
 class Note(BaseModel):
@@ -230,11 +231,11 @@ def test_errors_can_be_stored_and_read(connection: Connection, database_url: str
     texts = ["a\0b", "lone \ud800", "x" * 100_000, "two\nlines"]
     functions = [raising(kind(text)) for kind in (ValueError, SkipRetry) for text in texts]
     claims = claim(connection, [add_row(connection) for _ in functions], "me", 15)
-    marker = Marker(database_url, Leases(15, "me"))
+    completer = Completer(database_url, InFlight(), "me", 15)
     for claimed, function in zip(claims, functions, strict=True):
-        marker.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context).outcome)
-    marker.start()
-    assert marker.close(5) == []
+        completer.in_flight.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context).outcome)
+    completer.start()
+    assert completer.close(5) == []
     rows = [read_row(connection, claimed.delivery) for claimed in claims]
     assert [row["status"] for row in rows] == ["pending"] * 4 + ["dead"] * 4
     for row in rows:

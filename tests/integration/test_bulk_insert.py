@@ -28,7 +28,7 @@ parameters. From then on it uses that one wherever the plans for given ones cost
 
 _OPEN_VERIFICATIONS = "open_verifications"
 _CLAIMING = {"publish", "claim"}
-_ENDING = {"mark", "rescue"}
+_ENDING = {"complete", "rescue"}
 """What ends an attempt: each needs rows of its own."""
 
 

@@ -16,11 +16,11 @@ from tests.conftest import Connection
 from tests.integration.test_claim import add_row
 from tests.support.processes import Stack, frozen
 from tests.support.waiting import eventually
-from worker.attempt import Outcome
 from worker.claim import claim
+from worker.complete import Completer
 from worker.database import HandlerPool
-from worker.leases import Leases
-from worker.mark import Marker
+from worker.in_flight import InFlight
+from worker.outcome import Outcome
 
 SLEEP = "SELECT pg_sleep(600)"
 
@@ -105,19 +105,19 @@ def test_commits_that_wait_for_a_standby_do_not_pile_up(
     own_postgres: EmbeddedServer, without_standby: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each was cancelled; an outcome counts as written only once a commit after it has had its answer."""
-    monkeypatch.setattr("worker.mark.SHORTEST_ANSWER_LIMIT", 0.5)
-    marker = Marker(own_postgres.url, Leases(1, "me"))
+    monkeypatch.setattr("worker.complete.SHORTEST_ANSWER_LIMIT", 0.5)
+    completer = Completer(own_postgres.url, InFlight(), "me", 1)
     (one,) = claim(without_standby, [add_row(without_standby)], "me", 60)
-    marker.leases.hold([one])
-    marker.put(Outcome(one.delivery, "done", 1))
-    marker.start()
-    eventually(lambda: marker._failures > 3, 15, "it has tried several times")
-    assert sessions(without_standby, "outbox worker marks") <= 1
-    assert marker.leases.held() == {one.delivery}
+    completer.in_flight.hold([one])
+    completer.in_flight.put(Outcome(one.delivery, "done", 1))
+    completer.start()
+    eventually(lambda: completer._failures > 3, 15, "it has tried several times")
+    assert sessions(without_standby, "outbox worker outcomes") <= 1
+    assert completer.in_flight.deliveries() == {one.delivery}
     without_standby.execute("ALTER SYSTEM RESET synchronous_standby_names")
     without_standby.execute("SELECT pg_reload_conf()")
-    eventually(lambda: not marker.leases.held(), 10, "it is written")
-    assert marker.close(5) == []
+    eventually(lambda: not completer.in_flight.deliveries(), 10, "it is written")
+    assert completer.close(5) == []
 
 
 def test_a_worker_that_stops_leaves_no_statement_behind(

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import psycopg
@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from outbox import postgres
 from outbox.queries import query
 from outbox.settings import RelaySettings, ServiceSettings
+from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
 from outbox.verification import secret_code
 from relay.expiry import INDEX, INTERVAL, PAUSE, Expiry
@@ -247,7 +248,7 @@ def test_without_the_index_nobody_expires_and_one_line_says_what_to_run(connecti
 @pytest.fixture
 def start(relay_settings: RelaySettings, redis_client: redis.Redis) -> Iterator[Callable[..., list[Any]]]:
     """Runs a relay with changed settings in a thread until the test ends, and returns what it logs."""
-    stop = Event()
+    stop = Stop()
     threads: list[Thread] = []
     with capture_logs() as captured:
 
@@ -261,7 +262,7 @@ def start(relay_settings: RelaySettings, redis_client: redis.Redis) -> Iterator[
             yield run
             assert all(thread.is_alive() for thread in threads), captured
         finally:
-            stop.set()
+            stop.request()
             for thread in threads:
                 thread.join(10)
 

@@ -4,7 +4,6 @@ import secrets
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
 
 import psycopg
 import psycopg.sql
@@ -19,6 +18,7 @@ from outbox.errors import LockedError, RightsError
 from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
 from outbox.settings import RelaySettings
+from outbox.stop import Stop
 from relay.loop import Relay
 from relay.publish import publish
 from relay.sweep import Sweep
@@ -98,7 +98,7 @@ def test_hints_by_the_thousand_take_no_memory(
     connection: Connection, database_url: str, relay_settings: RelaySettings, as_neighbour: Connect
 ) -> None:
     """Any role that may connect may send them, 8 KB each: nothing is kept of one but that it has come."""
-    relay = Relay(relay_settings, Event())
+    relay = Relay(relay_settings, Stop())
     relay._listen(connection)
     tracemalloc.start()
     try:

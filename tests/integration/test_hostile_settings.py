@@ -28,14 +28,15 @@ from tests.integration.test_http_behaviour import Api, is_problem, serve
 from tests.integration.test_verify_email import JSON, PATH, mailed
 from tests.support.mailbox import Mailbox, link_in
 from tests.support.waiting import eventually
-from worker.attempt import Outcome, attempt
+from worker.attempt import attempt
 from worker.claim import claim
+from worker.complete import Completer
 from worker.database import HandlerPool
 from worker.handlers import registry
 from worker.handlers.send_verify_email import Recipient, _open_verification
-from worker.leases import Leases
+from worker.in_flight import InFlight
 from worker.mail import Mailer
-from worker.mark import Marker
+from worker.outcome import Outcome
 
 pytestmark = pytest.mark.once
 
@@ -138,11 +139,11 @@ def test_a_user_signs_up_and_verifies(  # noqa: PLR0917 - fixtures
             outcome = attempt(claimed, registry(), context).outcome
         mailer.close_idle(0)
         assert outcome == Outcome(claimed.delivery, "done", 1)
-        marker = Marker(hostile_url, Leases(15, "me"))
-        marker.leases.hold([claimed])
-        marker.start()
-        marker.put(outcome)
-        assert marker.close(20) == []
+        completer = Completer(hostile_url, InFlight(), "me", 15)
+        completer.in_flight.hold([claimed])
+        completer.start()
+        completer.in_flight.put(outcome)
+        assert completer.close(20) == []
         assert connection.execute("SELECT status, last_error FROM outbox").fetchall() == [
             {"status": "done", "last_error": None}
         ]

@@ -15,15 +15,17 @@ from outbox import Context, Handler, Task, postgres
 from outbox.jobs import Delivery
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
+from outbox.stop import Stop
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row
 from tests.support.processes import add_users
 from tests.support.tasks import Nothing
-from worker.attempt import Outcome, attempt
+from worker.attempt import attempt
 from worker.claim import claim
 from worker.database import HandlerPool
 from worker.handlers import registry
-from worker.worker import OutboxWorker
+from worker.outcome import Outcome
+from worker.worker import Worker
 
 
 @pytest.fixture
@@ -152,6 +154,6 @@ def test_an_applications_handler_that_gets_no_connection_is_put_off(
 
 def test_the_size_of_the_pool_is_a_setting(worker_settings: WorkerSettings) -> None:
     """It counts among the connections that Postgres must allow."""
-    assert OutboxWorker(worker_settings, {})._database.max_size == 4
+    assert Worker(worker_settings, {}, Stop())._database.max_size == 4
     settings = worker_settings.model_copy(update={"handler_connections": 9})
-    assert OutboxWorker(settings, {})._database.max_size == 9
+    assert Worker(settings, {}, Stop())._database.max_size == 9

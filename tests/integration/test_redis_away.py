@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 
 import pytest
 import redis
@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from outbox import redis as outbox_redis
 from outbox.settings import RelaySettings, WorkerSettings
+from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
 from relay import loop
 from relay.loop import Duty, Relay
@@ -17,7 +18,7 @@ from tests.conftest import Connection, short_folder
 from tests.support.mailbox import free_port
 from tests.support.redis_pair import redis_pair
 from tests.support.waiting import eventually
-from worker.worker import OutboxWorker
+from worker.worker import Worker
 
 
 def _read_only(client: redis.Redis) -> None:
@@ -82,7 +83,7 @@ def test_a_relay_drops_its_connections(
     connection: Connection,
 ) -> None:
     """Else it would go on asking the same server after a fail-over."""
-    relay = Relay(relay_settings, Event())
+    relay = Relay(relay_settings, Stop())
     repairing = Duty("repair", relay._repair, needs_redis=True)
     with capture_logs() as lines:
         relay._do(repairing, connection)
@@ -96,24 +97,24 @@ def test_a_relay_drops_its_connections(
 
 
 @pytest.fixture
-def worker(worker_settings: WorkerSettings) -> Iterator[OutboxWorker]:
+def worker(worker_settings: WorkerSettings) -> Iterator[Worker]:
     """A worker that does not run, and takes when it is told to."""
-    made = OutboxWorker(worker_settings, {})
-    made._marker.start()
-    eventually(lambda: made._marker.is_healthy(1), 10, "its marker works")
+    made = Worker(worker_settings, {}, Stop())
+    made._completer.start()
+    eventually(lambda: made._completer.is_healthy(1), 10, "its completer works")
     yield made
-    made._marker.close(5)
-    made.sign_off()
+    made._completer.close(5)
+    made._registration.close()
 
 
 @pytest.mark.parametrize("refusal", STATES)
-def test_a_worker_drops_its_connections(refusal: str, worker: OutboxWorker, own_client: redis.Redis) -> None:
+def test_a_worker_drops_its_connections(refusal: str, worker: Worker, own_client: redis.Redis) -> None:
     """The one on which it hears RQ's commands as well, and connects both anew once Redis can serve."""
     worker._take()
     before = connections(own_client, "outbox-worker")
     assert len(before) == 2
     STATES[refusal](own_client)
-    worker._beat_at = 0.0  # its heartbeat is due: some of these let an idle worker wait for jobs
+    worker._registration._beat_at = 0.0  # its heartbeat is due: some of these let an idle worker wait for jobs
     worker._take()
     eventually(lambda: not before & connections(own_client, "outbox-worker"), 5, "the old ones are closed")
 
@@ -139,9 +140,9 @@ def test_no_connection_outlives_its_lifetime(
     monkeypatch.setattr(outbox_redis, "LIFETIME", 0.5)
     monkeypatch.setattr(loop, "REPAIR_INTERVAL", 0.05)  # it uses its connection all the time
     with short_folder() as folder, redis_pair(folder) as pair:
-        stop = Event()
+        stop = Stop()
         relay = Relay(relay_settings.model_copy(update={"redis_url": pair.url}), stop)
-        worker = OutboxWorker(worker_settings.model_copy(update={"redis_url": pair.url}), {})
+        worker = Worker(worker_settings.model_copy(update={"redis_url": pair.url}), {}, Stop())
         running = [Thread(target=relay.run), Thread(target=worker._work)]
         for thread in running:
             thread.start()
@@ -154,8 +155,8 @@ def test_no_connection_outlives_its_lifetime(
                 eventually(lambda name=name: not connections(pair.other, name), 10, f"{name} has left")  # type: ignore[misc]
             eventually(lambda: len(connections(pair.primary, "outbox-worker")) > 1, 10, "RQ's commands are heard there")
         finally:
-            stop.set()
-            worker.stopping.set()
+            stop.request()
+            worker._stop.request()
             for thread in running:
                 thread.join(10)
             worker._finish()

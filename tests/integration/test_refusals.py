@@ -11,15 +11,16 @@ from structlog.testing import capture_logs
 
 from outbox import Handler, Task, postgres
 from outbox.settings import WorkerSettings
+from outbox.stop import Stop
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
-from worker.attempt import Outcome
 from worker.claim import claim, claim_free
-from worker.leases import Leases
-from worker.mark import Marker
-from worker.worker import OutboxWorker
+from worker.complete import Completer
+from worker.in_flight import InFlight
+from worker.outcome import Outcome
+from worker.worker import Worker
 
 CASES: list[tuple[LiteralString, bool]] = [
     ("08006", True),
@@ -73,14 +74,13 @@ def test_an_error_that_ends_the_session_is_an_outage(connection: Connection, end
 def lines(worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """All that a worker logs, which runs in a thread until the test ends, with the limits that its role has."""
     settings = worker_settings.model_copy(update={"transaction_pooling": True})  # else it sets its own
-    worker = OutboxWorker(settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)})
-    monkeypatch.setattr(worker, "_install_signal_handlers", lambda: None)  # of the main thread alone
+    worker = Worker(settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)}, Stop())
     with capture_logs() as lines, ThreadPoolExecutor(1) as thread:
         ended = thread.submit(worker.run)
         try:
             yield lines
         finally:
-            worker.stopping.set()
+            worker._stop.request()
             ended.result(20)
 
 
@@ -145,19 +145,19 @@ FOR EACH STATEMENT EXECUTE FUNCTION cancel();
 
 def test_marks_that_are_cancelled_are_written_in_smaller_batches(connection: Connection, database_url: str) -> None:
     """On the same connection, and so are leases renewed."""
-    marker = Marker(database_url, Leases(1, "me"))
+    completer = Completer(database_url, InFlight(), "me", 1)
     deliveries = [add_row(connection) for _ in range(20)]
     claims = claim(connection, deliveries, "me", 1)
-    marker.leases.hold(claims)
+    completer.in_flight.hold(claims)
     connection.execute(CANCELLED)
     with capture_logs() as lines:
-        marker.start()
+        completer.start()
         eventually(lambda: all(read_row(connection, one)["lease"] > 0.5 for one in deliveries), 5, "leases are renewed")
         for one in claims:
-            marker.put(Outcome(one.delivery, "done", 1))
-        eventually(lambda: not marker.leases.held(), 10, "all are marked")
-        eventually(lambda: marker.is_healthy(0), 5)
-    assert marker.close(5) == []
+            completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        eventually(lambda: not completer.in_flight.deliveries(), 10, "all are marked")
+        eventually(lambda: completer.is_healthy(0), 5)
+    assert completer.close(5) == []
     assert lines == []
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import psycopg
@@ -20,6 +20,7 @@ from outbox import redis as outbox_redis
 from outbox.errors import NotMigratedError, UnsupportedRedisError
 from outbox.queries import query
 from outbox.settings import RelaySettings
+from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer, embedded_redis
 from relay import loop
 from relay.loop import RESCUE_INTERVAL, Relay
@@ -41,14 +42,14 @@ def lines() -> Iterator[list[Any]]:
 @contextmanager
 def _running(settings: RelaySettings) -> Iterator[Thread]:
     """Runs a relay in a thread; it must still live in the end, and stop when told."""
-    stop = Event()
+    stop = Stop()
     thread = Thread(target=Relay(settings, stop).run, name="relay", daemon=True)
     thread.start()
     try:
         yield thread
         assert thread.is_alive()
     finally:
-        stop.set()
+        stop.request()
         thread.join(10)
     assert not thread.is_alive()
 
@@ -111,7 +112,7 @@ def test_a_hint_wakes_it(connection: Connection, redis_client: redis.Redis, rela
 
 def test_hints_that_came_together_wake_it_once(connection: Connection, relay_settings: RelaySettings) -> None:
     """However many hints have arrived during other statements, none is left that would wake an idle relay later."""
-    relay = Relay(relay_settings, Event())
+    relay = Relay(relay_settings, Stop())
     with postgres.connect(relay_settings.database_url, "test") as listening:
         relay._listen(listening)
         for _ in range(50):
@@ -436,7 +437,7 @@ def test_an_expiry_that_was_mended_is_forgotten(
     connection: Connection, relay_settings: RelaySettings, lines: list[Any]
 ) -> None:
     """A lease that passes for a second time, long after it was renewed, is looked at twice again."""
-    relay = Relay(relay_settings, Event())
+    relay = Relay(relay_settings, Stop())
     # Else it would let workers renew what may have run out before its start.
     relay._rescue.looked(time.time(), time.monotonic(), math.inf)
     nothing = [loop.Poll(loop.Duty("nothing", lambda _: math.inf), lambda _: False, 60.0)]
@@ -508,7 +509,7 @@ def test_an_unmigrated_database_ends_it(
 ) -> None:
     """It does not wait for somebody to migrate: the sentence says which command to run, and the log that it stopped."""
     with pytest.raises(NotMigratedError, match="outbox migrate"):
-        Relay(_with(relay_settings, database_url=create_database(None)), Event()).run()
+        Relay(_with(relay_settings, database_url=create_database(None)), Stop()).run()
     assert _events(lines, "started", "stopped") == ["started", "stopped"]
 
 
@@ -518,13 +519,13 @@ def test_a_cluster_ends_it(relay_settings: RelaySettings, tmp_path: Path) -> Non
         embedded_redis(tmp_path, settings=cluster_settings()) as server,
         pytest.raises(UnsupportedRedisError, match="names a Redis cluster"),
     ):
-        Relay(_with(relay_settings, redis_url=server.url), Event()).run()
+        Relay(_with(relay_settings, redis_url=server.url), Stop()).run()
 
 
 def test_it_can_be_stopped_before_it_starts(relay_settings: RelaySettings) -> None:
     """A stop that came early is kept."""
-    stop = Event()
-    stop.set()
+    stop = Stop()
+    stop.request()
     Relay(relay_settings, stop).run()
 
 

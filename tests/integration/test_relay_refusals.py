@@ -1,7 +1,7 @@
 """A duty of a relay that Postgres refuses: it costs that duty a pause and a line, and no other duty anything."""
 
 from collections.abc import Iterator
-from threading import Event, Thread
+from threading import Thread
 from typing import Any, LiteralString
 
 import psycopg
@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from outbox import postgres
 from outbox.settings import RelaySettings
+from outbox.stop import Stop
 from relay.loop import Relay
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row
@@ -36,7 +37,7 @@ def settings(relay_settings: RelaySettings, request: pytest.FixtureRequest) -> R
 @pytest.fixture
 def lines(settings: RelaySettings, redis_client: redis.Redis) -> Iterator[list[Any]]:
     """All that a relay logs, which runs in a thread until the test ends, and is never away from Postgres."""
-    stop = Event()
+    stop = Stop()
     with capture_logs() as captured:
         thread = Thread(target=Relay(settings, stop).run, name="relay", daemon=True)
         thread.start()
@@ -44,7 +45,7 @@ def lines(settings: RelaySettings, redis_client: redis.Redis) -> Iterator[list[A
             yield captured
             assert thread.is_alive(), captured
         finally:
-            stop.set()
+            stop.request()
             thread.join(10)
 
 

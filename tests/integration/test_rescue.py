@@ -129,5 +129,5 @@ def test_a_late_worker_is_shut_out(connection: Connection) -> None:
     late = {"ids": [1], "deliveries": [1], "worker": "w1"}
     assert connection.execute(query("renew_leases"), {**late, "lease": 15.0}).rowcount == 0
     outcome = {**late, "statuses": ["done"], "delays": [0.0], "attempts": [1], "errors": [None], "unhandled": []}
-    assert connection.execute(query("mark"), outcome).fetchall() == []
+    assert connection.execute(query("complete"), outcome).fetchall() == []
     assert _states(connection) == ["pending"]

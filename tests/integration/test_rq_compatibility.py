@@ -1,5 +1,6 @@
 """To the outside it is an RQ worker: stock RQ's own tools see it and command it."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -13,12 +14,13 @@ from rq.command import send_shutdown_command, send_stop_job_command
 from rq.suspension import resume, suspend
 from structlog.testing import capture_logs
 
-from outbox.settings import WorkerSettings
+from outbox import redis as outbox_redis
+from outbox.stop import Stop
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import Process, Stack
 from tests.support.waiting import eventually
-from worker.worker import OutboxWorker
+from worker.registration import Registration
 
 
 @pytest.fixture
@@ -30,14 +32,19 @@ def running(stack: Stack, redis_client: redis.Redis) -> Process:
 
 
 @pytest.fixture
-def worker(worker_settings: WorkerSettings) -> Iterator[OutboxWorker]:
-    """A worker of this process that does not run, to beat by hand."""
-    made = OutboxWorker(worker_settings, {})
+def stop() -> Stop:
+    """What a command requests."""
+    return Stop()
+
+
+@pytest.fixture
+def registration(redis_url: str, stop: Stop) -> Iterator[Registration]:
+    """One of a worker that does not run: the test beats."""
+    made = Registration(outbox_redis.connect(redis_url, "test"), ["critical", "default"], stop)
     yield made
-    made.sign_off()
+    made.close()
     if made._commands is not None:
         made._commands.join(5)
-    made._client.close()
 
 
 def test_rq_lists_suspends_resumes_and_stops_it(
@@ -91,35 +98,35 @@ def test_garbage_on_its_channel_is_ignored(running: Process, redis_client: redis
     assert "Traceback" not in running.text()
 
 
-def test_its_registration_comes_back(worker: OutboxWorker, redis_client: redis.Redis) -> None:
+def test_its_registration_comes_back(registration: Registration, redis_client: redis.Redis) -> None:
     """The next heartbeat after a FLUSHALL registers it anew, with queues, birth and an expiry."""
-    worker.beat(busy=False)
-    born = worker.birth_date
+    registration.beat(busy=False)
+    born = Worker.all(connection=redis_client)[0].birth_date
     redis_client.flushdb()
-    worker.beat(busy=False)
+    registration.beat(busy=False)
     assert Worker.all(connection=redis_client) == [], "not before it is due"
-    worker.forget()
-    worker.beat(busy=False)
+    registration.forget()
+    registration.beat(busy=False)
     (seen,) = Worker.all(connection=redis_client)
-    assert (seen.name, sorted(seen.queue_names())) == (worker.name, ["critical", "default"])
+    assert (seen.name, sorted(seen.queue_names())) == (registration.name, ["critical", "default"])
     assert seen.birth_date == born
-    assert 0 < redis_client.ttl(worker.key) <= 420
+    assert 0 < redis_client.ttl(registration.key) <= 420
 
 
-def test_a_strangers_key_does_not_stop_a_heartbeat(worker: OutboxWorker, redis_client: redis.Redis) -> None:
+def test_a_strangers_key_does_not_stop_a_heartbeat(registration: Registration, redis_client: redis.Redis) -> None:
     """Work goes on unlisted; its own key is put right, the others are the relay's to mend."""
     cases: list[tuple[str, list[str]]] = [
-        (worker.key, []),
+        (registration.key, []),
         ("rq:workers", ["registered in part"]),
         ("rq:workers:critical", ["registered in part"]),
     ]
     for key, said in cases:
         redis_client.delete("rq:workers")
         redis_client.set(key, "x")
-        worker.forget()
+        registration.forget()
         with capture_logs() as lines:
-            worker.beat(busy=False)
-        assert redis_client.hget(worker.key, "hostname") == str(worker.hostname).encode()
+            registration.beat(busy=False)
+        assert redis_client.hget(registration.key, "hostname") == socket.gethostname().encode()
         assert [line["event"] for line in lines] == said
 
 
@@ -131,17 +138,19 @@ def test_rq_tools_that_want_a_job_find_none(redis_client: redis.Redis) -> None:
         send_stop_job_command(redis_client, "1-1")
 
 
-def test_shutdown_commands_let_handlers_end(worker: OutboxWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutdown_commands_let_handlers_end(
+    registration: Registration, stop: Stop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many come, and whenever: they are an ordinary stop, and the signal that follows is the first."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for _ in range(3):
-        worker.handle_payload({"data": b'{"command": "shutdown"}'})
+        registration.obey({"data": b'{"command": "shutdown"}'})
         now[0] += 5
-    assert worker.stopping.is_set()
-    assert not worker.hurry.is_set()
-    worker._stop_or_hurry()
-    assert not worker.hurry.is_set()
+    assert stop.is_requested()
+    assert not stop.is_hurried()
+    stop.signalled()
+    assert not stop.is_hurried()
     now[0] += 5
-    worker._stop_or_hurry()
-    assert worker.hurry.is_set()
+    stop.signalled()
+    assert stop.is_hurried()

@@ -24,12 +24,13 @@ from tests.integration.test_claim import add_row
 from tests.support.mailbox import Mailbox, free_port, link_in, serve_mailbox, serve_script, tls
 from tests.support.processes import add_users
 from tests.support.waiting import eventually
-from worker.attempt import NOT_NOW_DELAY, Outcome, attempt
+from worker.attempt import NOT_NOW_DELAY, attempt
 from worker.claim import claim
 from worker.database import HandlerPool
 from worker.handlers import registry
 from worker.handlers.send_verify_email import Recipient, _open_verifications
 from worker.mail import Mailer
+from worker.outcome import Outcome
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from tests.conftest import Connection
 from tests.integration.test_claim import add_row
 from tests.support.processes import QUICK, Stack
 from tests.support.waiting import eventually
-from worker.attempt import Outcome, attempt
+from worker.attempt import attempt
 from worker.claim import claim
+from worker.complete import Completer
 from worker.database import HandlerPool
-from worker.leases import Leases
-from worker.mark import Marker
+from worker.in_flight import InFlight
+from worker.outcome import Outcome
 from worker.pace import Pace
 
 OLD = """
@@ -64,22 +65,22 @@ def context(worker_settings: WorkerSettings) -> Context:
 
 
 @pytest.fixture
-def marker(database_url: str) -> Iterator[Marker]:
+def completer(database_url: str) -> Iterator[Completer]:
     """What writes outcomes."""
-    opened = Marker(database_url, Leases(15, "me"))
+    opened = Completer(database_url, InFlight(), "me", 15)
     opened.start()
     yield opened
     opened.close(5)
 
 
-def tried(connection: Connection, marker: Marker, context: Context, delivery: Delivery) -> Outcome:
+def tried(connection: Connection, completer: Completer, context: Context, delivery: Delivery) -> Outcome:
     """Hands a row over, makes an attempt at it as a worker does, and writes the outcome."""
     connection.execute("UPDATE outbox SET status = 'enqueued', run_at = now() WHERE id = %s", [delivery.row])
     (claimed,) = claim(connection, [delivery], "me", 15)
     outcome, report = attempt(claimed, REGISTRY, context)
     if report is not None:
         report()
-    marker.put(outcome)
+    completer.in_flight.put(outcome)
     status = "SELECT FROM outbox WHERE id = %s AND status = %s"
     eventually(lambda: connection.execute(status, [delivery.row, outcome.status]).fetchall(), 10, "it is written")
     return outcome
@@ -111,13 +112,13 @@ CASES = [
 
 @pytest.mark.parametrize(("row", "error"), CASES)
 def test_it_is_offered_again_for_a_grace_and_then_dead(
-    connection: Connection, marker: Marker, context: Context, row: tuple[str, str], error: str
+    connection: Connection, completer: Completer, context: Context, row: tuple[str, str], error: str
 ) -> None:
     """No attempt counts, the delay grows with the time, and the error names the field and no value."""
     delivery = add_row(connection, task=row[0], payload=row[1], max_retries=0)
     delays = []
     for seconds in (0, 8, 80):
-        outcome = tried(connection, marker, context, delivery)
+        outcome = tried(connection, completer, context, delivery)
         assert (outcome.status, outcome.attempts) == ("pending", 0)
         delays.append(outcome.delay)
         first = unhandled_since(connection, delivery)
@@ -128,7 +129,7 @@ def test_it_is_offered_again_for_a_grace_and_then_dead(
 
     age(connection, delivery, 100)
     with capture_logs() as lines:
-        outcome = tried(connection, marker, context, delivery)
+        outcome = tried(connection, completer, context, delivery)
     assert (outcome.status, outcome.attempts) == ("dead", 0)
     assert error in str(outcome.error)
     assert "private" not in str(outcome.error)
@@ -137,22 +138,22 @@ def test_it_is_offered_again_for_a_grace_and_then_dead(
 
 
 def test_the_grace_begins_anew_once_a_worker_has_handled_it(
-    connection: Connection, marker: Marker, context: Context
+    connection: Connection, completer: Completer, context: Context
 ) -> None:
     """A row that a handler has tried is no longer one that nobody can handle."""
     delivery = add_row(connection, task="noted", payload='{"text": 1}')
-    tried(connection, marker, context, delivery)
+    tried(connection, completer, context, delivery)
     assert unhandled_since(connection, delivery)
     connection.execute('UPDATE outbox SET payload = \'{"text": "fits"}\'')
-    assert tried(connection, marker, context, delivery).status == "done"
+    assert tried(connection, completer, context, delivery).status == "done"
     assert unhandled_since(connection, delivery) is None
 
 
-def test_a_grace_of_nothing_gives_it_up_at_once(connection: Connection, marker: Marker, context: Context) -> None:
+def test_a_grace_of_nothing_gives_it_up_at_once(connection: Connection, completer: Completer, context: Context) -> None:
     """For those who never run two versions side by side."""
     delivery = add_row(connection, task="noted", payload='{"text": 1}')
     context = replace(context, settings=context.settings.model_copy(update={"unhandled_grace": 0.0}))
-    assert tried(connection, marker, context, delivery).status == "dead"
+    assert tried(connection, completer, context, delivery).status == "dead"
 
 
 def test_many_rows_are_one_line_and_no_flood(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 import psycopg
@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from outbox import postgres
 from outbox.settings import RelaySettings
+from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
 from relay.loop import Relay
 from relay.rescue import Rescue
@@ -20,10 +21,10 @@ from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from tests.support.faked_clock import ClockedPostgres
 from tests.support.waiting import eventually
-from worker.attempt import Outcome
 from worker.claim import Claim, claim
-from worker.leases import Leases
-from worker.mark import Marker
+from worker.complete import Completer
+from worker.in_flight import InFlight
+from worker.outcome import Outcome
 
 LEASE = 1.5
 HELD = 2.5 * LEASE
@@ -123,20 +124,20 @@ def test_a_clock_that_jumps_takes_no_row_from_a_living_worker(
 
 @contextmanager
 def lives(database_url: str, redis_url: str, connection: Connection) -> Iterator[tuple[Claim, int, Sequence[Any]]]:
-    """Runs a relay past its first wait, and a marker that holds a row.
+    """Runs a relay past its first wait, and a completer that holds a row.
 
-    Yields that row's claim, the id of another whose worker is dead, and all that is logged. In the end the marker must
-    be able to mark its row.
+    Yields that row's claim, the id of another whose worker is dead, and all that is logged. In the end the completer
+    must be able to complete its row.
     """
     settings = RelaySettings(database_url=database_url, redis_url=redis_url, lease=LEASE, poll_interval=0.2)
     mine, dead = claim(connection, [add_row(connection), add_row(connection)], "me", LEASE)
     # Of a living one, until the relay has waited.
     lease = "UPDATE outbox SET worker = 'another', lease_until = now() + make_interval(secs => %s) WHERE id = %s"
     connection.execute(lease, [2 * LEASE, dead.delivery.row])
-    marker = Marker(database_url, Leases(LEASE, "me"))
-    marker.leases.hold([mine])
-    marker.start()
-    stop = Event()
+    completer = Completer(database_url, InFlight(), "me", LEASE)
+    completer.in_flight.hold([mine])
+    completer.start()
+    stop = Stop()
     relay = Thread(target=Relay(settings, stop).run, daemon=True)
     with capture_logs() as lines:
         relay.start()
@@ -144,12 +145,12 @@ def lives(database_url: str, redis_url: str, connection: Connection) -> Iterator
             began = time.monotonic()
             eventually(lambda: time.monotonic() - began > LEASE + 0.2, 10, "the relay's own first wait")
             yield mine, dead.delivery.row, lines
-            marker.put(Outcome(mine.delivery, "done", 1))
+            completer.in_flight.put(Outcome(mine.delivery, "done", 1))
             eventually(lambda: read_row(connection, mine.delivery)["status"] == "done", 10)
         finally:
-            stop.set()
+            stop.request()
             relay.join(10)
-            marker.close(5)
+            completer.close(5)
     assert rescued(lines) == [dead.delivery.row]
 
 

@@ -24,6 +24,7 @@ from outbox import Context, Handler, Task, postgres
 from outbox import redis as outbox_redis
 from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
+from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
@@ -31,11 +32,11 @@ from tests.support.processes import Process, Stack, frozen, take_down
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
 from worker.claim import Claim, claim
+from worker.complete import Completer
 from worker.errors import OverdueError, ThreadEndedError
-from worker.leases import Leases
-from worker.mark import Marker
+from worker.in_flight import InFlight
 from worker.take import Queues, Suspended
-from worker.worker import LEAVING_TIME, OutboxWorker
+from worker.worker import LEAVING_TIME, Worker
 
 HANDLERS = '''
 """Handlers of a test."""
@@ -227,11 +228,11 @@ def overdue_worker(
     monkeypatch: pytest.MonkeyPatch,
     function: Callable[[Nothing, Context], None],
     concurrency: int = 2,
-) -> OutboxWorker:
+) -> Worker:
     """Returns a worker of some threads that knows the task `hang`, and takes it for overdue half a second late."""
-    monkeypatch.setattr("worker.slots.OVERTIME", 0.5)
+    monkeypatch.setattr("worker.in_flight.OVERTIME", 0.5)
     settings = worker_settings.model_copy(update={"concurrency": concurrency})
-    return OutboxWorker(settings, {"hang": Handler(Task("hang", Nothing), function)})
+    return Worker(settings, {"hang": Handler(Task("hang", Nothing), function)}, Stop())
 
 
 def waiting_for(may_end: threading.Event) -> Callable[[Nothing, Context], None]:
@@ -304,13 +305,13 @@ def test_a_handler_that_ends_late_costs_the_worker_nothing(
         working.start()
         eventually(lambda: any(line["event"] == "attempt is overdue" for line in lines), 10, "it takes nothing new")
     offer(worker._client, later.job_id)
-    worker._client.delete(worker.key)
-    worker.forget()  # as HEARTBEAT_INTERVAL later
-    eventually(lambda: worker._client.exists(worker.key), 5, "RQ still lists it")
+    worker._client.delete(worker._registration.key)
+    worker._registration.forget()  # as HEARTBEAT_INTERVAL later
+    eventually(lambda: worker._client.exists(worker._registration.key), 5, "RQ still lists it")
     assert read_row(connection, later)["status"] == "enqueued", "nothing new is taken"
     may_end.set()
     eventually(lambda: all(is_done(connection, each) for each in (row, other, later)), 10, "all are done")
-    worker.stopping.set()
+    worker._stop.request()
     working.join(10)
     worker._finish()
 
@@ -327,27 +328,27 @@ def test_a_row_that_redis_has_twice_runs_once(
 
     worker = overdue_worker(worker_settings, monkeypatch, count)
     row = add_row(connection, task="hang")
-    worker._may_have_claimed = True
+    worker._claimer._may_have_claimed = True
     offer(worker._client, row.job_id, row.job_id)
     working = threading.Thread(target=worker._work)
     working.start()
     eventually(lambda: is_done(connection, row), 10)
-    worker.stopping.set()
+    worker._stop.request()
     working.join(10)
     worker._finish()
     assert ran == [row.row]
 
 
-def losing_claims(worker: OutboxWorker, monkeypatch: pytest.MonkeyPatch, lost: Callable[[], object]) -> None:
+def losing_claims(worker: Worker, monkeypatch: pytest.MonkeyPatch, lost: Callable[[], object]) -> None:
     """Has the worker's first claim be committed, and its answer lost."""
 
     def claim_and_lose(*arguments: Any, **options: Any) -> list[Claim]:
-        monkeypatch.setattr("worker.worker.claim", claim)
+        monkeypatch.setattr("worker.claimer.claim", claim)
         assert claim(*arguments, **options)
         lost()
         raise psycopg.OperationalError("the answer is lost")
 
-    monkeypatch.setattr("worker.worker.claim", claim_and_lose)
+    monkeypatch.setattr("worker.claimer.claim", claim_and_lose)
 
 
 def test_what_was_claimed_without_an_answer_is_given_back_at_the_end(
@@ -356,7 +357,7 @@ def test_what_was_claimed_without_an_answer_is_given_back_at_the_end(
     """The worker is stopped before it can ask again: the row has not begun, and loses no attempt."""
     row = add_row(connection, task="hang", max_retries=0)
     worker = overdue_worker(worker_settings, monkeypatch, lambda *_: None)
-    losing_claims(worker, monkeypatch, worker.stopping.set)
+    losing_claims(worker, monkeypatch, worker._stop.request)
     offer(worker._client, row.job_id)
     worker._work()
     worker._finish()
@@ -391,7 +392,7 @@ def test_what_was_claimed_without_an_answer_and_locked_then_is_given_back(
             locks.__exit__(None, None, None)
             eventually(lambda: read_row(connection, row)["status"] == "pending", 10, "it is given back")
         assert read_row(connection, row)["attempts"] == 0
-        worker.stopping.set()
+        worker._stop.request()
         working.join(10)
         worker._finish()
 
@@ -416,10 +417,10 @@ def test_a_copy_of_a_job_whose_claim_is_lost_gives_back_no_row_that_runs(
         eventually(lambda: ran, 10)
 
         def lose(*_: Any, **__: Any) -> NoReturn:
-            monkeypatch.setattr("worker.worker.claim", claim)
+            monkeypatch.setattr("worker.claimer.claim", claim)
             raise psycopg.OperationalError("the answer is lost")
 
-        monkeypatch.setattr("worker.worker.claim", lose)
+        monkeypatch.setattr("worker.claimer.claim", lose)
         offer(worker._client, row.job_id)
         eventually(lambda: [line for line in lines if line["event"] == "dropped job"], 10, "the copy is dropped")
         later = add_row(connection, task="unheard_of")
@@ -428,7 +429,7 @@ def test_a_copy_of_a_job_whose_claim_is_lost_gives_back_no_row_that_runs(
         assert read_row(connection, row)["status"] == "running"
     may_end.set()
     eventually(lambda: is_done(connection, row), 10)
-    worker.stopping.set()
+    worker._stop.request()
     working.join(10)
     worker._finish()
     assert ran == [1]
@@ -588,17 +589,20 @@ def test_postgres_away_at_the_start(stack: Stack, own_postgres: EmbeddedServer, 
 def test_nothing_is_claimed_that_could_not_be_marked(worker_settings: WorkerSettings, connection: Connection) -> None:
     """A worker that can claim and not mark would send mail after mail; it takes nothing until it can."""
     row = add_row(connection)
-    worker = OutboxWorker(worker_settings, {})
-    healthy, worker._marker = worker._marker, Marker("postgresql://nobody@/none?host=/nowhere", Leases(15, "me"))
+    worker = Worker(worker_settings, {}, Stop())
+    healthy, worker._completer = (
+        worker._completer,
+        Completer("postgresql://nobody@/none?host=/nowhere", InFlight(), "me", 15),
+    )
     offer(worker._client, row.job_id)
-    worker._marker.start()
-    eventually(lambda: worker._marker._failures > 1, 5, "the marker has tried")
+    worker._completer.start()
+    eventually(lambda: worker._completer._failures > 1, 5, "the completer has tried")
     assert worker._take() == []
-    worker._marker = healthy
+    worker._completer = healthy
     healthy.start()
     assert eventually(worker._take, 5, "it takes the job") == [row]
     healthy.close(5)
-    worker.sign_off()
+    worker._registration.close()
 
 
 def test_a_worker_that_must_fail_ends_what_it_runs(
@@ -627,19 +631,18 @@ def test_a_worker_whose_marker_has_ended_ends(
     worker_settings: WorkerSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a second it takes nothing new and ends with an error, so that its supervisor starts another."""
-    worker = OutboxWorker(worker_settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)})
+    worker = Worker(worker_settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)}, Stop())
     first, second = add_row(connection), add_row(connection)
 
     def end(_: Connection) -> None:
-        if worker._marker.leases.held():
+        if worker._completer.in_flight.deliveries():
             raise SystemExit("no memory for it")
 
-    monkeypatch.setattr(worker._marker, "_write", end)
+    monkeypatch.setattr(worker._completer, "_write", end)
     offer(worker._client, first.job_id)
     with capture_logs() as lines, ThreadPoolExecutor(1) as thread:
-        monkeypatch.setattr(worker, "_install_signal_handlers", lambda: None)  # of the main thread alone
         running = thread.submit(worker.run)
-        eventually(lambda: worker._marker._failure, 10, "the marker's thread has ended")
+        eventually(lambda: worker._completer._failure, 10, "the completer's thread has ended")
         ended = time.monotonic()
         offer(worker._client, second.job_id)
         with pytest.raises(ThreadEndedError, match="no memory for it"):

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 
 from outbox.jobs import Delivery
-from worker.attempt import Outcome
 from worker.claim import Claim
+from worker.outcome import Outcome
 
 
 @dataclass

@@ -60,7 +60,7 @@ class Faults:
         self._setting.books.restored()
         self.restores = self._draw.random() < 0.5
         for worker in self._setting.workers:
-            worker.is_frozen |= bool(worker.leases.held()) and self._draw.random() < 0.5
+            worker.is_frozen |= bool(worker.in_flight.deliveries()) and self._draw.random() < 0.5
         return "restore"
 
     def pass_all(self) -> None:
@@ -77,7 +77,7 @@ class Faults:
         return {row for row in range(1, MOST_ROWS + 3) if self._draw.random() < 0.8}
 
     def _held(self) -> set[int]:
-        return {delivery.row for worker in self._setting.workers for delivery in worker.leases.held()}
+        return {delivery.row for worker in self._setting.workers for delivery in worker.in_flight.deliveries()}
 
     def _come_due(self) -> str:
         rows = self._rows() - self._setting.leaving_rows()
@@ -96,7 +96,7 @@ class Faults:
             delivery.row
             for worker in self._setting.workers
             if not worker.is_frozen
-            for delivery in worker.leases.held()
+            for delivery in worker.in_flight.deliveries()
         }
         rows = self._rows() - kept
         self._setting.stage.pass_time("lease_until", rows)

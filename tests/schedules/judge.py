@@ -36,10 +36,10 @@ _ALLOWED: dict[tuple[str, str | None, str | None], tuple[set[str], dict[str, Che
         },
     ),
     ("claims", "running", "running"): ({"started_at", "lease_until"}, _BY_THE_HOLDER),
-    ("marks", "running", "running"): ({"lease_until"}, _BY_THE_HOLDER),
-    ("marks", "running", "done"): ({*_OUTCOME, "done_at"}, _BY_THE_HOLDER),
-    ("marks", "running", "pending"): ({*_OUTCOME, "run_at"}, _BY_THE_HOLDER),
-    ("marks", "running", "dead"): ({*_OUTCOME, "run_at"}, _BY_THE_HOLDER),
+    ("completes", "running", "running"): ({"lease_until"}, _BY_THE_HOLDER),
+    ("completes", "running", "done"): ({*_OUTCOME, "done_at"}, _BY_THE_HOLDER),
+    ("completes", "running", "pending"): ({*_OUTCOME, "run_at"}, _BY_THE_HOLDER),
+    ("completes", "running", "dead"): ({*_OUTCOME, "run_at"}, _BY_THE_HOLDER),
     ("rescue", "running", "running"): (set(), _PASSED),
     ("rescue", "running", "pending"): (
         {"status", "lease_until", "run_at", "last_error"},
@@ -73,7 +73,7 @@ class Judge:
         self._enqueued: dict[Delivery, list[Transition]] = {}
         """What happened to each delivery from its hand-over until it ceased to be enqueued."""
         self._over: set[tuple[str, Delivery]] = set()
-        """By worker and delivery: what was marked, or taken from the worker."""
+        """By worker and delivery: what was completed, or taken from the worker."""
         self.counts: Counter[str] = Counter()
         """How often each kind of transition was seen."""
         self.trace: list[tuple[float, str, str]] = []
@@ -106,8 +106,8 @@ class Judge:
             broken.append(f"columns {sorted(further)} stay what they are")
         if before is not None and self._rows.get(old["id"]) != old:
             broken.append("a row is what its last transition has made it")
-        if by.role == "marks" and after != "running" and not self._is_outcome(by, new):
-            broken.append("a mark writes an outcome of this attempt")
+        if by.role == "completes" and after != "running" and not self._is_outcome(by, new):
+            broken.append("a completion writes an outcome of this attempt")
         if by.role == "rescue" and after != "running" and not self._was_touched(by):
             broken.append("a rescue takes a row at second sight")
         if by.role == "sweep" and by.delivery not in self._books.looked_for.get(by.actor, ()):
@@ -146,7 +146,7 @@ class Judge:
         for (worker, delivery), put in self._books.outcomes.items():
             if worker not in self._books.killed and (worker, delivery) not in self._over | self._books.overtaken:
                 at, outcome = put[-1]
-                self.violations.append((at, f"lost mark: {worker} put {outcome.status} for {delivery.job_id}"))
+                self.violations.append((at, f"lost outcome: {worker} put {outcome.status} for {delivery.job_id}"))
 
     def _judge_dropped(self) -> None:
         """A claim drops no job of a row that is enqueued under that delivery, and due.

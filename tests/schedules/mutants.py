@@ -31,11 +31,13 @@ def _both(first: Mutant, second: Mutant) -> Mutant:
 
 
 MUTANTS: dict[str, Mutant] = {
-    "mark_without_fence": _rewritten(
-        "mark", "JOIN locked USING (id, delivery)", "JOIN (SELECT id, before, worker FROM locked) AS locked USING (id)"
+    "complete_without_fence": _rewritten(
+        "complete",
+        "JOIN locked USING (id, delivery)",
+        "JOIN (SELECT id, before, worker FROM locked) AS locked USING (id)",
     ),
-    "mark_without_worker": _rewritten("mark", " AND worker = %(worker)s", ""),
-    "mark_without_status": _rewritten("mark", "before = 'running'", "true"),
+    "complete_without_worker": _rewritten("complete", " AND worker = %(worker)s", ""),
+    "complete_without_status": _rewritten("complete", "before = 'running'", "true"),
     "renewal_without_worker": _rewritten("renew_leases", " AND worker = %(worker)s", ""),
     "sweep_without_second_look": _rewritten(
         "sweep", "USING (id, delivery)\n    WHERE status = 'enqueued'", "USING (id)"

@@ -142,7 +142,7 @@ class _Schedule:
         self._workers_made += 1
         worker = Worker(f"worker-{self._workers_made}", self._setting)
         self._setting.workers.append(worker)
-        for part in (worker.claims, worker.marks):
+        for part in (worker.claims, worker.completes):
             self._weights[part.name] = self._draw.choice([0.5, 1.0, 2.0, 4.0])
             self._stepper.start(part)
 
@@ -217,7 +217,7 @@ class _Schedule:
 
     def _remove(self, worker: Worker) -> None:
         self._setting.workers.remove(worker)
-        for part in (worker.claims, worker.marks):
+        for part in (worker.claims, worker.completes):
             if part not in self._stepper.blocked:
                 self._stepper.step(part, Order.CRASH)
         self._start_worker()
@@ -254,13 +254,13 @@ class _Schedule:
                 worker.step_handlers()
         while worker.has_handlers and not worker.is_leaving:
             worker.step_handlers()
-        if not worker.marks.is_idle:
-            self._take_turn(worker.marks)
+        if not worker.completes.is_idle:
+            self._take_turn(worker.completes)
         self._replace_exited(worker)
 
     def _is_finished(self) -> bool:
         return all(row["status"] in {"done", "dead"} for row in self._setting.stage.rows()) and not any(
-            worker.marks.has_outcomes for worker in self._setting.workers
+            worker.completes.has_outcomes for worker in self._setting.workers
         )
 
     def _end_turns(self) -> None:

@@ -29,12 +29,12 @@ class Transition:
 
     @property
     def role(self) -> str:
-        """What the actor is: `relay`, or for a worker `claims` or `marks`."""
+        """What the actor is: `relay`, or for a worker `claims` or `completes`."""
         return self.actor.partition(".")[2] or self.actor.partition("-")[0]
 
     @property
     def worker(self) -> str:
-        """The worker whose claims or marks these are."""
+        """The worker whose claims or completions these are."""
         return self.actor.partition(".")[0]
 
     @property

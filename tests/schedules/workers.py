@@ -1,4 +1,4 @@
-"""Workers: each has a thread that claims and one that marks, as in the product; handlers are steps without a thread."""
+"""Workers: each has a thread that claims and one that completes, as in the product. Handlers are steps, not threads."""
 
 import time
 from random import Random
@@ -10,10 +10,11 @@ from outbox.postgres import AWAY, Connection
 from tests.schedules.relays import LEASE
 from tests.schedules.setting import Setting
 from tests.schedules.stepping import TURN, Actor
-from worker.attempt import Outcome, cut_short, given_back
 from worker.claim import Claim, claim, claim_free
+from worker.in_flight import InFlight
 from worker.leases import Leases
-from worker.mark import Marker
+from worker.outcome import Outcome, cut_short, given_back
+from worker.outcomes import Outcomes
 from worker.worker import LEAVING_TIME
 
 MOST_HELD = 6
@@ -25,8 +26,9 @@ class Worker:
     def __init__(self, name: str, setting: Setting) -> None:
         self.name = name
         self.setting = setting
-        self.leases = Leases(LEASE, name)
-        self.marker = Marker("", self.leases)
+        self.in_flight = InFlight()
+        self.leases = Leases(self.in_flight, name, LEASE)
+        self.outcomes = Outcomes(self.in_flight, name)
         self.is_alive = True
         self.is_frozen = False
         """Whether it does nothing for a while, and its leases may pass."""
@@ -38,11 +40,11 @@ class Worker:
         self._running: dict[Delivery, Claim] = {}
         self._draw = Random(f"{setting.seed} {name} handlers")
         self.claims = Claims(self)
-        self.marks = Marks(self)
+        self.completes = Completes(self)
 
     def hold(self, claims: list[Claim]) -> None:
         """Takes what was claimed."""
-        self.leases.hold(claims)
+        self.in_flight.hold(claims)
         self._waiting += claims
 
     @property
@@ -90,7 +92,7 @@ class Worker:
     def _put(self, outcome: Outcome, *, runs_on: bool = False) -> None:
         self._note(f"puts {outcome.status} for {outcome.delivery.job_id}")
         self.setting.books.put(self.name, outcome, runs_on=runs_on)
-        self.marker.put(outcome)
+        self.in_flight.put(outcome)
 
     def _note(self, what: str) -> None:
         self.setting.note(self.name, what)
@@ -106,7 +108,7 @@ class Worker:
 
     def exit_if_done(self) -> bool:
         """Ends the process, if all outcomes of a leaving worker are settled, and returns whether it has ended."""
-        if self.is_alive and self.is_leaving and not self.marks.has_outcomes:
+        if self.is_alive and self.is_leaving and not self.completes.has_outcomes:
             self._note("exits")
             self.end(killed=False)
         return not self.is_alive
@@ -114,7 +116,7 @@ class Worker:
     def end(self, *, killed: bool) -> None:
         """Takes note that the process is gone; what its threads wait for, the server may still do."""
         self.is_alive = False
-        self.claims.is_doomed = self.marks.is_doomed = True
+        self.claims.is_doomed = self.completes.is_doomed = True
         self.setting.books.end(self.name, killed=killed)
 
 
@@ -163,7 +165,7 @@ class Claims(Part):
         )  # fmt: skip
 
     def turn(self, connection: Connection) -> None:
-        """As `_serve` and `_claim` in worker/worker.py."""
+        """As `Claimer.claim` in worker/claimer.py."""
         if not self._taken:
             self.stop_before(TURN)
             if self.worker.is_stopping:
@@ -173,7 +175,7 @@ class Claims(Part):
             if self.worker.has_room:
                 self._taken += self.setting.bag.take(self.draw.randint(1, 4), self.draw)
         if self._taken:
-            held, asked_at = self.worker.leases.held(), time.time()
+            held, asked_at = self.worker.in_flight.deliveries(), time.time()
             try:
                 claims = claim(connection, self._taken, self.worker.name, LEASE, held)
             except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
@@ -188,38 +190,37 @@ class Claims(Part):
             self.worker.hold(claims)
 
 
-class Marks(Part):
-    """Writes outcomes and renews leases, with the product's own `Marker` but for its thread and its waits."""
+class Completes(Part):
+    """Writes outcomes and renews leases, with the product's own parts but for its thread and its waits."""
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__(f"{worker.name}.marks", worker)
+        super().__init__(f"{worker.name}.completes", worker)
 
     @property
     def has_outcomes(self) -> bool:
         """Whether any is unsettled."""
-        marker = self.worker.marker
-        return not marker._outcomes.empty() or bool(marker._kept()) or bool(marker._refused)
+        outcomes = self.worker.outcomes
+        return self.worker.in_flight.has_outcomes or bool(outcomes.kept) or bool(outcomes.refused)
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to write or to renew."""
-        return self.worker.is_frozen or (not self.has_outcomes and not self.worker.leases.held())
+        return self.worker.is_frozen or (not self.has_outcomes and not self.worker.in_flight.deliveries())
 
     def turn(self, connection: Connection) -> None:
-        """One round of `_serve` in worker/mark.py."""
+        """One round of `_serve` in worker/complete.py."""
         self.stop_before(TURN)
-        marker = self.worker.marker
+        leases, outcomes = self.worker.leases, self.worker.outcomes
         try:
             if self.setting.is_fair or self.draw.random() < 0.25:
-                marker._renew(connection)
-                marker._unwritten = {**marker._refused, **marker._unwritten}
+                leases.renew(connection)
+                outcomes.retry_refused()
             if self.setting.is_fair or self.draw.random() < 0.5:
-                marker._unwritten, marker._locked = {**marker._locked, **marker._unwritten}, {}
-                marker.leases.renew_missed(connection)
-            if not marker._unwritten:
-                marker._collect(0.0)
-            if marker._unwritten:
-                marker._write(connection)
+                outcomes.retry_locked()
+                leases.renew_missed(connection)
+            outcomes.add(self.worker.in_flight.collect(0.0))
+            if outcomes.ready:
+                outcomes.write(connection)
         except psycopg.errors.LockNotAvailable:
-            self.note(self.name, "  marks wait for a lock")
-        self.setting.books.settle(self.worker.name, self.worker.leases.held())
+            self.note(self.name, "  outcomes wait for a lock")
+        self.setting.books.settle(self.worker.name, set(self.worker.in_flight.deliveries()))

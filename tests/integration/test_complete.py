@@ -18,17 +18,17 @@ from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import frozen, take_down
 from tests.support.waiting import eventually
-from worker.attempt import Outcome
 from worker.claim import Claim, claim
+from worker.complete import MOST_REFUSED, Completer
 from worker.errors import ThreadEndedError
-from worker.leases import Leases
-from worker.mark import MOST_REFUSED, Marker
+from worker.in_flight import InFlight
+from worker.outcome import Outcome
 
 
 @pytest.fixture
-def marker(database_url: str) -> Iterator[Marker]:
-    """A running marker with leases of one second."""
-    opened = Marker(database_url, Leases(1, "me"))
+def completer(database_url: str) -> Iterator[Completer]:
+    """A running completer with leases of one second."""
+    opened = Completer(database_url, InFlight(), "me", 1)
     opened.start()
     yield opened
     opened.close(5)
@@ -39,12 +39,12 @@ def claimed(connection: Connection, rows: int = 1) -> list[Claim]:
     return claim(connection, [add_row(connection) for _ in range(rows)], "me", 1)
 
 
-def test_a_batch_is_marked(connection: Connection, marker: Marker) -> None:
+def test_a_batch_is_marked(connection: Connection, completer: Completer) -> None:
     """Done, pending and dead outcomes are written together, each with what belongs to it."""
     done, again, dead = (one.delivery for one in claimed(connection, 3))
-    marker.put(Outcome(done, "done", 1))
-    marker.put(Outcome(again, "pending", 1, delay=100, error="try later"))
-    marker.put(Outcome(dead, "dead", 1, error="never"))
+    completer.in_flight.put(Outcome(done, "done", 1))
+    completer.in_flight.put(Outcome(again, "pending", 1, delay=100, error="try later"))
+    completer.in_flight.put(Outcome(dead, "dead", 1, error="never"))
     eventually(lambda: read_row(connection, dead)["status"] == "dead")
     assert (read_row(connection, done)["status"], read_row(connection, done)["last_error"]) == ("done", None)
     assert read_row(connection, done)["done_at"]
@@ -55,16 +55,16 @@ def test_a_batch_is_marked(connection: Connection, marker: Marker) -> None:
     assert all(read_row(connection, one)["lease"] is None for one in (done, again, dead))
 
 
-def test_many_outcomes_are_few_statements(connection: Connection, marker: Marker) -> None:
+def test_many_outcomes_are_few_statements(connection: Connection, completer: Completer) -> None:
     """More outcomes than fit a batch are all written."""
     claims = claimed(connection, 1200)
     for one in claims:
-        marker.put(Outcome(one.delivery, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, "done", 1))
     eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall())
 
 
 @pytest.mark.parametrize("case", ["handed over again", "rescued", "claimed anew", "restored"])
-def test_a_late_outcome_writes_nothing(connection: Connection, marker: Marker, case: str) -> None:
+def test_a_late_outcome_writes_nothing(connection: Connection, completer: Completer, case: str) -> None:
     """The fence: what belongs to somebody else by now is left alone, and the loser says so."""
     (one,) = claimed(connection)
     statements: dict[str, LiteralString] = {
@@ -77,8 +77,8 @@ def test_a_late_outcome_writes_nothing(connection: Connection, marker: Marker, c
     before = read_row(connection, one.delivery)
     other = claimed(connection)[0].delivery
     with capture_logs() as lines:
-        marker.put(Outcome(one.delivery, "done", 1))
-        marker.put(Outcome(other, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        completer.in_flight.put(Outcome(other, "done", 1))
         eventually(lambda: read_row(connection, other)["status"] == "done")
         eventually(lambda: lines)
     after = read_row(connection, one.delivery)
@@ -88,44 +88,44 @@ def test_a_late_outcome_writes_nothing(connection: Connection, marker: Marker, c
 
 
 def test_a_row_that_somebody_has_locked_holds_up_no_other(
-    connection: Connection, database_url: str, marker: Marker
+    connection: Connection, database_url: str, completer: Completer
 ) -> None:
     """The others are marked and keep their leases meanwhile; its own outcome waits, is told of once, and is written."""
     locked, done, running = claimed(connection, 3)
-    marker.leases.hold([locked, done, running])
+    completer.in_flight.hold([locked, done, running])
     with capture_logs() as lines, postgres.connect(database_url, "test") as stranger:
         with stranger.transaction():
             stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row])
-            marker.put(Outcome(locked.delivery, "done", 1))
-            marker.put(Outcome(done.delivery, "done", 1))
+            completer.in_flight.put(Outcome(locked.delivery, "done", 1))
+            completer.in_flight.put(Outcome(done.delivery, "done", 1))
             eventually(lambda: read_row(connection, done.delivery)["status"] == "done", 2)
             lease = read_row(connection, running.delivery)["lease_until"]
             eventually(lambda: read_row(connection, running.delivery)["lease_until"] > lease, 2, "it is renewed")
-            eventually(lambda: [line for line in lines if line["event"] == "marks wait for a lock"], 5)
-            assert marker.is_healthy(0)
-            assert locked.delivery in marker.leases.held()
+            eventually(lambda: [line for line in lines if line["event"] == "outcomes wait for a lock"], 5)
+            assert completer.is_healthy(0)
+            assert locked.delivery in completer.in_flight.deliveries()
         eventually(lambda: read_row(connection, locked.delivery)["status"] == "done", 2)
         with stranger.transaction():
             stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [running.delivery.row])
-            marker.put(Outcome(running.delivery, "done", 1))
+            completer.in_flight.put(Outcome(running.delivery, "done", 1))
             eventually(lambda: len(lines) == 2, 5, "another lock is told of anew")
-    assert [line["event"] for line in lines] == ["marks wait for a lock"] * 2
+    assert [line["event"] for line in lines] == ["outcomes wait for a lock"] * 2
     assert [line["rows"] for line in lines] == [[locked.delivery.row], [running.delivery.row]]
 
 
 def test_a_locked_row_is_tried_again_however_busy_the_worker_is(
-    connection: Connection, database_url: str, marker: Marker
+    connection: Connection, database_url: str, completer: Completer
 ) -> None:
     """Outcomes of others that come all the time do not put it off."""
     locked, *others = claimed(connection, 100)
-    marker.leases.hold([locked, *others])
+    completer.in_flight.hold([locked, *others])
     with postgres.connect(database_url, "test") as stranger, stranger.transaction():
         stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row])
-        marker.put(Outcome(locked.delivery, "done", 1))
-        eventually(lambda: marker._locked, 5, "it has met the lock")
+        completer.in_flight.put(Outcome(locked.delivery, "done", 1))
+        eventually(lambda: completer._outcomes._locked, 5, "it has met the lock")
 
     def one_more() -> bool:
-        marker.put(Outcome(others.pop().delivery, "done", 1))
+        completer.in_flight.put(Outcome(others.pop().delivery, "done", 1))
         return bool(read_row(connection, locked.delivery)["status"] == "done")
 
     eventually(one_more, 3, "it is written in between")
@@ -134,48 +134,48 @@ def test_a_locked_row_is_tried_again_however_busy_the_worker_is(
 
 def test_a_lease_that_was_locked_is_renewed_at_once(connection: Connection, database_url: str) -> None:
     """Not after a third of the lease: the rescue waits for two seconds once the row is free."""
-    marker = Marker(database_url, Leases(15, "me"))
+    completer = Completer(database_url, InFlight(), "me", 15)
     (one,) = claimed(connection)
     with postgres.connect(database_url, "test") as stranger, stranger.transaction():
         stranger.execute("SELECT FROM outbox FOR UPDATE")
-        marker.leases.hold([one])
-        marker.start()
-        eventually(lambda: marker.leases._missed, 5, "it has met the lock")
+        completer.in_flight.hold([one])
+        completer.start()
+        eventually(lambda: completer._leases._missed, 5, "it has met the lock")
     eventually(lambda: read_row(connection, one.delivery)["lease"] > 10, SETTLING_TIME, "it is renewed")
-    marker.put(Outcome(one.delivery, "done", 1))
-    assert marker.close(5) == []
+    completer.in_flight.put(Outcome(one.delivery, "done", 1))
+    assert completer.close(5) == []
 
 
-def test_refused_marks_are_one_outage(connection: Connection, database_url: str, marker: Marker) -> None:
-    """Of a Postgres that takes no writes, a marker that has nothing to renew speaks once, and backs off."""
+def test_refused_marks_are_one_outage(connection: Connection, database_url: str, completer: Completer) -> None:
+    """Of a Postgres that takes no writes, a completer that has nothing to renew speaks once, and backs off."""
     (one,) = claimed(connection)
-    assert marker.is_healthy(10), "its session is there to be ended"
+    assert completer.is_healthy(10), "its session is there to be ended"
     name = psycopg.sql.Identifier(connection.info.dbname)
     read_only = psycopg.sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
     connection.execute(read_only.format(name, psycopg.sql.SQL("on")))
     connection.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-        "WHERE datname = current_database() AND application_name = 'outbox worker marks'"
+        "WHERE datname = current_database() AND application_name = 'outbox worker outcomes'"
     )
     with capture_logs() as lines:
-        marker.put(Outcome(one.delivery, "done", 1))
-        eventually(lambda: marker._failures > 3, 10, "it has tried")
+        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        eventually(lambda: completer._failures > 3, 10, "it has tried")
         connection.execute("SET default_transaction_read_only = off")
         connection.execute(read_only.format(name, psycopg.sql.SQL("off")))
         eventually(lambda: read_row(connection, one.delivery)["status"] == "done", 5)
-    assert [line["event"] for line in lines] == ["marks wait for Postgres"]
+    assert [line["event"] for line in lines] == ["outcomes wait for Postgres"]
 
 
-def test_a_reference_to_a_row_holds_up_nothing(connection: Connection, database_url: str, marker: Marker) -> None:
+def test_a_reference_to_a_row_holds_up_nothing(connection: Connection, database_url: str, completer: Completer) -> None:
     """The lock that a foreign key takes lets the row be claimed, renewed and marked."""
     delivery = add_row(connection)
     with postgres.connect(database_url, "test") as stranger, stranger.transaction():
         stranger.execute("SELECT FROM outbox FOR KEY SHARE")
         connection.execute("SET lock_timeout = '2s'")
-        marker.leases.hold(claim(connection, [delivery], "me", 1))
+        completer.in_flight.hold(claim(connection, [delivery], "me", 1))
         lease = read_row(connection, delivery)["lease_until"]
         eventually(lambda: read_row(connection, delivery)["lease_until"] > lease, 2, "it is renewed")
-        marker.put(Outcome(delivery, "done", 1))
+        completer.in_flight.put(Outcome(delivery, "done", 1))
         eventually(lambda: read_row(connection, delivery)["status"] == "done", 2)
 
 
@@ -183,112 +183,112 @@ def test_who_gets_no_answer_is_not_healthy(own_postgres: EmbeddedServer) -> None
     """A Postgres that hangs is noticed after a third of the lease, so that nothing more is begun, and so is its end."""
     with postgres.connect(own_postgres.url, "test") as connection:
         one = claimed(connection)
-    marker = Marker(own_postgres.url, Leases(1.5, "me"))
-    marker.start()
-    marker.leases.hold(one)
-    assert marker.is_healthy(10)
+    completer = Completer(own_postgres.url, InFlight(), "me", 1.5)
+    completer.start()
+    completer.in_flight.hold(one)
+    assert completer.is_healthy(10)
     with frozen(own_postgres):
-        eventually(lambda: not marker.is_healthy(0), 3, "it waits for an answer")
-    eventually(lambda: marker.is_healthy(0), 10, "it has one")
-    marker.put(Outcome(one[0].delivery, "done", 1))
-    assert marker.close(10) == []
+        eventually(lambda: not completer.is_healthy(0), 3, "it waits for an answer")
+    eventually(lambda: completer.is_healthy(0), 10, "it has one")
+    completer.in_flight.put(Outcome(one[0].delivery, "done", 1))
+    assert completer.close(10) == []
 
 
 def test_every_outage_is_told_of(own_postgres: EmbeddedServer) -> None:
     """Of a worker that has nothing to mark too: the second outage is as new as the first."""
     with postgres.connect(own_postgres.url, "test") as connection:
-        marker = Marker(own_postgres.url, Leases(1, "me"))
-        marker.leases.hold(claim(connection, [add_row(connection, timeout=600)], "me", 1))
-    marker.start()
+        completer = Completer(own_postgres.url, InFlight(), "me", 1)
+        completer.in_flight.hold(claim(connection, [add_row(connection, timeout=600)], "me", 1))
+    completer.start()
     with capture_logs() as lines:
         for outages in (1, 2):
-            eventually(lambda: marker.is_healthy(0) and marker._failures == 0, 20, "it has renewed the lease")
+            eventually(lambda: completer.is_healthy(0) and completer._failures == 0, 20, "it has renewed the lease")
             take_down(own_postgres)
-            eventually(lambda: not marker.is_healthy(0), 10, "it has lost Postgres")
+            eventually(lambda: not completer.is_healthy(0), 10, "it has lost Postgres")
             own_postgres.restart()
-            assert [line["event"] for line in lines] == ["marks wait for Postgres"] * outages
-    marker.close(5)
+            assert [line["event"] for line in lines] == ["outcomes wait for Postgres"] * outages
+    completer.close(5)
 
 
 def test_nothing_to_write_needs_no_postgres(own_postgres: EmbeddedServer) -> None:
-    """While Postgres is away, a marker without outcomes ends at once."""
+    """While Postgres is away, a completer without outcomes ends at once."""
     with postgres.connect(own_postgres.url, "test") as connection:
-        marker = Marker(own_postgres.url, Leases(1, "me"))
-        marker.leases.hold(claimed(connection))
-    marker.start()
-    assert marker.is_healthy(10)
+        completer = Completer(own_postgres.url, InFlight(), "me", 1)
+        completer.in_flight.hold(claimed(connection))
+    completer.start()
+    assert completer.is_healthy(10)
     take_down(own_postgres)
-    eventually(lambda: not marker.is_healthy(0), 10, "it has lost Postgres")
+    eventually(lambda: not completer.is_healthy(0), 10, "it has lost Postgres")
     started = time.monotonic()
-    assert marker.close(10) == []
+    assert completer.close(10) == []
     assert time.monotonic() - started < 2
     own_postgres.restart()
 
 
 def test_the_newest_outcome_of_a_delivery_counts(connection: Connection, database_url: str) -> None:
     """A handler that ends just after its row was given back has done its work: it is not done again."""
-    marker = Marker(database_url, Leases(1, "me"))
+    completer = Completer(database_url, InFlight(), "me", 1)
     delivery = claimed(connection)[0].delivery
-    marker.put(Outcome(delivery, "pending", 0, error="given back"))
-    marker.put(Outcome(delivery, "done", 1))
-    marker.start()
-    assert marker.close(5) == []
+    completer.in_flight.put(Outcome(delivery, "pending", 0, error="given back"))
+    completer.in_flight.put(Outcome(delivery, "done", 1))
+    completer.start()
+    assert completer.close(5) == []
     assert read_row(connection, delivery)["status"] == "done"
 
 
 def test_leases_are_kept_however_long_an_attempt_takes(connection: Connection, database_url: str) -> None:
     """A lease of one second is renewed far beyond the attempt's time limit, until its outcome is written."""
-    marker = Marker(database_url, Leases(1, "me"))
-    marker.start()
+    completer = Completer(database_url, InFlight(), "me", 1)
+    completer.start()
     (overrun,) = claim(connection, [add_row(connection, timeout=1)], "me", 1)
     began = read_row(connection, overrun.delivery)["lease_until"]
-    marker.leases.hold([overrun])
+    completer.in_flight.hold([overrun])
     later = began + timedelta(seconds=2.5)
     eventually(
         lambda: read_row(connection, overrun.delivery)["lease_until"] > later, 10, "it is renewed again and again"
     )
-    marker.put(Outcome(overrun.delivery, "done", 1))
-    eventually(lambda: not marker.leases.held())
-    marker.close(5)
+    completer.in_flight.put(Outcome(overrun.delivery, "done", 1))
+    eventually(lambda: not completer.in_flight.deliveries())
+    completer.close(5)
 
 
 def test_outcomes_wait_for_postgres(own_postgres: EmbeddedServer) -> None:
     """A Postgres that is killed in between loses no outcome: they are written when it is back."""
     with postgres.connect(own_postgres.url, "test") as connection:
         claims = claimed(connection, 3)
-    marker = Marker(own_postgres.url, Leases(15, "me"))
-    marker.start()
-    marker.leases.hold(claims)
+    completer = Completer(own_postgres.url, InFlight(), "me", 15)
+    completer.start()
+    completer.in_flight.hold(claims)
     take_down(own_postgres)
     for one in claims:
-        marker.put(Outcome(one.delivery, "done", 1))
-    assert marker.close(0.3) == [one.delivery for one in claims], "they cannot be written now"
+        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+    assert completer.close(0.3) == [one.delivery for one in claims], "they cannot be written now"
     own_postgres.restart()
-    assert marker.close(20) == []
+    assert completer.close(20) == []
     with postgres.connect(own_postgres.url, "test") as connection:
         assert {read_row(connection, one.delivery)["status"] for one in claims} == {"done"}
 
 
 def test_outcomes_that_waited_for_postgres_may_come_too_late(
-    connection: Connection, server_url: str, marker: Marker
+    connection: Connection, server_url: str, completer: Completer
 ) -> None:
     """A row that another worker got while this one could not reach Postgres stays the other's, whatever is kept."""
     claims = claimed(connection, 3)
-    marker.leases.hold(claims)
-    assert marker.is_healthy(10)
+    completer.in_flight.hold(claims)
+    assert completer.is_healthy(10)
 
     with capture_logs() as lines:
         with unreachable(connection, server_url):
-            eventually(lambda: not marker.is_healthy(0), 10, "it has lost Postgres")
-            marker.put(Outcome(claims[0].delivery, "done", 1))
-            marker.put(Outcome(claims[1].delivery, "pending", 1, delay=100, error="late"))
-            marker.put(Outcome(claims[2].delivery, "dead", 1, error="late"))
+            eventually(lambda: not completer.is_healthy(0), 10, "it has lost Postgres")
+            completer.in_flight.put(Outcome(claims[0].delivery, "done", 1))
+            completer.in_flight.put(Outcome(claims[1].delivery, "pending", 1, delay=100, error="late"))
+            completer.in_flight.put(Outcome(claims[2].delivery, "dead", 1, error="late"))
             connection.execute(
                 "UPDATE outbox SET status = 'running', delivery = 2, attempts = 2, worker = 'another',"
                 " lease_until = now() + interval '1 hour'"
             )
             before = connection.execute("SELECT * FROM outbox ORDER BY id").fetchall()
-        eventually(lambda: not marker.leases.held(), 10, "it has Postgres again")
+        eventually(lambda: not completer.in_flight.deliveries(), 10, "it has Postgres again")
         eventually(lambda: len(dropped(lines)) >= 3, 5, "it says what it has dropped")
 
     assert dropped(lines) == [(one.delivery.row, 1) for one in claims]
@@ -317,44 +317,44 @@ def unreachable(connection: Connection, server_url: str) -> Iterator[None]:
             elsewhere.execute(allow.format(name, psycopg.sql.SQL("true")))
 
 
-def test_an_unwritable_outcome_is_no_end(connection: Connection, marker: Marker) -> None:
-    """Whatever Postgres says to a mark, the marker goes on trying: without it, none of the worker's rows would end."""
+def test_an_unwritable_outcome_is_no_end(connection: Connection, completer: Completer) -> None:
+    """Whatever Postgres says, the completer goes on trying: without it, none of the worker's rows would end."""
     delivery = claimed(connection)[0].delivery
     connection.execute("ALTER TABLE outbox RENAME TO gone")
     with capture_logs() as lines:
-        marker.put(Outcome(delivery, "done", 1))
+        completer.in_flight.put(Outcome(delivery, "done", 1))
         eventually(lambda: [line for line in lines if line["event"] == "outcomes cannot be written"])
     connection.execute("ALTER TABLE gone RENAME TO outbox")
     eventually(lambda: read_row(connection, delivery)["status"] == "done")
 
 
-def test_a_cut_connection_costs_nothing(connection: Connection, marker: Marker) -> None:
+def test_a_cut_connection_costs_nothing(connection: Connection, completer: Completer) -> None:
     """A terminated connection is replaced, and what was to be written is."""
     claims = claimed(connection, 2)
-    marker.put(Outcome(claims[0].delivery, "done", 1))
+    completer.in_flight.put(Outcome(claims[0].delivery, "done", 1))
     eventually(lambda: read_row(connection, claims[0].delivery)["status"] == "done")
     connection.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-        "WHERE datname = current_database() AND application_name = 'outbox worker marks'"
+        "WHERE datname = current_database() AND application_name = 'outbox worker outcomes'"
     )
-    marker.put(Outcome(claims[1].delivery, "done", 1))
+    completer.in_flight.put(Outcome(claims[1].delivery, "done", 1))
     eventually(lambda: read_row(connection, claims[1].delivery)["status"] == "done")
 
 
 def test_nothing_held_and_nothing_to_write_ends_at_once(database_url: str) -> None:
-    """Closing waits for nobody, and a worker that comes back to Postgres starts its marker again."""
-    marker = Marker(database_url, Leases(15, "me"))
-    marker.start()
-    marker.start()
-    assert marker.is_healthy(10)
+    """Closing waits for nobody, and a worker that comes back to Postgres starts its completer again."""
+    completer = Completer(database_url, InFlight(), "me", 15)
+    completer.start()
+    completer.start()
+    assert completer.is_healthy(10)
     began = time.monotonic()
-    assert marker.close(30) == []
+    assert completer.close(30) == []
     assert time.monotonic() - began < 10
 
 
 def test_it_may_be_closed_before_it_starts(database_url: str) -> None:
     """A worker that Postgres never let in has nothing to mark, and stops at once."""
-    assert Marker(database_url, Leases(15, "me")).close(5) == []
+    assert Completer(database_url, InFlight(), "me", 15).close(5) == []
 
 
 SLOW = """
@@ -375,20 +375,20 @@ def test_a_write_that_is_repeated_knows_its_own(
     status: Literal["done", "pending", "dead"],
 ) -> None:
     """Postgres took longer than its answer was waited for, and has committed: nobody has taken the row meanwhile."""
-    monkeypatch.setattr("worker.mark.SHORTEST_ANSWER_LIMIT", 0.3)
+    monkeypatch.setattr("worker.complete.SHORTEST_ANSWER_LIMIT", 0.3)
     monkeypatch.setattr("outbox.postgres.cancels", lambda _: False)  # as with an older libpq, which cannot in time
-    marker = Marker(database_url, Leases(0.9, "me"))
+    completer = Completer(database_url, InFlight(), "me", 0.9)
     (one,) = claimed(connection)
-    marker.leases.hold([one])
+    completer.in_flight.hold([one])
     connection.execute(SLOW)
     with capture_logs() as lines:
-        marker.put(Outcome(one.delivery, status, 1, error=None if status == "done" else "why"))
-        marker.start()
-        eventually(lambda: not marker.leases.held(), 10, "the marker knows that it is written")
-        assert marker.close(5) == []
+        completer.in_flight.put(Outcome(one.delivery, status, 1, error=None if status == "done" else "why"))
+        completer.start()
+        eventually(lambda: not completer.in_flight.deliveries(), 10, "the completer knows that it is written")
+        assert completer.close(5) == []
     assert read_row(connection, one.delivery)["status"] == status
     events = [line["event"] for line in lines]
-    assert "marks wait for Postgres" in events, "an answer was lost"
+    assert "outcomes wait for Postgres" in events, "an answer was lost"
     assert "dropped outcome" not in events
 
 
@@ -397,14 +397,14 @@ def test_a_text_that_cannot_be_stored_costs_its_own_outcome_the_text(
     connection: Connection, database_url: str, text: str
 ) -> None:
     """A batch that it stands in is written all the same, and so is its own outcome, with another text."""
-    marker = Marker(database_url, Leases(15, "me"))
+    completer = Completer(database_url, InFlight(), "me", 15)
     claims = claimed(connection, 46)
-    marker.leases.hold(claims)
+    completer.in_flight.hold(claims)
     for number, one in enumerate(claims):
         bad = number == 17
-        marker.put(Outcome(one.delivery, "pending" if bad else "done", 1, error=text if bad else None))
-    marker.start()
-    assert marker.close(5) == []
+        completer.in_flight.put(Outcome(one.delivery, "pending" if bad else "done", 1, error=text if bad else None))
+    completer.start()
+    assert completer.close(5) == []
     assert [read_row(connection, one.delivery)["status"] for one in claims].count("done") == 45
     row = read_row(connection, claims[17].delivery)
     assert (row["status"], row["last_error"]) == ("pending", "the text of the error cannot be stored")
@@ -412,21 +412,21 @@ def test_a_text_that_cannot_be_stored_costs_its_own_outcome_the_text(
 
 def test_an_outcome_that_postgres_refuses_is_told_of_and_kept(connection: Connection, database_url: str) -> None:
     """A trigger of somebody's refuses one row: the others are written, and that one once the trigger lets it."""
-    marker = Marker(database_url, Leases(1, "me"))
+    completer = Completer(database_url, InFlight(), "me", 1)
     claims = claimed(connection, 5)
-    marker.leases.hold(claims)
+    completer.in_flight.hold(claims)
     connection.execute(REFUSING)
     with capture_logs() as lines:
         for one in claims:
-            marker.put(Outcome(one.delivery, "done", 1))
-        marker.start()
-        eventually(lambda: marker.leases.held() == {claims[2].delivery}, 5, "the others are written")
+            completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        completer.start()
+        eventually(lambda: completer.in_flight.deliveries() == {claims[2].delivery}, 5, "the others are written")
         lease = read_row(connection, claims[2].delivery)["lease_until"]
         eventually(lambda: read_row(connection, claims[2].delivery)["lease_until"] > lease, 5, "its lease is kept")
-        assert marker.is_healthy(0)
+        assert completer.is_healthy(0)
         connection.execute("DROP TRIGGER refusing ON outbox")
         eventually(lambda: read_row(connection, claims[2].delivery)["status"] == "done", 5, "it is written")
-    assert marker.close(5) == []
+    assert completer.close(5) == []
     assert [(line["event"], line["rows"]) for line in lines] == [
         ("outcomes cannot be written", [claims[2].delivery.row])
     ]
@@ -437,28 +437,28 @@ def test_the_marker_outlives_whatever_a_statement_raises(
     connection: Connection, database_url: str, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """Short of descriptors, psycopg raises a bare OSError; short of memory, Python does: outcomes are kept."""
-    marker = Marker(database_url, Leases(1, "me"))
+    completer = Completer(database_url, InFlight(), "me", 1)
     (one,) = claimed(connection)
-    marker.leases.hold([one])
+    completer.in_flight.hold([one])
     fail = True
-    renew = marker.leases.renew
+    renew = completer._leases.renew
 
     def failing(connection: Connection) -> bool:
         if fail:
             raise error
         return renew(connection)
 
-    monkeypatch.setattr(marker.leases, "renew", failing)
+    monkeypatch.setattr(completer._leases, "renew", failing)
     with capture_logs() as lines:
-        marker.put(Outcome(one.delivery, "done", 1))
-        marker.start()
-        eventually(lambda: marker._failures > 2, 5, "it has tried")
-        assert not marker.is_healthy(0)
-        marker.check()
+        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        completer.start()
+        eventually(lambda: completer._failures > 2, 5, "it has tried")
+        assert not completer.is_healthy(0)
+        completer.check()
         fail = False
         eventually(lambda: read_row(connection, one.delivery)["status"] == "done", 5)
-    assert marker.close(5) == []
-    assert [line["event"] for line in lines] == ["marks failed"], "told once"
+    assert completer.close(5) == []
+    assert [line["event"] for line in lines] == ["writing outcomes failed"], "told once"
 
 
 def test_a_marker_whose_thread_has_ended_says_so(
@@ -466,92 +466,94 @@ def test_a_marker_whose_thread_has_ended_says_so(
 ) -> None:
     """It is not healthy, whoever waits for it hears at once, and what it held is named."""
     ended: list[bool] = []
-    marker = Marker(database_url, Leases(1, "me"), on_end=lambda: ended.append(True))
+    completer = Completer(database_url, InFlight(), "me", 1, on_end=lambda: ended.append(True))
     (one,) = claimed(connection)
-    marker.leases.hold([one])
+    completer.in_flight.hold([one])
 
     def end(_: Connection) -> NoReturn:
         raise SystemExit("the interpreter ends it")
 
-    monkeypatch.setattr(marker, "_renew", end)
-    marker.start()
+    monkeypatch.setattr(completer, "_renew", end)
+    completer.start()
     eventually(lambda: ended, 5, "its end is told")
     with pytest.raises(ThreadEndedError, match="the interpreter ends it"):
-        marker.check()
-    assert not marker.is_healthy(0)
-    assert marker.close(5) == [one.delivery]
+        completer.check()
+    assert not completer.is_healthy(0)
+    assert completer.close(5) == [one.delivery]
 
 
-def test_a_lock_of_the_whole_table_is_no_outage(connection: Connection, database_url: str, marker: Marker) -> None:
-    """An index that is being built keeps writes out: nothing new is begun, and the marker is first to write after."""
+def test_a_lock_of_the_whole_table_is_no_outage(
+    connection: Connection, database_url: str, completer: Completer
+) -> None:
+    """An index that is being built keeps writes out: nothing new is begun, and the completer writes first after it."""
     (one,) = claimed(connection)
-    marker.leases.hold([one])
-    eventually(lambda: marker.is_healthy(0), 5)
+    completer.in_flight.hold([one])
+    eventually(lambda: completer.is_healthy(0), 5)
     with capture_logs() as lines:
         with postgres.connect(database_url, "test") as other, other.transaction():
             other.execute("LOCK TABLE outbox IN SHARE MODE")
-            marker.put(Outcome(one.delivery, "done", 1))
-            eventually(lambda: not marker.is_healthy(0), 5, "it takes nothing new")
+            completer.in_flight.put(Outcome(one.delivery, "done", 1))
+            eventually(lambda: not completer.is_healthy(0), 5, "it takes nothing new")
             eventually(lambda: lines, 5)
         eventually(lambda: read_row(connection, one.delivery)["status"] == "done", SETTLING_TIME, "before the rescue")
-        eventually(lambda: marker.is_healthy(0), 5)
-    assert [(line["event"], line["rows"]) for line in lines] == [("marks wait for a lock", "all")]
+        eventually(lambda: completer.is_healthy(0), 5)
+    assert [(line["event"], line["rows"]) for line in lines] == [("outcomes wait for a lock", "all")]
 
 
 def test_a_row_that_postgres_refuses_costs_the_others_neither_lease_nor_mark(
     connection: Connection, database_url: str
 ) -> None:
     """Renewals are one statement for all rows: the one that a trigger refuses is found, named once, and passed over."""
-    marker = Marker(database_url, Leases(1, "me"))
+    completer = Completer(database_url, InFlight(), "me", 1)
     claims = claimed(connection, 5)
     connection.execute(REFUSING.replace("UPDATE OF status", "UPDATE"))
-    marker.leases.hold(claims)
+    completer.in_flight.hold(claims)
     others = [one.delivery for one in claims if one is not claims[2]]
     later = max(read_row(connection, one)["lease_until"] for one in others) + timedelta(seconds=2)
     with capture_logs() as lines:
-        marker.start()
+        completer.start()
         eventually(lambda: all(read_row(connection, one)["lease_until"] > later for one in others), 10, "renewed again")
         for one in claims[:2]:
-            marker.put(Outcome(one.delivery, "done", 1))
+            completer.in_flight.put(Outcome(one.delivery, "done", 1))
         eventually(lambda: all(read_row(connection, one.delivery)["status"] == "done" for one in claims[:2]), 5)
-        assert marker.is_healthy(0)
-        marker.close(5)
+        assert completer.is_healthy(0)
+        completer.close(5)
     assert [(line["event"], line["rows"]) for line in lines] == [("leases cannot be renewed", [claims[2].delivery.row])]
 
 
 def test_the_cause_of_a_failure_outlives_a_refusal(connection: Connection, database_url: str) -> None:
     """While a trigger refuses the row, its outcome keeps its own text."""
-    marker = Marker(database_url, Leases(1, "me"))
+    completer = Completer(database_url, InFlight(), "me", 1)
     claims = claimed(connection, 3)
-    marker.leases.hold(claims)
+    completer.in_flight.hold(claims)
     connection.execute(REFUSING)
     with capture_logs() as lines:
-        marker.put(Outcome(claims[2].delivery, "pending", 1, error="ValueError: the real cause"))
-        marker.start()
+        completer.in_flight.put(Outcome(claims[2].delivery, "pending", 1, error="ValueError: the real cause"))
+        completer.start()
         eventually(lambda: [line for line in lines if line["event"] == "outcomes cannot be written"], 5)
         connection.execute("DROP TRIGGER refusing ON outbox")
         eventually(lambda: read_row(connection, claims[2].delivery)["status"] == "pending", 5)
-    assert marker.close(5) == []
+    assert completer.close(5) == []
     assert read_row(connection, claims[2].delivery)["last_error"] == "ValueError: the real cause"
 
 
 def test_outcomes_that_are_all_refused_are_one_line(connection: Connection, database_url: str) -> None:
     """It is hardly the rows' fault: nothing new is begun, and outcomes are kept until they can be written."""
-    marker = Marker(database_url, Leases(1, "me"))
+    completer = Completer(database_url, InFlight(), "me", 1)
     claims = claimed(connection, MOST_REFUSED + 5)
-    marker.leases.hold(claims)
+    completer.in_flight.hold(claims)
     connection.execute(REFUSING.replace("WHEN (NEW.id = 3)", ""))
     for one in claims:
-        marker.put(Outcome(one.delivery, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, "done", 1))
     with capture_logs() as lines:
-        marker.start()
+        completer.start()
         eventually(lambda: lines, 10)
-        assert not marker.is_healthy(0)
-        assert len(marker.leases.held()) == len(claims)
+        assert not completer.is_healthy(0)
+        assert len(completer.in_flight.deliveries()) == len(claims)
         connection.execute("DROP TRIGGER refusing ON outbox")
-        eventually(lambda: not marker.leases.held(), 10, "all are written")
-        eventually(lambda: marker.is_healthy(0), 5)
-    assert marker.close(5) == []
+        eventually(lambda: not completer.in_flight.deliveries(), 10, "all are written")
+        eventually(lambda: completer.is_healthy(0), 5)
+    assert completer.close(5) == []
     assert [line["event"] for line in lines] == ["outcomes cannot be written"]
 
 
@@ -565,12 +567,12 @@ CREATE TRIGGER refusing BEFORE UPDATE OF status ON outbox FOR EACH ROW EXECUTE F
 
 def test_a_lock_that_is_refused_at_once_is_not_asked_for_in_a_loop(connection: Connection, database_url: str) -> None:
     """A trigger with NOWAIT, say: some tries a second, and not thousands."""
-    marker = Marker(database_url, Leases(15, "me"))
+    completer = Completer(database_url, InFlight(), "me", 15)
     (one,) = claimed(connection)
     connection.execute(AT_ONCE)
-    marker.put(Outcome(one.delivery, "done", 1))
+    completer.in_flight.put(Outcome(one.delivery, "done", 1))
     began = time.monotonic()
-    marker.start()
+    completer.start()
 
     def tries() -> int:
         found = connection.execute("SELECT last_value AS tries FROM tries").fetchone()
@@ -580,4 +582,4 @@ def test_a_lock_that_is_refused_at_once_is_not_asked_for_in_a_loop(connection: C
     eventually(lambda: tries() > 5, 10, "it tries again")
     assert tries() < 30 * (1 + time.monotonic() - began)
     connection.execute("DROP TRIGGER refusing ON outbox")
-    assert marker.close(5) == []
+    assert completer.close(5) == []

@@ -1,0 +1,34 @@
+"""How many rows are worth claiming before a handler thread is free for them."""
+
+import time
+
+LOOKAHEAD = 0.2
+"""Seconds of work that are claimed ahead, at the recent completion rate: no thread should be idle while the next claim
+is under way. Where handlers take long, that is no row at all."""
+MOST_AHEAD = 2000
+"""Upper bound of rows claimed ahead."""
+
+
+class Lookahead:
+    """The completion rate of the handlers, and what follows from it."""
+
+    def __init__(self, threads: int) -> None:
+        """Takes how many rows are handled at a time."""
+        self._threads = threads
+        self._looked_at = time.monotonic()
+        self._handled = 0
+        self._ahead = 0
+
+    def rows(self, handled: int) -> int:
+        """Returns how many rows will be handled in the next `LOOKAHEAD` seconds.
+
+        Args:
+            handled: how many have been handled so far.
+        """
+        now = time.monotonic()
+        elapsed = now - self._looked_at
+        has_seen_all = handled - self._handled >= self._threads and elapsed > LOOKAHEAD / 10
+        if has_seen_all or elapsed > LOOKAHEAD / 2:
+            self._ahead = min(MOST_AHEAD, int((handled - self._handled) / elapsed * LOOKAHEAD))
+            self._looked_at, self._handled = now, handled
+        return self._ahead
