@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from threading import Event, Thread
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -56,8 +56,8 @@ class Stop:
             self.hurry()
         self.request()
 
-    def listen(self, then: Callable[[], object] = lambda: None) -> None:
-        """Has SIGTERM and SIGINT request a stop, and call `then` each time. To be called in the main thread.
+    def listen(self, then: Callable[[], object] = lambda: None, *, signals: Iterable[signal.Signals] = SIGNALS) -> None:
+        """Has signals request a stop, and call `then` each time. To be called in the main thread.
 
         It is done in a thread of its own: a signal may strike while the main thread holds the lock that it needs.
         """
@@ -72,7 +72,7 @@ class Stop:
             except RuntimeError:  # no thread can be started
                 request()
 
-        for number in SIGNALS:
+        for number in signals:
             signal.signal(number, handle)
 
 

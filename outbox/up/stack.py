@@ -10,6 +10,7 @@ import urllib.request
 from concurrent.futures import Future
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,13 +18,14 @@ import psutil
 from outbox import logs
 from outbox.errors import StartError
 from outbox.migrate import migrate
+from outbox.stop import Stop
 from outbox.up.catcher import catch_mails
 from outbox.up.child import POLL, Supervisor
 from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
 from outbox.up.environment import UpSettings, for_processes, free_address, is_set, local_url, read_settings
 from outbox.up.folder import DataFolder, held
 from outbox.up.processes import NAMES, Program, Watch
-from outbox.up.signals import Stopped, StopSignals
+from outbox.up.signals import SIGNALS, Stopped, wait_unless_stopped
 from outbox.up.stream import Stream
 
 _READY_LIMIT = 30.0
@@ -45,14 +47,15 @@ def run(path: Path) -> None:
     """
     settings = read_settings()
     with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals())
-        stream = Stream(sys.stdout, as_json=settings.log_json, broken=signals.ask)
+        stop = Stop()
+        stop.listen(signals=SIGNALS)
+        stream = Stream(sys.stdout, as_json=settings.log_json, broken=stop.request)
         folder = stack.enter_context(held(path))
         stack.enter_context(redirect_stdout(stream.writer("up")))
         logs.configure("up", settings.log_level, "json")
         try:
             with ExitStack() as children:
-                _start_and_watch(children, settings, folder, stream, signals)
+                _start_and_watch(children, settings, folder, stream, stop)
         except Stopped:
             logs.get().info("stopped")
         except OSError as error:
@@ -61,13 +64,12 @@ def run(path: Path) -> None:
         folder.forget()
 
 
-def _start_and_watch(
-    children: ExitStack, settings: UpSettings, folder: DataFolder, stream: Stream, signals: StopSignals
-) -> None:
+def _start_and_watch(children: ExitStack, settings: UpSettings, folder: DataFolder, stream: Stream, stop: Stop) -> None:
     # First, because what was left running may be what has the port.
-    folder.stop_leftovers(signals.wait)
+    wait = partial(wait_unless_stopped, stop)
+    folder.stop_leftovers(wait)
     settings = replace(settings, address=free_address(settings.address))
-    supervisor = Supervisor(signals.wait, folder.remember, signals.hurried)
+    supervisor = Supervisor(wait, folder.remember, stop.is_hurried)
     kept: list[EmbeddedServer] = []
     provided = {"SECRET_KEY": folder.secret_key()}
     if not is_set("DATABASE_URL"):
@@ -83,15 +85,15 @@ def _start_and_watch(
     if not is_set("SMTP_URL"):
         provided["SMTP_URL"] = children.enter_context(catch_mails(folder.mails))
     environment = for_processes(settings, **provided)
-    _migrate(environment["DATABASE_URL"], signals)
+    _migrate(environment["DATABASE_URL"], stop)
 
     programs = [_program(children, name, Program(name, environment, stream, supervisor)) for name in NAMES[::-1]]
     watch = Watch([*kept, *programs])
     try:
-        _await_ready(settings, programs[-1], watch, stream, signals)
+        _await_ready(settings, programs[-1], watch, stream, stop)
         _say_ready(settings, None if is_set("SMTP_URL") else folder.mails, kept, stream)
         while True:
-            signals.wait(_LOOK)
+            wait(_LOOK)
             watch.look()
     except Stopped:
         logs.get().info("stopping: once more to hurry")
@@ -107,7 +109,7 @@ def _program(children: ExitStack, name: str, program: Program) -> Program:
     return program
 
 
-def _migrate(database_url: str, signals: StopSignals) -> None:
+def _migrate(database_url: str, stop: Stop) -> None:
     """Migrates in a thread, because it may wait for another's lock while this process is asked to stop."""
     result: Future[None] = Future()
 
@@ -121,17 +123,17 @@ def _migrate(database_url: str, signals: StopSignals) -> None:
 
     threading.Thread(target=work, name="migrate", daemon=True).start()
     while not result.done():
-        signals.wait(POLL)
+        wait_unless_stopped(stop, POLL)
     result.result()
 
 
-def _await_ready(settings: UpSettings, service: Program, watch: Watch, stream: Stream, signals: StopSignals) -> None:
+def _await_ready(settings: UpSettings, service: Program, watch: Watch, stream: Stream, stop: Stop) -> None:
     deadline = time.monotonic() + _READY_LIMIT
     while not (_listens(service, settings.address.port) and _answers(f"{local_url(settings.address)}/readyz")):
         if time.monotonic() > deadline:
             last_words = stream.last_words("service")
             raise StartError(f"the service is not ready after {_READY_LIMIT:g} s; see its log\n{last_words}".rstrip())
-        signals.wait(_LOOK)
+        wait_unless_stopped(stop, _LOOK)
         watch.look()
 
 

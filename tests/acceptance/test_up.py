@@ -19,7 +19,7 @@ import psutil
 import pytest
 import redis
 
-from outbox.up.signals import AGAIN
+from outbox.stop import AGAIN
 from outbox.up.unprivileged import is_root
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
