@@ -9,14 +9,13 @@ from typing import Any
 from psycopg_pool import ConnectionPool
 
 from outbox.message import Message
-from outbox.settings import WorkerSettings
 
 
 @dataclass(frozen=True)
 class Context:
-    """One attempt at one row, and what the worker lends for it."""
+    """One attempt at one row, and what the worker lends for it. It has no settings: no handler gets a password."""
 
-    row: int
+    row_id: int
     """The outbox row's id: the same at every attempt, so whatever is derived from it is too."""
     attempt: int
     """1 at the first attempt."""
@@ -28,7 +27,6 @@ class Context:
     is to be had in 10 s, let the `PoolTimeout` through: the row is given back, and the attempt does not count."""
     send: Callable[[EmailMessage | Message], None]
     """Sends a mail; raises SkipRetry where the server says that the mailbox will never do."""
-    settings: WorkerSettings
 
     @property
     def remaining(self) -> float:

@@ -2,18 +2,51 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 from outbox.postgres import Connection
 from outbox.queries import query
-
-Row = dict[str, Any]
+from outbox.row import named
 
 BATCH = 500
 """Rows that one transaction locks: workers and other operators wait for no more than these."""
 
 PAYLOAD_LIMIT = 100
 """Characters of a payload that a list shows."""
+
+
+class ListedRow(NamedTuple):
+    """A dead row as a list shows it."""
+
+    id: int
+    task: str
+    attempts: int
+    max_retries: int
+    age: float | None
+    """Seconds since the last attempt began, if one has."""
+    last_error: str | None
+    payload: str
+    """JSON; of one that is longer than `PAYLOAD_LIMIT`, one character more than that."""
+
+
+class ShownRow(NamedTuple):
+    """All of one row, in texts for people and in one for programs."""
+
+    status: str
+    task: str
+    queue: str
+    attempts: int
+    max_retries: int
+    last_error: str | None
+    worker: str | None
+    unique_key: str | None
+    request_id: str | None
+    created_at: str
+    started_at: str | None
+    payload: str
+    """JSON, indented."""
+    document: str
+    """JSON: an object with the table's columns."""
 
 
 def count(connection: Connection, task: str | None) -> int:
@@ -23,14 +56,10 @@ def count(connection: Connection, task: str | None) -> int:
     return int(found["rows"])
 
 
-def newest(connection: Connection, task: str | None, limit: int) -> list[Row]:
-    """Returns the newest dead rows, a line's worth of each.
-
-    `age` is seconds since the last attempt began, or None. `payload` is text: of one that is longer than
-    `PAYLOAD_LIMIT`, one character more than that.
-    """
+def newest(connection: Connection, task: str | None, limit: int) -> list[ListedRow]:
+    """Returns the newest dead rows, a line's worth of each."""
     parameters = {"task": task, "limit": limit, "payload_limit": PAYLOAD_LIMIT + 1}
-    return connection.execute(query("list_dead"), parameters).fetchall()
+    return connection.cursor(row_factory=named(ListedRow)).execute(query("list_dead"), parameters).fetchall()
 
 
 def newest_json(connection: Connection, task: str | None, limit: int) -> list[str]:
@@ -40,10 +69,10 @@ def newest_json(connection: Connection, task: str | None, limit: int) -> list[st
         return [row["document"] for row in rows]
 
 
-def read(connection: Connection, row: int) -> Row | None:
-    """Returns all of one row, dead or not: in texts for people, and as JSON in `document`."""
+def read(connection: Connection, row_id: int) -> ShownRow | None:
+    """Returns all of one row, dead or not; None where there is none."""
     with _in_utc(connection):
-        return connection.execute(query("show_row"), {"id": row}).fetchone()
+        return connection.cursor(row_factory=named(ShownRow)).execute(query("show_row"), {"id": row_id}).fetchone()
 
 
 def ids(connection: Connection, task: str | None) -> list[int]:

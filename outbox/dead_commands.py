@@ -14,6 +14,7 @@ from outbox import dead_table, pooler, postgres
 from outbox.errors import NotDeadError, UsageError
 from outbox.postgres import Connection
 from outbox.printable import ascii_json, printable
+from outbox.row import Status
 from outbox.settings import DatabaseSettings
 
 _LARGEST_ID = 2**63 - 1
@@ -82,10 +83,10 @@ def show(row: int, *, as_json: bool) -> None:
     """
     with _database() as connection:
         found = letters.read(connection, row)
-    if found is None or found["status"] != "dead":
-        raise _not_dead({row: found["status"] if found else None})
+    if found is None or found.status != Status.DEAD:
+        raise _not_dead({row: found.status if found else None})
     if as_json:
-        click.echo(ascii_json(found["document"]))
+        click.echo(ascii_json(found.document))
     else:
         dead_table.print_row(row, found)
 

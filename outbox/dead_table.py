@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from outbox.dead import PAYLOAD_LIMIT, Row
+from outbox.dead import PAYLOAD_LIMIT, ListedRow, ShownRow
 from outbox.printable import printable, printable_json
 
 _COLUMNS = {"task": 0, "error": 0, "payload": 70, "last tried": 100}
@@ -16,53 +16,53 @@ _UNLIMITED = 1_000_000
 """Columns of what is no terminal: nothing is cut."""
 
 
-def print_list(rows: list[Row]) -> None:
+def print_list(rows: list[ListedRow]) -> None:
     """Prints a line per row of `dead.newest`. A terminal that is too narrow cuts everything but the ids."""
     console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="none" if console.no_color else "bold")
-    table.add_column("id", no_wrap=True, min_width=len(str(rows[0]["id"])))  # the newest has the longest
+    table.add_column("id", no_wrap=True, min_width=len(str(rows[0].id)))  # the newest has the longest
     table.add_column("attempts", no_wrap=True)
     for name, least_width in _COLUMNS.items():
         if console.width >= least_width:
             table.add_column(name)
     for row in rows:
         cells = [
-            str(row["id"]),
+            str(row.id),
             _attempts(row),
-            printable(row["task"]),
-            printable(row["last_error"] or ""),
-            printable_json(_shortened(row["payload"])),
-            _ago(row["age"]),
+            printable(row.task),
+            printable(row.last_error or ""),
+            printable_json(_shortened(row.payload)),
+            _ago(row.age),
         ]
         # Text is never markup. It is the cells and not the columns that say no_wrap, so that these columns give way.
         table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells[: len(table.columns)]))
     _print(console, table)
 
 
-def print_row(row: int, found: Row) -> None:
+def print_row(row_id: int, found: ShownRow) -> None:
     """Prints all of one row of `dead.read`."""
     grid = Table.grid(padding=(0, 2))
     for label, value in {
-        "row": str(row),
-        "task": found["task"],
-        "queue": found["queue"],
-        "error": found["last_error"],
+        "row": str(row_id),
+        "task": found.task,
+        "queue": found.queue,
+        "error": found.last_error,
         "attempts": _attempts(found),
-        "created": found["created_at"],
-        "last tried": found["started_at"],
-        "by worker": found["worker"],
-        "request id": found["request_id"],
-        "unique key": found["unique_key"],
+        "created": found.created_at,
+        "last tried": found.started_at,
+        "by worker": found.worker,
+        "request id": found.request_id,
+        "unique key": found.unique_key,
         "payload": "",
     }.items():
         if value is not None:
             grid.add_row(label, Text(printable(value), overflow="fold"))
     _print(_console(), grid)
-    click.echo(printable_json(found["payload"]))
+    click.echo(printable_json(found.payload))
 
 
-def _attempts(row: Row) -> str:
-    return f"{row['attempts']}/{row['max_retries'] + 1}"
+def _attempts(row: ListedRow | ShownRow) -> str:
+    return f"{row.attempts}/{row.max_retries + 1}"
 
 
 def _ago(seconds: float | None) -> str:

@@ -16,21 +16,21 @@ _JOB_ID = re.compile(rb"([1-9][0-9]{0,18})-([1-9][0-9]{0,9})")
 class Delivery(NamedTuple):
     """One hand-over of one row: the fence that every later write names."""
 
-    row: int
+    row_id: int
     number: int
 
     @property
     def job_id(self) -> str:
         """The id of the RQ job; letters, digits, '_' and '-' are all that RQ allows in one."""
-        return f"{self.row}-{self.number}"
+        return f"{self.row_id}-{self.number}"
 
     @classmethod
     def parse(cls, job_id: bytes) -> "Delivery | None":
         """Reads a job id as Redis returns it; None for one that no relay has written."""
         if not (match := _JOB_ID.fullmatch(job_id)):
             return None
-        row, number = int(match[1]), int(match[2])
-        return cls(row, number) if row < 2**63 and number < 2**31 else None
+        row_id, number = int(match[1]), int(match[2])
+        return cls(row_id, number) if row_id < 2**63 and number < 2**31 else None
 
 
 class OutboxJob(Job):

@@ -79,13 +79,13 @@ def _what_is_wrong(function: Callable[..., object]) -> str | None:
 Registry = Mapping[str, Handler[Any]]
 
 
-def load_registry(modules: Iterable[str | ModuleType]) -> Registry:
-    """Collects the handlers that the modules declare, by the name of their task.
+def load_registry(modules: Iterable[str | ModuleType], own: Iterable[Handler[Any]] = ()) -> Registry:
+    """Collects the handlers that the modules declare, and those that are given, by the name of their task.
 
     Raises:
         TaskError: a module cannot be imported or declares no handler, or two handlers claim one task.
     """
-    registry: dict[str, Handler[Any]] = {}
+    registry = {given.task.name: given for given in own}
     for name in modules:
         module = _imported(name) if isinstance(name, str) else name
         handlers = [found for found in vars(module).values() if isinstance(found, Handler)]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 from rq.job import Job
@@ -13,6 +13,7 @@ from outbox import logs
 from outbox.jobs import OutboxJob, deliver, queue_key
 from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.row import named
 from outbox.settings import RelaySettings
 from relay.repair import CANARY
 from relay.schedule import SCHEDULED_JOBS
@@ -61,7 +62,24 @@ end
 if #scheduled > 0 then redis.call('ZADD', schedule, unpack(scheduled)) end
 """
 
-Row = dict[str, Any]
+
+class Published(NamedTuple):
+    """A row of the statement `publish`: handed over, once its transaction commits."""
+
+    id: int
+    delivery: int
+    task: str
+    queue: str
+    max_retries: int
+    timeout: int
+    """Seconds."""
+    request_id: str | None
+    payload: str
+    """As much of it as a log line shows, as JSON; empty where nothing is logged."""
+    scheduled: bool
+    """Whether its time has not come."""
+    run_at: float
+    """Seconds since the epoch."""
 
 
 def publish(
@@ -100,7 +118,7 @@ def publish(
         if limit == 1 and tried is not None:
             tried += [row["id"] for row in connection.execute(query("first_pending"), pending)]
         # Of thousands of rows, numbers that need not be read from text are a fifth of what psycopg takes.
-        cursor = connection.cursor(binary=True)
+        cursor = connection.cursor(binary=True, row_factory=named(Published))
         rows = cursor.execute(
             query("publish"),
             {
@@ -112,30 +130,30 @@ def publish(
             },
         ).fetchall()
         if rows:
-            rows.sort(key=lambda row: (row["run_at"], row["id"]))
+            rows.sort(key=lambda row: (row.run_at, row.id))
             write_jobs(client, rows)
     _tell(rows)
     return len(rows)
 
 
-def _tell(rows: list[Row]) -> None:
+def _tell(rows: list[Published]) -> None:
     log = logs.get()
     if not log.is_enabled_for(logging.INFO):
         return
     for row in rows:
         log.info(
             "enqueued task",
-            type=row["task"],
-            queue=row["queue"],
-            max_retry=row["max_retries"],
-            payload=logs.stored(row["payload"]),
-            row=row["id"],
-            delivery=row["delivery"],
-            request_id=row["request_id"],
+            type=row.task,
+            queue=row.queue,
+            max_retry=row.max_retries,
+            payload=logs.stored(row.payload),
+            row=row.id,
+            delivery=row.delivery,
+            request_id=row.request_id,
         )
 
 
-def write_jobs(client: redis.Redis, rows: list[Row]) -> None:
+def write_jobs(client: redis.Redis, rows: list[Published]) -> None:
     """Writes one queue's rows as RQ jobs, in one transaction: due ones into the queue, others into rq-scheduler's set.
 
     RQ itself writes one job, and a script in Redis fills in what differs: building an RQ job costs more than all else
@@ -144,7 +162,7 @@ def write_jobs(client: redis.Redis, rows: list[Row]) -> None:
     The write that goes first makes a server that is full refuse them all. Redis refuses to queue anything then; Valkey
     9 queues a script, and once the script has deleted a key it may write past `maxmemory`.
     """
-    queue = rows[0]["queue"]
+    queue = rows[0].queue
     shared = _shared_fields(client, queue)
     fields: list[Any] = [part for name in sorted(shared) for part in (name, shared[name])]
     prefix, called = Job.redis_job_namespace_prefix, f"{deliver.__module__}.{deliver.__qualname__}"
@@ -165,5 +183,5 @@ def _shared_fields(client: redis.Redis, queue: str) -> dict[str, Any]:
     return {name: value for name, value in job.to_dict().items() if name not in _OWN_FIELDS}
 
 
-def _own_parts(row: Row) -> tuple[int, int, str, int, float | str]:
-    return row["id"], row["delivery"], row["task"], row["timeout"], row["run_at"] if row["scheduled"] else ""
+def _own_parts(row: Published) -> tuple[int, int, str, int, float | str]:
+    return row.id, row.delivery, row.task, row.timeout, row.run_at if row.scheduled else ""

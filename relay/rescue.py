@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import psycopg
 
@@ -15,6 +15,7 @@ from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.row import Status, named
 from outbox.settings import LONGEST_LEASE
 
 BATCH = 1000
@@ -31,8 +32,37 @@ IMPOSSIBLE_LEASE = LONGEST_LEASE + 60.0
 REFUSED_PAUSE = 60.0
 """Seconds until a row is tried again whose rescue Postgres has refused."""
 
+_VANISHED = "the worker {} vanished: it did not renew its lease in time"
+
 _MARGIN = 0.05
 """Seconds by which the second look may come early."""
+
+
+class Expired(NamedTuple):
+    """A row of the statement `expired`: its lease has passed."""
+
+    id: int
+    delivery: int
+    task: str
+    queue: str
+    worker: str
+    attempts: int
+    max_retries: int
+    request_id: str | None
+
+    @property
+    def key(self) -> Delivery:
+        """Which attempt this is of which row."""
+        return Delivery(self.id, self.delivery)
+
+
+class Rescued(NamedTuple):
+    """An expired row, and what becomes of it."""
+
+    row: Expired
+    status: Status
+    delay: float
+    """Seconds until the next attempt."""
 
 
 class LateError(OutboxError):
@@ -109,7 +139,7 @@ class Rescue:
         now = time.monotonic()
         is_paused = now < self._from
         batch = 1 if is_paused else self._batch
-        expired: list[dict[str, Any]] = []
+        expired: list[Expired] = []
         try:
             with connection.transaction():
                 connection.execute(query("limit_wait"))
@@ -129,67 +159,63 @@ class Rescue:
         if taken:
             self._batch = min(BATCH, 2 * self._batch)
             connection.execute(query("notify_relays"))
-        for row in taken:
-            del self._seen_at[_delivery(row)]
-            _tell(row)
+        for rescued in taken:
+            del self._seen_at[rescued.row.key]
+            _tell(rescued)
         if len(taken) == batch:
             return 0  # a busy worker has left more
         return self.settling + _MARGIN if expired else math.inf
 
-    def _expired(self, connection: Connection, batch: int, now: float) -> list[dict[str, Any]]:
+    def _expired(self, connection: Connection, batch: int, now: float) -> list[Expired]:
         """Returns expired rows, but for those that Postgres has refused lately: they must not keep others from it."""
         self._refused = {delivery: at for delivery, at in self._refused.items() if now - at < REFUSED_PAUSE}
         found = {
             "batch": batch,
             "impossible_lease": IMPOSSIBLE_LEASE,
-            "refused": [delivery.row for delivery in self._refused],
+            "refused": [delivery.row_id for delivery in self._refused],
         }
-        return connection.execute(query("expired"), found).fetchall()
+        return connection.cursor(row_factory=named(Expired)).execute(query("expired"), found).fetchall()
 
-    def _take_settled(self, connection: Connection, expired: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
-        self._seen_at = {_delivery(row): self._seen_at.get(_delivery(row), now) for row in expired}
-        settled: list[dict[str, Any]] = []
-        unsettled: list[dict[str, Any]] = []
-        for row in expired:
-            is_settled = now - self._seen_at[_delivery(row)] >= self.settling
-            (settled if is_settled else unsettled).append(row)
-        self._touch(connection, unsettled)
-        taken: list[dict[str, Any]] = []
+    def _take_settled(self, connection: Connection, expired: list[Expired], now: float) -> list[Rescued]:
+        self._seen_at = {row.key: self._seen_at.get(row.key, now) for row in expired}
+        settled = [row for row in expired if now - self._seen_at[row.key] >= self.settling]
+        self._touch(connection, [row for row in expired if now - self._seen_at[row.key] < self.settling])
+        taken: list[Rescued] = []
 
-        def take(rows: Sequence[dict[str, Any]]) -> None:
+        def take(some: Sequence[Rescued]) -> None:
             with connection.transaction():
                 connection.execute(
                     query("rescue"),
                     {
-                        "ids": [row["id"] for row in rows],
-                        "statuses": [row["status"] for row in rows],
-                        "delays": [row["delay"] for row in rows],
+                        "ids": [row.id for row, _, _ in some],
+                        "statuses": [status for _, status, _ in some],
+                        "delays": [delay for _, _, delay in some],
                         "errors": [
-                            f"the worker {row['worker']} vanished: it did not renew its lease in time" for row in rows
+                            f"the worker {row.worker} vanished: it did not renew its lease in time"
+                            for row, _, _ in some
                         ],
                     },
                 )
-            taken.extend(rows)
+            taken.extend(some)
 
-        for row in settled:
-            _decide(row)
-        self._refuse(write_by_halves(settled, take))
+        refused = write_by_halves([_decide(row) for row in settled], take)
+        self._refuse([(rescued.row, error) for rescued, error in refused])
         return taken
 
-    def _touch(self, connection: Connection, rows: list[dict[str, Any]]) -> None:
+    def _touch(self, connection: Connection, rows: list[Expired]) -> None:
         """Writes rows as they are, to see whether their workers could have."""
 
-        def touch(some: Sequence[dict[str, Any]]) -> None:
+        def touch(some: Sequence[Expired]) -> None:
             with connection.transaction():
-                connection.execute(query("touch_leases"), {"ids": [row["id"] for row in some]})
+                connection.execute(query("touch_leases"), {"ids": [row.id for row in some]})
 
         self._refuse(write_by_halves(rows, touch))
 
-    def _refuse(self, refused: list[tuple[dict[str, Any], Exception]]) -> None:
+    def _refuse(self, refused: list[tuple[Expired, Exception]]) -> None:
         if not refused:
             return
-        self._refused |= {_delivery(row): time.monotonic() for row, _ in refused}
-        rows, (_, error) = sorted(row["id"] for row, _ in refused), refused[0]
+        self._refused |= {row.key: time.monotonic() for row, _ in refused}
+        rows, (_, error) = sorted(row.id for row, _ in refused), refused[0]
         logs.get().error("rows cannot be rescued", rows=rows, error=one_line(error))
 
 
@@ -198,13 +224,9 @@ def _check_in_time(begun: float) -> None:
         raise LateError(f"it took longer than {LATE:.0f} s")
 
 
-def _delivery(row: dict[str, Any]) -> Delivery:
-    return Delivery(row["id"], row["delivery"])
-
-
-def _decide(row: dict[str, Any]) -> None:
-    row["status"] = "dead" if row["attempts"] > row["max_retries"] else "pending"
-    row["delay"] = _delay(row["attempts"])
+def _decide(row: Expired) -> Rescued:
+    status = Status.DEAD if row.attempts > row.max_retries else Status.PENDING
+    return Rescued(row, status, _delay(row.attempts))
 
 
 def _delay(attempts: int) -> float:
@@ -216,15 +238,16 @@ def _delay(attempts: int) -> float:
     return retry_delay(attempts - 1) if attempts > 1 else 0.0
 
 
-def _tell(row: dict[str, Any]) -> None:
+def _tell(rescued: Rescued) -> None:
+    row = rescued.row
     logs.get().warning(
         "rescued row",
-        type=row["task"],
-        queue=row["queue"],
-        row=row["id"],
-        delivery=row["delivery"],
-        attempt=row["attempts"],
-        status=row["status"],
-        next_try=round(row["delay"], 1) if row["status"] == "pending" else None,
-        request_id=row["request_id"],
+        type=row.task,
+        queue=row.queue,
+        row=row.id,
+        delivery=row.delivery,
+        attempt=row.attempts,
+        status=rescued.status.value,
+        next_try=round(rescued.delay, 1) if rescued.status is Status.PENDING else None,
+        request_id=row.request_id,
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import redis
 
@@ -14,6 +14,7 @@ from outbox.jobs import Delivery, intermediate_key, queue_key
 from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.redis import TooLongError
+from outbox.row import named
 from outbox.settings import RelaySettings
 from relay.batches import LeftOut
 from relay.repair import CANARY, drop_long_ids
@@ -42,6 +43,35 @@ LEFT_OUT = 60.0
 """Seconds until a row is tried again that Postgres refuses to take back."""
 
 
+class Candidate(NamedTuple):
+    """A row of the statement `sweep_candidates`: handed over a while ago, and claimed by no worker."""
+
+    id: int
+    delivery: int
+    queue: str
+    run_at: float
+    """Seconds since the epoch."""
+    overdue: float
+    """Seconds since `run_at`."""
+    age: float
+    """Seconds since it was handed over."""
+
+    @property
+    def key(self) -> Delivery:
+        """Which hand-over this is of which row."""
+        return Delivery(self.id, self.delivery)
+
+
+class Swept(NamedTuple):
+    """A row of the statement `sweep`: taken back."""
+
+    id: int
+    delivery: int
+    task: str
+    queue: str
+    request_id: str | None
+
+
 @dataclass
 class Held:
     """What Redis held at one moment."""
@@ -53,15 +83,14 @@ class Held:
     scheduled: dict[Delivery, float] = field(default_factory=dict)
     """When each comes due, in seconds since the epoch."""
 
-    def keeps(self, row: dict[str, Any]) -> bool:
+    def keeps(self, row: Candidate) -> bool:
         """Whether the row will be offered to a worker without our doing, as far as Redis knows."""
-        delivery = Delivery(row["id"], row["delivery"])
-        if delivery in self.queued[row["queue"]]:
+        if row.key in self.queued[row.queue]:
             return True
-        if delivery in self.popping[row["queue"]] and row["age"] < POPPING_LIMIT:
+        if row.key in self.popping[row.queue] and row.age < POPPING_LIMIT:
             return True
-        is_scheduled = delivery in self.scheduled and self.scheduled[delivery] <= row["run_at"] + LATENESS
-        return is_scheduled and min(row["age"], row["overdue"]) < MOVING_LIMIT
+        is_scheduled = row.key in self.scheduled and self.scheduled[row.key] <= row.run_at + LATENESS
+        return is_scheduled and min(row.age, row.overdue) < MOVING_LIMIT
 
 
 class Sweep:
@@ -103,45 +132,46 @@ class Sweep:
         """
         left_out = set(self._left_out.rows())
         ages = {"grace": self._settings.sweep_grace, "clock_error": CLOCK_ERROR}
-        candidates = connection.execute(query("sweep_candidates"), ages).fetchall()
+        cursor = connection.cursor(row_factory=named(Candidate))
+        candidates = cursor.execute(query("sweep_candidates"), ages).fetchall()
         if not candidates:
             return 0
         # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.
-        queues = {row["queue"] for row in candidates}
+        queues = {row.queue for row in candidates}
         try:
             held = held_deliveries(self._client, queues)
         except TooLongError:
             drop_long_ids(self._client, _keys(queues))
             return 0
-        candidates = [row for row in candidates if row["id"] not in left_out]
-        self._missing = [Delivery(row["id"], row["delivery"]) for row in candidates if not held.keeps(row)]
+        self._missing = [row.key for row in candidates if row.id not in left_out and not held.keeps(row)]
         return len(self._missing)
 
     def take_back(self, connection: Connection) -> int:
         """Returns a batch of what was missing to `pending`, unless it moved since, and how many rows those were."""
         missing, self._missing = self._missing, []
-        swept: list[dict[str, Any]] = []
+        swept: list[Swept] = []
+        cursor = connection.cursor(row_factory=named(Swept))
 
         def sweep(some: Sequence[Delivery]) -> None:
-            ids, deliveries = [delivery.row for delivery in some], [delivery.number for delivery in some]
-            swept.extend(connection.execute(query("sweep"), {"ids": ids, "deliveries": deliveries}).fetchall())
+            ids, deliveries = [delivery.row_id for delivery in some], [delivery.number for delivery in some]
+            swept.extend(cursor.execute(query("sweep"), {"ids": ids, "deliveries": deliveries}).fetchall())
 
         with self._size.trial(len(missing)) as most:
             refused = write_by_halves(missing[:most], sweep)
         self._missing = missing[most:]
         if refused:
-            self._left_out.add([delivery.row for delivery, _ in refused], refused[0][1])
+            self._left_out.add([delivery.row_id for delivery, _ in refused], refused[0][1])
         if swept:
             connection.execute(query("notify_relays"))
         log = logs.get()
         for row in swept:
             log.warning(
                 "swept row",
-                type=row["task"],
-                queue=row["queue"],
-                row=row["id"],
-                delivery=row["delivery"],
-                request_id=row["request_id"],
+                type=row.task,
+                queue=row.queue,
+                row=row.id,
+                delivery=row.delivery,
+                request_id=row.request_id,
             )
         return len(swept)
 

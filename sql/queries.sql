@@ -481,7 +481,7 @@ WITH locked AS MATERIALIZED (
 )
 SELECT id, delivery, task, CASE WHEN claimed.id IS NOT NULL THEN payload::text END AS payload, queue, attempt, max_retries,
        timeout, request_id, extract(epoch FROM pg_catalog.now() - unhandled_since)::float8 AS unhandled_for, status,
-       claimed.id IS NOT NULL AS claimed, free
+       claimed.id IS NOT NULL AS is_claimed, free AS is_free
 FROM locked LEFT JOIN claimed USING (id);
 
 
@@ -506,7 +506,7 @@ WHERE id = ANY (ARRAY(
     JOIN unnest(%(ids)s::bigint[], %(deliveries)s::integer[]) AS job (id, delivery) USING (id, delivery)
     WHERE status = 'running' AND worker = %(worker)s
 ))
-RETURNING id, delivery;
+RETURNING id AS row_id, delivery AS number;
 
 
 -- name: complete
@@ -537,7 +537,7 @@ SET status = outcome.status,
                                THEN coalesce(unhandled_since, pg_catalog.now()) END
 FROM outcome
 WHERE outbox.id = outcome.id
-RETURNING outbox.id, outbox.delivery;
+RETURNING outbox.id AS row_id, outbox.delivery AS number;
 
 
 -- name: not_completed

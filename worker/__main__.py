@@ -22,7 +22,7 @@ def main() -> None:
     logs.configure("worker", settings.log_level, settings.log_format)
     encryption.tell_of_plain_text(settings.database_url, redis_url=settings.redis_url, smtp_server=settings.smtp_server)
     try:
-        handlers = registry(settings.handlers)
+        handlers = registry(settings)
     except TaskError as error:
         raise SettingsError(f"OUTBOX_HANDLERS is wrong: {error}") from error
     open_files.provide(

@@ -18,6 +18,7 @@ from outbox.errors import HandlerError, NotNowError, OutboxError, PayloadError, 
 from outbox.outage import one_line
 from outbox.postgres import is_outage
 from outbox.registry import Handler, Registry
+from outbox.row import Status
 from outbox.tally import Tally
 from worker.claim import Claim
 from worker.outcome import Attempted, Outcome
@@ -40,31 +41,38 @@ class _NotHandledError(OutboxError):
         self.event = event
 
 
-def attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
-    """Runs the row's handler and returns what became of it; whatever the handler raises ends here."""
+def attempt(claim: Claim, registry: Registry, context: Context, unhandled_grace: float) -> Attempted:
+    """Runs the row's handler and returns what became of it; whatever the handler raises ends here.
+
+    Args:
+        claim: the row.
+        registry: the handlers of this worker.
+        context: what the handler is given.
+        unhandled_grace: seconds for which a row is given back that this worker cannot handle; then it is dead.
+    """
     # In a context of its own: what a handler binds there, for the log or otherwise, is no other row's.
     own = copy_context()
-    outcome, report = own.run(_attempt, claim, registry, context)
+    outcome, report = own.run(_attempt, claim, registry, context, unhandled_grace)
     return Attempted(outcome, report and partial(own.run, report))
 
 
-def _attempt(claim: Claim, registry: Registry, context: Context) -> Attempted:
-    logs.bind(type=claim.task, row=claim.delivery.row, delivery=claim.delivery.number, request_id=claim.request_id)
+def _attempt(claim: Claim, registry: Registry, context: Context, unhandled_grace: float) -> Attempted:
+    logs.bind(type=claim.task, row=claim.delivery.row_id, delivery=claim.delivery.number, request_id=claim.request_id)
     deadline.limit(context.deadline)
     started = time.monotonic()
     try:
         fields = _call(claim, registry, context)
     except _NotHandledError as error:
-        return _not_handled(claim, error, context.settings.unhandled_grace)
+        return _not_handled(claim, error, unhandled_grace)
     except SkipRetry as error:
         # A payload or a mail server may have made the text long, or put into it what Postgres cannot store.
         return _dead(claim, _sentence(error), error)
     except NotNowError as error:
         # No line: whoever finds a server away says so once, and each of its rows would say it again.
-        return Attempted(Outcome(claim.delivery, "pending", claim.attempt - 1, NOT_NOW_DELAY, _text(error)), None)
+        return Attempted(Outcome(claim.delivery, Status.PENDING, claim.attempt - 1, NOT_NOW_DELAY, _text(error)), None)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler must end neither the thread nor the row
         return _failed(claim, error)
-    outcome = Outcome(claim.delivery, "done", claim.attempt)
+    outcome = Outcome(claim.delivery, Status.DONE, claim.attempt)
     if not logs.get().is_enabled_for(logging.INFO):
         return Attempted(outcome, None)
     return Attempted(outcome, partial(_report_done, claim, fields, round(time.monotonic() - started, 6)))
@@ -107,7 +115,7 @@ def _not_handled(claim: Claim, error: _NotHandledError, grace: float) -> Attempt
     if unhandled_for >= grace:
         return _dead(claim, text, error)
     delay = unhandled_delay(unhandled_for, _unhandled_pace.wait())
-    outcome = Outcome(claim.delivery, "pending", claim.attempt, delay, text, unhandled=True)
+    outcome = Outcome(claim.delivery, Status.PENDING, claim.attempt, delay, text, unhandled=True)
     if not (times := _unhandled.count(claim.task, text)):
         return Attempted(outcome, None)
     return Attempted(outcome, partial(logs.get().error, error.event, error=text, times=times, next_try=round(delay, 1)))
@@ -137,7 +145,7 @@ def _failed(claim: Claim, error: BaseException) -> Attempted:
         next_try=round(delay, 1),
         **_traced(error),
     )
-    return Attempted(Outcome(claim.delivery, "pending", claim.attempt, delay, text), report)
+    return Attempted(Outcome(claim.delivery, Status.PENDING, claim.attempt, delay, text), report)
 
 
 def _dead(claim: Claim, text: str, error: BaseException) -> Attempted:
@@ -149,7 +157,7 @@ def _dead(claim: Claim, text: str, error: BaseException) -> Attempted:
         next_try=None,
         **_traced(error),
     )
-    return Attempted(Outcome(claim.delivery, "dead", claim.attempt, error=text), report)
+    return Attempted(Outcome(claim.delivery, Status.DEAD, claim.attempt, error=text), report)
 
 
 def _traced(error: BaseException) -> dict[str, Any]:

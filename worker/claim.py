@@ -1,15 +1,14 @@
 """Claiming rows: from "Redis says so" to "this worker holds the lease"."""
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
-
-from psycopg.rows import tuple_row
+from typing import NamedTuple
 
 from outbox import logs
 from outbox.halving import write_by_halves
 from outbox.jobs import Delivery
 from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.row import Status, named
 
 MOST_BYTES = 1_000_000
 """Bytes of payloads, as they are stored, at which a claim takes no further row. Postgres stores them compressed, and as
@@ -32,6 +31,26 @@ class Claim(NamedTuple):
     request_id: str | None
     unhandled_for: float | None = None
     """Seconds since a worker first gave the row back because it could not handle it, if none has handled it since."""
+
+
+class _Found(NamedTuple):
+    """A row of the statement `claim`: what there is under the id of a job."""
+
+    id: int
+    delivery: int
+    task: str
+    payload: str
+    """Empty where the row is not claimed."""
+    queue: str
+    attempt: int
+    max_retries: int
+    timeout: int
+    request_id: str | None
+    unhandled_for: float | None
+    status: str
+    is_claimed: bool
+    is_free: bool
+    """Whether it could be claimed, though perhaps not in this statement."""
 
 
 def claim(
@@ -64,19 +83,19 @@ def claim(
             a row that was locked for over a second, say; then nothing is claimed.
     """
     distinct = set(deliveries)
-    held_rows = {delivery.row for delivery in held}
-    wanted = sorted(delivery for delivery in distinct if delivery.row not in held_rows)
+    held_rows = {delivery.row_id for delivery in held}
+    wanted = sorted(delivery for delivery in distinct if delivery.row_id not in held_rows)
     if len(wanted) < len(distinct):
         for delivery in sorted(distinct.difference(wanted)):
             logs.get().warning("dropped job", job=delivery.job_id, why="this worker holds that row already")
     if not wanted:
         return []
-    rows = (
-        connection.cursor(row_factory=tuple_row)
+    found = (
+        connection.cursor(row_factory=named(_Found))
         .execute(
             query("claim"),
             {
-                "ids": [delivery.row for delivery in wanted],
+                "ids": [delivery.row_id for delivery in wanted],
                 "deliveries": [delivery.number for delivery in wanted],
                 "worker": worker,
                 "lease": lease,
@@ -85,14 +104,28 @@ def claim(
         )
         .fetchall()
     )
-    claims = [Claim(Delivery(row, number), *rest) for row, number, *rest, _, is_claimed, _ in rows if is_claimed]
+    claims = [
+        Claim(
+            Delivery(row.id, row.delivery),
+            row.task,
+            row.payload,
+            row.queue,
+            row.attempt,
+            row.max_retries,
+            row.timeout,
+            row.request_id,
+            row.unhandled_for,
+        )
+        for row in found
+        if row.is_claimed
+    ]
     if len(claims) < len(wanted):
         left = set(wanted) - {claimed.delivery for claimed in claims}
         if put_off is not None:
-            free = {Delivery(row, number) for row, number, *_, is_free in rows if is_free}
+            free = {Delivery(row.id, row.delivery) for row in found if row.is_free}
             put_off += sorted(left & free)
             left -= free
-        _tell_of_dropped(rows, left)
+        _tell_of_dropped(found, left)
     return claims
 
 
@@ -121,22 +154,22 @@ def claim_free(
         claims.extend(claimed)
 
     with connection.transaction():
-        found = connection.execute(query("lock_free"), {"ids": [delivery.row for delivery in deliveries]})
+        found = connection.execute(query("lock_free"), {"ids": [delivery.row_id for delivery in deliveries]})
         free = {row["id"] for row in found}
-        refused = write_by_halves([delivery for delivery in deliveries if delivery.row in free], claim_some)
+        refused = write_by_halves([delivery for delivery in deliveries if delivery.row_id in free], claim_some)
     return claims, refused
 
 
-def _tell_of_dropped(rows: list[tuple[Any, ...]], dropped: set[Delivery]) -> None:
-    found = {row: (newest, status) for row, newest, *_, status, _, _ in rows}
+def _tell_of_dropped(found: Iterable[_Found], dropped: set[Delivery]) -> None:
+    by_id = {row.id: row for row in found}
     for delivery in sorted(dropped):
-        newest, status = found.get(delivery.row, (None, None))
-        if newest is None:
+        row = by_id.get(delivery.row_id)
+        if row is None:
             why = "there is no such row"
-        elif newest != delivery.number:
-            why = f"the row's newest delivery is {newest}"
-        elif status != "enqueued":
-            why = f"the row is {status}"
+        elif row.delivery != delivery.number:
+            why = f"the row's newest delivery is {row.delivery}"
+        elif row.status != Status.ENQUEUED:
+            why = f"the row is {row.status}"
         else:
             why = "the row is not due yet"
         logs.get().warning("dropped job", job=delivery.job_id, why=why)

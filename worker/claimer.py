@@ -98,7 +98,7 @@ class Claimer:
             event = "claim timed out waiting for a row lock" if is_lock else "claim refused"
             logs.get().warning(event, error=one_line(refusal), jobs=left)
         if refused:
-            rows, why = sorted(delivery.row for delivery, _ in refused), refused[0][1]
+            rows, why = sorted(delivery.row_id for delivery, _ in refused), refused[0][1]
             logs.get().error("rows cannot be claimed", rows=rows, error=one_line(why))
         return claims
 

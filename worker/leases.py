@@ -2,8 +2,6 @@
 
 from collections.abc import Collection, Sequence
 
-from psycopg.rows import tuple_row
-
 from outbox import logs
 from outbox.batch import BatchSize
 from outbox.halving import write_by_halves
@@ -11,6 +9,7 @@ from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.row import named
 from worker.in_flight import InFlight
 
 MOST_RENEWED = 10_000
@@ -52,11 +51,11 @@ class Leases:
 
     def _renew(self, connection: Connection, deliveries: Collection[Delivery]) -> None:
         self._missed = set(deliveries)
-        cursor = connection.cursor(row_factory=tuple_row)
+        cursor = connection.cursor(row_factory=named(Delivery))
 
         def renew(some: Sequence[Delivery]) -> None:
             cursor.execute(query("renew_leases"), {**columns(some), "lease": self._seconds, "worker": self._worker})
-            self._missed.difference_update(Delivery(*renewed) for renewed in cursor)
+            self._missed.difference_update(cursor)
 
         waiting = list(deliveries)
         refused: dict[Delivery, Exception] = {}
@@ -66,7 +65,7 @@ class Leases:
             del waiting[:most]
         self._missed -= refused.keys()  # their turn comes with the next renewal of all
         if new := refused.keys() - self._refused:
-            rows, error = sorted(delivery.row for delivery in new), next(iter(refused.values()))
+            rows, error = sorted(delivery.row_id for delivery in new), next(iter(refused.values()))
             logs.get().error("leases cannot be renewed", rows=rows, error=one_line(error))
             self._refused |= new
 
@@ -74,6 +73,6 @@ class Leases:
 def columns(deliveries: Collection[Delivery]) -> dict[str, list[int]]:
     """Returns deliveries as statements take them."""
     return {
-        "ids": [delivery.row for delivery in deliveries],
+        "ids": [delivery.row_id for delivery in deliveries],
         "deliveries": [delivery.number for delivery in deliveries],
     }

@@ -1,9 +1,10 @@
 """What becomes of an attempt, as it is written to the row."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from outbox.jobs import Delivery
+from outbox.row import Status
 from worker.claim import Claim
 
 
@@ -11,7 +12,8 @@ class Outcome(NamedTuple):
     """What became of an attempt, as it is written to the row."""
 
     delivery: Delivery
-    status: Literal["done", "pending", "dead"]
+    status: Status
+    """Done, pending or dead."""
     attempts: int | None
     """How many count from now on; None: one less, as the last has not begun."""
     delay: float = 0.0
@@ -31,12 +33,12 @@ class Attempted(NamedTuple):
 
 def given_back(claim: Claim) -> Outcome:
     """Returns the outcome of a row whose handler has not begun: another worker may have it, and no attempt counts."""
-    return Outcome(claim.delivery, "pending", claim.attempt - 1)
+    return Outcome(claim.delivery, Status.PENDING, claim.attempt - 1)
 
 
 def unanswered(delivery: Delivery) -> Outcome:
     """Returns the outcome of a row that this worker may have claimed, as its claim got no answer, and did not begin."""
-    return Outcome(delivery, "pending", None)
+    return Outcome(delivery, Status.PENDING, None)
 
 
 def cut_short(claim: Claim, error: str, leaving: float, backoff: float = 0.0) -> Outcome:
@@ -51,5 +53,5 @@ def cut_short(claim: Claim, error: str, leaving: float, backoff: float = 0.0) ->
         backoff: seconds more until the next attempt, if there is one.
     """
     if claim.attempt > claim.max_retries:
-        return Outcome(claim.delivery, "dead", claim.attempt, leaving, error)
-    return Outcome(claim.delivery, "pending", claim.attempt, leaving + backoff, error)
+        return Outcome(claim.delivery, Status.DEAD, claim.attempt, leaving, error)
+    return Outcome(claim.delivery, Status.PENDING, claim.attempt, leaving + backoff, error)

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import NamedTuple
 
 import psycopg
 from psycopg import Cursor
-from psycopg.rows import tuple_row
 
 from outbox import logs
 from outbox.batch import BatchSize
@@ -15,6 +14,7 @@ from outbox.jobs import Delivery
 from outbox.outage import one_line
 from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.row import Status, named
 from worker.in_flight import InFlight
 from worker.leases import columns
 from worker.outcome import Outcome
@@ -24,6 +24,14 @@ BATCH = 1000
 
 UNSTORABLE = "the text of the error cannot be stored"
 """The error of an outcome whose own text Postgres, or its encoding, refuses."""
+
+
+class _NotWritten(NamedTuple):
+    """A row of the statement `not_completed`."""
+
+    id: int
+    delivery: int
+    status: str
 
 
 class Outcomes:
@@ -82,7 +90,7 @@ class Outcomes:
         Raises:
             psycopg.Error: Postgres is away, or refuses for what is no row's fault; all is kept.
         """
-        cursor = connection.cursor(row_factory=tuple_row)
+        cursor = connection.cursor(row_factory=named(Delivery))
 
         def write(outcomes: Sequence[Outcome]) -> None:
             self._write(cursor, outcomes)
@@ -95,7 +103,7 @@ class Outcomes:
         if refused:
             self._refuse(dict(refused))
 
-    def _write(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
+    def _write(self, cursor: Cursor[Delivery], outcomes: Sequence[Outcome]) -> None:
         deliveries = [outcome.delivery for outcome in outcomes]
         try:
             cursor.execute(
@@ -107,14 +115,14 @@ class Outcomes:
                     "delays": [float(outcome.delay) for outcome in outcomes],
                     "attempts": [outcome.attempts for outcome in outcomes],
                     "errors": [outcome.error for outcome in outcomes],
-                    "unhandled": [outcome.delivery.row for outcome in outcomes if outcome.unhandled],
+                    "unhandled": [outcome.delivery.row_id for outcome in outcomes if outcome.unhandled],
                 },
             )
         except Exception as error:
             if cursor.connection.closed or not isinstance(error, psycopg.Error):
                 self._unanswered.update(deliveries)
             raise
-        written = {Delivery(*row) for row in cursor}
+        written = set(cursor)
         self._release(written)
         if len(written) < len(outcomes):
             self._sort_out(cursor, [outcome for outcome in outcomes if outcome.delivery not in written])
@@ -129,21 +137,21 @@ class Outcomes:
             self._unanswered -= deliveries
             self._refused = {delivery: kept for delivery, kept in self._refused.items() if delivery not in deliveries}
 
-    def _sort_out(self, cursor: Cursor[tuple[Any, ...]], outcomes: Sequence[Outcome]) -> None:
+    def _sort_out(self, cursor: Cursor[Delivery], outcomes: Sequence[Outcome]) -> None:
         """Puts off what could not be written because somebody has the row locked, and drops what is no longer ours.
 
         What an earlier try has written, though its answer was lost, is neither.
         """
-        found = cursor.execute(
+        found = cursor.connection.cursor(row_factory=named(_NotWritten)).execute(
             query("not_completed"), {**columns([outcome.delivery for outcome in outcomes]), "worker": self._worker}
         )
-        statuses = {Delivery(row, number): status for row, number, status in found}
-        locked = {outcome.delivery: outcome for outcome in outcomes if statuses.get(outcome.delivery) == "running"}
+        statuses = {Delivery(row.id, row.delivery): row.status for row in found}
+        locked = {outcome.delivery: outcome for outcome in outcomes if statuses.get(outcome.delivery) == Status.RUNNING}
         self._locked |= locked
         for delivery in locked:
             self._ready.pop(delivery, None)
         if new := locked.keys() - self._logged:
-            logs.get().warning("outcomes wait for a lock", rows=sorted(delivery.row for delivery in new))
+            logs.get().warning("outcomes wait for a lock", rows=sorted(delivery.row_id for delivery in new))
             self._logged |= new
         over = [outcome for outcome in outcomes if outcome.delivery not in locked]
         for outcome in over:
@@ -157,7 +165,7 @@ class Outcomes:
                 why = "an earlier write of it had no answer, and the row has gone on since"
             logs.get().warning(
                 "dropped outcome",
-                row=outcome.delivery.row,
+                row=outcome.delivery.row_id,
                 delivery=outcome.delivery.number,
                 status=outcome.status,
                 why=why,
@@ -168,7 +176,7 @@ class Outcomes:
         """Keeps outcomes, and the rows' leases: given to another worker, the rows would be done again in vain."""
         by_delivery = {outcome.delivery: outcome for outcome in refused}
         if new := by_delivery.keys() - self._refused.keys():
-            rows, error = sorted(delivery.row for delivery in new), next(iter(refused.values()))
+            rows, error = sorted(delivery.row_id for delivery in new), next(iter(refused.values()))
             logs.get().error("outcomes cannot be written", rows=rows, error=one_line(error))
         self._refused |= by_delivery
         for delivery in by_delivery:

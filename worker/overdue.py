@@ -48,7 +48,7 @@ class OverdueWatch:
         self._in_flight.give_back_waiting()
         if confirmed and {claim.delivery for claim in self._in_flight.unended()} <= self._logged & self._seen_at.keys():
             self._stop.hurry()  # there is nothing to wait for
-            rows = ", ".join(str(claim.delivery.row) for claim in confirmed)
+            rows = ", ".join(str(claim.delivery.row_id) for claim in confirmed)
             raise OverdueError(f"the handlers of rows {rows} do not end: start another worker")
         return True
 
@@ -57,7 +57,7 @@ def _log(claim: Claim) -> None:
     logs.get().error(
         "attempt is overdue",
         type=claim.task,
-        row=claim.delivery.row,
+        row=claim.delivery.row_id,
         delivery=claim.delivery.number,
         attempt=claim.attempt,
         timeout=claim.timeout,

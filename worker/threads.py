@@ -104,6 +104,8 @@ def _broken(claim: Claim, error: BaseException) -> Attempted:
     outcome = cut_short(claim, f"the attempt broke its thread: {type(error).__name__}", 0.0, BROKEN_DELAY)
 
     def report() -> None:
-        logs.get().error("attempt broke its thread", row=claim.delivery.row, error=type(error).__name__, exc_info=error)
+        logs.get().error(
+            "attempt broke its thread", row=claim.delivery.row_id, error=type(error).__name__, exc_info=error
+        )
 
     return Attempted(outcome, report)

@@ -191,14 +191,13 @@ class Worker:
     def _execute(self, claim: Claim) -> Attempted:
         """Runs one attempt, in a handler thread."""
         context = Context(
-            row=claim.delivery.row,
+            row_id=claim.delivery.row_id,
             attempt=claim.attempt,
             deadline=time.monotonic() + claim.timeout,
             database=self._database,
             send=AttemptMails(self._mailer).send,
-            settings=self._settings,
         )
-        attempted = attempt(claim, self._registry, context)
+        attempted = attempt(claim, self._registry, context, self._settings.unhandled_grace)
         if self._mailer.is_away:
             self._held_back.note(claim.queue, is_put_off=attempted.outcome.attempts != claim.attempt)
         return attempted
@@ -216,7 +215,7 @@ class Worker:
         time_left = COMPLETING_TIME if given_up else max(COMPLETING_TIME, deadline - time.monotonic())
         if lost := self._completer.close(time_left):
             # Their leases run out, and they are done again.
-            logs.get().warning("outcomes lost at shutdown", rows=[delivery.row for delivery in lost])
+            logs.get().warning("outcomes lost at shutdown", rows=[delivery.row_id for delivery in lost])
         if given_up:  # there is an exit to hurry to
             self._database.cancel(CANCELLING_TIME)
         else:

@@ -67,7 +67,7 @@ def live(connection: Connection, client: redis.Redis, settings: RelaySettings, b
 def _done(deliveries: Sequence[Delivery]) -> dict[str, Any]:
     count = len(deliveries)
     return {
-        "ids": [delivery.row for delivery in deliveries],
+        "ids": [delivery.row_id for delivery in deliveries],
         "deliveries": [delivery.number for delivery in deliveries],
         "worker": _WORKER,
         "statuses": ["done"] * count,

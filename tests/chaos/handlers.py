@@ -43,4 +43,4 @@ def take_large_payload(payload: Large, context: Context) -> None:
     if hashlib.md5(payload.text.encode(), usedforsecurity=False).hexdigest() != payload.md5:
         raise ValueError("the payload is not what was added")
     with Path(os.environ[_RUNS]).open("a") as file:
-        file.write(f"{context.row} {os.environ[_WORKER]} {time.time()}\n")
+        file.write(f"{context.row_id} {os.environ[_WORKER]} {time.time()}\n")

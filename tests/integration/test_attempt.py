@@ -22,6 +22,7 @@ import outbox
 from outbox import Context, Handler, SkipRetry, Task, logs
 from outbox.errors import NotNowError, TimeLimitError
 from outbox.jobs import Delivery
+from outbox.row import Status
 from outbox.settings import WorkerSettings
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row, read_row
@@ -58,9 +59,7 @@ def context() -> Context:
         }
     )
     pool: ConnectionPool[Any] = ConnectionPool(settings.database_url, min_size=0, max_size=1, open=False)
-    return Context(
-        row=1, attempt=1, deadline=time.monotonic() + 30, database=pool, send=lambda _: None, settings=settings
-    )
+    return Context(row_id=1, attempt=1, deadline=time.monotonic() + 30, database=pool, send=lambda _: None)
 
 
 def claim_of(**changes: Any) -> Claim:
@@ -80,7 +79,7 @@ def claim_of(**changes: Any) -> Claim:
 
 def tried(function: Function, context: Context, **changes: Any) -> Outcome:
     """Makes one attempt with a handler, and has it reported."""
-    outcome, report = attempt(claim_of(**changes), {"noted": Handler(NOTED, function)}, context)
+    outcome, report = attempt(claim_of(**changes), {"noted": Handler(NOTED, function)}, context, 3600)
     if report is not None:
         report()
     return outcome
@@ -110,7 +109,7 @@ def test_a_handler_that_returns_is_done(context: Context) -> None:
     """The log line carries the payload, the handler's own fields and the duration."""
     with capture_logs() as lines:
         outcome = tried(lambda payload, _: {"email": f"{payload.text}@example.com"}, context)
-    assert outcome == Outcome(Delivery(1, 1), "done", 1)
+    assert outcome == Outcome(Delivery(1, 1), Status.DONE, 1)
     assert (lines[0]["event"], lines[0]["payload"]) == ("processed task", {"text": "hello"})
     assert lines[0]["email"] == "hello@example.com"
     assert lines[0]["duration"] >= 0
@@ -134,7 +133,7 @@ def test_what_is_no_fault_of_the_row_does_not_count(attempt_number: int, context
     with capture_logs() as lines:
         outcome = tried(raising(NotNowError("a server is away")), context, attempt=attempt_number)
     error = "NotNowError: a server is away"
-    assert outcome == Outcome(Delivery(1, 1), "pending", attempt_number - 1, NOT_NOW_DELAY, error)
+    assert outcome == Outcome(Delivery(1, 1), Status.PENDING, attempt_number - 1, NOT_NOW_DELAY, error)
     assert not lines
 
 
@@ -143,7 +142,7 @@ def test_skip_retry_is_dead_at_once(attempt_number: int, context: Context) -> No
     """With the handler's own sentence, however many retries are left."""
     with capture_logs() as lines:
         outcome = tried(raising(SkipRetry("the user is gone")), context, attempt=attempt_number)
-    assert outcome == Outcome(Delivery(1, 1), "dead", attempt_number, error="the user is gone")
+    assert outcome == Outcome(Delivery(1, 1), Status.DEAD, attempt_number, error="the user is gone")
     assert lines == [
         {
             "event": "process task failed",
@@ -182,7 +181,7 @@ def test_a_model_that_raises_is_a_failure(context: Context) -> None:
             raise ZeroDivisionError("no luck")
 
     claimed = claim_of(task="picky", payload="{}")
-    outcome = attempt(claimed, {"picky": Handler(Task("picky", Picky), lambda *_: None)}, context).outcome
+    outcome = attempt(claimed, {"picky": Handler(Task("picky", Picky), lambda *_: None)}, context, 3600).outcome
     assert (outcome.status, outcome.attempts, outcome.error) == ("pending", 1, "ZeroDivisionError: no luck")
 
 
@@ -233,7 +232,7 @@ def test_errors_can_be_stored_and_read(connection: Connection, database_url: str
     claims = claim(connection, [add_row(connection) for _ in functions], "me", 15)
     completer = Completer(database_url, InFlight(), "me", 15)
     for claimed, function in zip(claims, functions, strict=True):
-        completer.in_flight.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context).outcome)
+        completer.in_flight.put(attempt(claimed, {"noted": Handler(NOTED, function)}, context, 3600).outcome)
     completer.start()
     assert completer.close(5) == []
     rows = [read_row(connection, claimed.delivery) for claimed in claims]

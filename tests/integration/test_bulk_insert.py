@@ -10,7 +10,6 @@ import pytest
 
 from outbox import postgres
 from outbox.queries import query
-from relay.publish import Row
 from tests.conftest import Connection
 from tests.integration.test_plans import STATEMENTS
 from tests.support.processes import add_users
@@ -39,7 +38,7 @@ def session(request: pytest.FixtureRequest, database_url: str) -> Iterator[Conne
         yield stack.enter_context(postgres.connect(database_url, "test session", pooled=request.param))
 
 
-def _parameters(name: str, rows: list[Row]) -> dict[str, Any]:
+def _parameters(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns a statement's parameters for these rows, with every array as long as there are rows."""
     if name == _OPEN_VERIFICATIONS:
         usernames = [json.loads(row["payload"])["username"] for row in rows]
@@ -57,7 +56,7 @@ def _parameters(name: str, rows: list[Row]) -> dict[str, Any]:
     return fitted
 
 
-def _timed(session: Connection, name: str, rows: list[Row]) -> tuple[float, list[Row]]:
+def _timed(session: Connection, name: str, rows: list[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
     """Executes a statement and returns the seconds that it took and its rows."""
     begun = time.monotonic()
     cursor = session.execute(query(name), _parameters(name, rows))

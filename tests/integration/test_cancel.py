@@ -9,6 +9,7 @@ import redis
 
 from outbox import postgres
 from outbox.outage import Outage
+from outbox.row import Status
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
 from service.pool import create_pool
@@ -109,7 +110,7 @@ def test_commits_that_wait_for_a_standby_do_not_pile_up(
     completer = Completer(own_postgres.url, InFlight(), "me", 1)
     (one,) = claim(without_standby, [add_row(without_standby)], "me", 60)
     completer.in_flight.hold([one])
-    completer.in_flight.put(Outcome(one.delivery, "done", 1))
+    completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
     completer.start()
     eventually(lambda: completer._failures > 3, 15, "it has tried several times")
     assert sessions(without_standby, "outbox worker outcomes") <= 1

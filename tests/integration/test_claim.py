@@ -37,7 +37,7 @@ def read_row(connection: Connection, delivery: Delivery) -> dict[str, Any]:
     row = connection.execute(
         "SELECT *, extract(epoch FROM lease_until - now())::float8 AS lease, "
         "extract(epoch FROM run_at - now())::float8 AS waits FROM outbox WHERE id = %s",
-        [delivery.row],
+        [delivery.row_id],
     ).fetchone()
     assert row is not None
     return row
@@ -74,7 +74,7 @@ def test_a_claim_waits_for_the_relay_to_commit(
         with relaying.transaction():
             assert publish(relaying, client, "default", relay_settings) == 1
             taken = Queues(client, {"default": 1}).take(5)
-            assert taken == [Delivery(delivery.row, 1)], "Redis has the job before Postgres has committed"
+            assert taken == [Delivery(delivery.row_id, 1)], "Redis has the job before Postgres has committed"
             claims = thread.submit(claim, claiming, taken, "me", 15)
             eventually(
                 lambda: connection.execute(
@@ -95,8 +95,8 @@ def test_a_claim_of_what_the_relay_rolled_back_gets_nothing(connection: Connecti
         ThreadPoolExecutor(1) as thread,
     ):
         with relaying.transaction(force_rollback=True):
-            relaying.execute("UPDATE outbox SET status = 'enqueued', delivery = 1 WHERE id = %s", [delivery.row])
-            claims = thread.submit(claim, claiming, [Delivery(delivery.row, 1)], "me", 15)
+            relaying.execute("UPDATE outbox SET status = 'enqueued', delivery = 1 WHERE id = %s", [delivery.row_id])
+            claims = thread.submit(claim, claiming, [Delivery(delivery.row_id, 1)], "me", 15)
             eventually(
                 lambda: connection.execute(
                     "SELECT FROM pg_stat_activity WHERE application_name = 'worker' AND wait_event_type = 'Lock'"
@@ -117,7 +117,7 @@ def test_what_is_not_to_be_had_is_dropped(connection: Connection) -> None:
         ({"status": "running"}, 1, "the row is running"),
         ({"delay": 60}, 1, "the row is not due yet"),
     ]
-    offered = [(Delivery(add_row(connection, **columns).row, number), why) for columns, number, why in cases]
+    offered = [(Delivery(add_row(connection, **columns).row_id, number), why) for columns, number, why in cases]
     before = connection.execute("SELECT * FROM outbox ORDER BY id").fetchall()
     real = add_row(connection)
     with capture_logs() as lines:
@@ -125,7 +125,7 @@ def test_what_is_not_to_be_had_is_dropped(connection: Connection) -> None:
     assert [claimed.delivery for claimed in claims] == [real]
     assert {line["event"] for line in lines} == {"dropped job"}
     assert [(line["job"], line["why"]) for line in lines] == [(delivery.job_id, why) for delivery, why in offered]
-    assert connection.execute("SELECT * FROM outbox WHERE id <> %s ORDER BY id", [real.row]).fetchall() == before
+    assert connection.execute("SELECT * FROM outbox WHERE id <> %s ORDER BY id", [real.row_id]).fetchall() == before
 
 
 def test_rows_that_do_not_exist_are_dropped(connection: Connection) -> None:
@@ -139,7 +139,7 @@ def test_rows_that_do_not_exist_are_dropped(connection: Connection) -> None:
 def test_duplicates_in_one_batch_are_one_claim(connection: Connection) -> None:
     """The same job many times is claimed once; a made-up delivery beside it does not hide it."""
     delivery = add_row(connection, delivery=2)
-    strange = [Delivery(delivery.row, 1), Delivery(delivery.row, 2**31 - 1)]
+    strange = [Delivery(delivery.row_id, 1), Delivery(delivery.row_id, 2**31 - 1)]
     with capture_logs() as lines:
         claims = claim(connection, [strange[1], delivery, delivery, strange[0], delivery], "me", 15)
     assert [claimed.delivery for claimed in claims] == [delivery]
@@ -177,7 +177,7 @@ def test_a_row_that_this_worker_holds_is_not_begun_again(connection: Connection)
     """Nor is a row that bears it after a restore, while the earlier one's handler may run: it is left to the sweep."""
     delivery = add_row(connection)
     with capture_logs() as lines:
-        assert claim(connection, [delivery], "me", 15, held={Delivery(delivery.row, 7)}) == []
+        assert claim(connection, [delivery], "me", 15, held={Delivery(delivery.row_id, 7)}) == []
     assert read_row(connection, delivery)["status"] == "enqueued"
     assert [line["why"] for line in lines] == ["this worker holds that row already"]
 
@@ -192,7 +192,7 @@ def test_a_large_row_that_is_not_to_be_had_puts_off_no_other(
     live = add_row(connection)
     assert [claimed.delivery for claimed in claim(connection, [done, live], "me", 15, put_off=[])] == [live]
     newer, other, put_off = add_row(connection, payload=payload, delivery=2), add_row(connection), list[Delivery]()
-    stale = Delivery(newer.row, 1)
+    stale = Delivery(newer.row_id, 1)
     assert claim(connection, [stale, other], "me", 15, put_off=put_off) == []
     assert put_off == [other]
     assert [claimed.delivery for claimed in claim(connection, put_off, "me", 15, put_off=[])] == [other]

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, LiteralString, NoReturn
+from typing import Any, LiteralString, NoReturn
 
 import psycopg.conninfo
 import psycopg.sql
@@ -12,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from outbox import postgres
+from outbox.row import Status
 from outbox.up.embedded import EmbeddedServer
 from relay.rescue import SETTLING_TIME
 from tests.conftest import Connection
@@ -42,9 +43,9 @@ def claimed(connection: Connection, rows: int = 1) -> list[Claim]:
 def test_a_batch_is_marked(connection: Connection, completer: Completer) -> None:
     """Done, pending and dead outcomes are written together, each with what belongs to it."""
     done, again, dead = (one.delivery for one in claimed(connection, 3))
-    completer.in_flight.put(Outcome(done, "done", 1))
-    completer.in_flight.put(Outcome(again, "pending", 1, delay=100, error="try later"))
-    completer.in_flight.put(Outcome(dead, "dead", 1, error="never"))
+    completer.in_flight.put(Outcome(done, Status.DONE, 1))
+    completer.in_flight.put(Outcome(again, Status.PENDING, 1, delay=100, error="try later"))
+    completer.in_flight.put(Outcome(dead, Status.DEAD, 1, error="never"))
     eventually(lambda: read_row(connection, dead)["status"] == "dead")
     assert (read_row(connection, done)["status"], read_row(connection, done)["last_error"]) == ("done", None)
     assert read_row(connection, done)["done_at"]
@@ -59,7 +60,7 @@ def test_many_outcomes_are_few_statements(connection: Connection, completer: Com
     """More outcomes than fit a batch are all written."""
     claims = claimed(connection, 1200)
     for one in claims:
-        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
     eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'done'").fetchall())
 
 
@@ -77,14 +78,14 @@ def test_a_late_outcome_writes_nothing(connection: Connection, completer: Comple
     before = read_row(connection, one.delivery)
     other = claimed(connection)[0].delivery
     with capture_logs() as lines:
-        completer.in_flight.put(Outcome(one.delivery, "done", 1))
-        completer.in_flight.put(Outcome(other, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
+        completer.in_flight.put(Outcome(other, Status.DONE, 1))
         eventually(lambda: read_row(connection, other)["status"] == "done")
         eventually(lambda: lines)
     after = read_row(connection, one.delivery)
     compared = ("status", "delivery", "worker", "attempts", "last_error", "run_at", "lease_until")
     assert [after[name] for name in compared] == [before[name] for name in compared]
-    assert [(line["event"], line["row"]) for line in lines] == [("dropped outcome", one.delivery.row)]
+    assert [(line["event"], line["row"]) for line in lines] == [("dropped outcome", one.delivery.row_id)]
 
 
 def test_a_row_that_somebody_has_locked_holds_up_no_other(
@@ -95,9 +96,9 @@ def test_a_row_that_somebody_has_locked_holds_up_no_other(
     completer.in_flight.hold([locked, done, running])
     with capture_logs() as lines, postgres.connect(database_url, "test") as stranger:
         with stranger.transaction():
-            stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row])
-            completer.in_flight.put(Outcome(locked.delivery, "done", 1))
-            completer.in_flight.put(Outcome(done.delivery, "done", 1))
+            stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row_id])
+            completer.in_flight.put(Outcome(locked.delivery, Status.DONE, 1))
+            completer.in_flight.put(Outcome(done.delivery, Status.DONE, 1))
             eventually(lambda: read_row(connection, done.delivery)["status"] == "done", 2)
             lease = read_row(connection, running.delivery)["lease_until"]
             eventually(lambda: read_row(connection, running.delivery)["lease_until"] > lease, 2, "it is renewed")
@@ -106,11 +107,11 @@ def test_a_row_that_somebody_has_locked_holds_up_no_other(
             assert locked.delivery in completer.in_flight.deliveries()
         eventually(lambda: read_row(connection, locked.delivery)["status"] == "done", 2)
         with stranger.transaction():
-            stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [running.delivery.row])
-            completer.in_flight.put(Outcome(running.delivery, "done", 1))
+            stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [running.delivery.row_id])
+            completer.in_flight.put(Outcome(running.delivery, Status.DONE, 1))
             eventually(lambda: len(lines) == 2, 5, "another lock is told of anew")
     assert [line["event"] for line in lines] == ["outcomes wait for a lock"] * 2
-    assert [line["rows"] for line in lines] == [[locked.delivery.row], [running.delivery.row]]
+    assert [line["rows"] for line in lines] == [[locked.delivery.row_id], [running.delivery.row_id]]
 
 
 def test_a_locked_row_is_tried_again_however_busy_the_worker_is(
@@ -120,12 +121,12 @@ def test_a_locked_row_is_tried_again_however_busy_the_worker_is(
     locked, *others = claimed(connection, 100)
     completer.in_flight.hold([locked, *others])
     with postgres.connect(database_url, "test") as stranger, stranger.transaction():
-        stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row])
-        completer.in_flight.put(Outcome(locked.delivery, "done", 1))
+        stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.delivery.row_id])
+        completer.in_flight.put(Outcome(locked.delivery, Status.DONE, 1))
         eventually(lambda: completer._outcomes._locked, 5, "it has met the lock")
 
     def one_more() -> bool:
-        completer.in_flight.put(Outcome(others.pop().delivery, "done", 1))
+        completer.in_flight.put(Outcome(others.pop().delivery, Status.DONE, 1))
         return bool(read_row(connection, locked.delivery)["status"] == "done")
 
     eventually(one_more, 3, "it is written in between")
@@ -142,7 +143,7 @@ def test_a_lease_that_was_locked_is_renewed_at_once(connection: Connection, data
         completer.start()
         eventually(lambda: completer._leases._missed, 5, "it has met the lock")
     eventually(lambda: read_row(connection, one.delivery)["lease"] > 10, SETTLING_TIME, "it is renewed")
-    completer.in_flight.put(Outcome(one.delivery, "done", 1))
+    completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
     assert completer.close(5) == []
 
 
@@ -158,7 +159,7 @@ def test_refused_marks_are_one_outage(connection: Connection, database_url: str,
         "WHERE datname = current_database() AND application_name = 'outbox worker outcomes'"
     )
     with capture_logs() as lines:
-        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
         eventually(lambda: completer._failures > 3, 10, "it has tried")
         connection.execute("SET default_transaction_read_only = off")
         connection.execute(read_only.format(name, psycopg.sql.SQL("off")))
@@ -175,7 +176,7 @@ def test_a_reference_to_a_row_holds_up_nothing(connection: Connection, database_
         completer.in_flight.hold(claim(connection, [delivery], "me", 1))
         lease = read_row(connection, delivery)["lease_until"]
         eventually(lambda: read_row(connection, delivery)["lease_until"] > lease, 2, "it is renewed")
-        completer.in_flight.put(Outcome(delivery, "done", 1))
+        completer.in_flight.put(Outcome(delivery, Status.DONE, 1))
         eventually(lambda: read_row(connection, delivery)["status"] == "done", 2)
 
 
@@ -190,7 +191,7 @@ def test_who_gets_no_answer_is_not_healthy(own_postgres: EmbeddedServer) -> None
     with frozen(own_postgres):
         eventually(lambda: not completer.is_healthy(0), 3, "it waits for an answer")
     eventually(lambda: completer.is_healthy(0), 10, "it has one")
-    completer.in_flight.put(Outcome(one[0].delivery, "done", 1))
+    completer.in_flight.put(Outcome(one[0].delivery, Status.DONE, 1))
     assert completer.close(10) == []
 
 
@@ -229,8 +230,8 @@ def test_the_newest_outcome_of_a_delivery_counts(connection: Connection, databas
     """A handler that ends just after its row was given back has done its work: it is not done again."""
     completer = Completer(database_url, InFlight(), "me", 1)
     delivery = claimed(connection)[0].delivery
-    completer.in_flight.put(Outcome(delivery, "pending", 0, error="given back"))
-    completer.in_flight.put(Outcome(delivery, "done", 1))
+    completer.in_flight.put(Outcome(delivery, Status.PENDING, 0, error="given back"))
+    completer.in_flight.put(Outcome(delivery, Status.DONE, 1))
     completer.start()
     assert completer.close(5) == []
     assert read_row(connection, delivery)["status"] == "done"
@@ -247,7 +248,7 @@ def test_leases_are_kept_however_long_an_attempt_takes(connection: Connection, d
     eventually(
         lambda: read_row(connection, overrun.delivery)["lease_until"] > later, 10, "it is renewed again and again"
     )
-    completer.in_flight.put(Outcome(overrun.delivery, "done", 1))
+    completer.in_flight.put(Outcome(overrun.delivery, Status.DONE, 1))
     eventually(lambda: not completer.in_flight.deliveries())
     completer.close(5)
 
@@ -261,7 +262,7 @@ def test_outcomes_wait_for_postgres(own_postgres: EmbeddedServer) -> None:
     completer.in_flight.hold(claims)
     take_down(own_postgres)
     for one in claims:
-        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
     assert completer.close(0.3) == [one.delivery for one in claims], "they cannot be written now"
     own_postgres.restart()
     assert completer.close(20) == []
@@ -280,9 +281,9 @@ def test_outcomes_that_waited_for_postgres_may_come_too_late(
     with capture_logs() as lines:
         with unreachable(connection, server_url):
             eventually(lambda: not completer.is_healthy(0), 10, "it has lost Postgres")
-            completer.in_flight.put(Outcome(claims[0].delivery, "done", 1))
-            completer.in_flight.put(Outcome(claims[1].delivery, "pending", 1, delay=100, error="late"))
-            completer.in_flight.put(Outcome(claims[2].delivery, "dead", 1, error="late"))
+            completer.in_flight.put(Outcome(claims[0].delivery, Status.DONE, 1))
+            completer.in_flight.put(Outcome(claims[1].delivery, Status.PENDING, 1, delay=100, error="late"))
+            completer.in_flight.put(Outcome(claims[2].delivery, Status.DEAD, 1, error="late"))
             connection.execute(
                 "UPDATE outbox SET status = 'running', delivery = 2, attempts = 2, worker = 'another',"
                 " lease_until = now() + interval '1 hour'"
@@ -291,7 +292,7 @@ def test_outcomes_that_waited_for_postgres_may_come_too_late(
         eventually(lambda: not completer.in_flight.deliveries(), 10, "it has Postgres again")
         eventually(lambda: len(dropped(lines)) >= 3, 5, "it says what it has dropped")
 
-    assert dropped(lines) == [(one.delivery.row, 1) for one in claims]
+    assert dropped(lines) == [(one.delivery.row_id, 1) for one in claims]
     assert connection.execute("SELECT * FROM outbox ORDER BY id").fetchall() == before
 
 
@@ -322,7 +323,7 @@ def test_an_unwritable_outcome_is_no_end(connection: Connection, completer: Comp
     delivery = claimed(connection)[0].delivery
     connection.execute("ALTER TABLE outbox RENAME TO gone")
     with capture_logs() as lines:
-        completer.in_flight.put(Outcome(delivery, "done", 1))
+        completer.in_flight.put(Outcome(delivery, Status.DONE, 1))
         eventually(lambda: [line for line in lines if line["event"] == "outcomes cannot be written"])
     connection.execute("ALTER TABLE gone RENAME TO outbox")
     eventually(lambda: read_row(connection, delivery)["status"] == "done")
@@ -331,13 +332,13 @@ def test_an_unwritable_outcome_is_no_end(connection: Connection, completer: Comp
 def test_a_cut_connection_costs_nothing(connection: Connection, completer: Completer) -> None:
     """A terminated connection is replaced, and what was to be written is."""
     claims = claimed(connection, 2)
-    completer.in_flight.put(Outcome(claims[0].delivery, "done", 1))
+    completer.in_flight.put(Outcome(claims[0].delivery, Status.DONE, 1))
     eventually(lambda: read_row(connection, claims[0].delivery)["status"] == "done")
     connection.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE datname = current_database() AND application_name = 'outbox worker outcomes'"
     )
-    completer.in_flight.put(Outcome(claims[1].delivery, "done", 1))
+    completer.in_flight.put(Outcome(claims[1].delivery, Status.DONE, 1))
     eventually(lambda: read_row(connection, claims[1].delivery)["status"] == "done")
 
 
@@ -367,12 +368,12 @@ CREATE TRIGGER refusing BEFORE UPDATE OF status ON outbox FOR EACH ROW WHEN (NEW
 """
 
 
-@pytest.mark.parametrize("status", ["done", "pending", "dead"])
+@pytest.mark.parametrize("status", [Status.DONE, Status.PENDING, Status.DEAD])
 def test_a_write_that_is_repeated_knows_its_own(
     connection: Connection,
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
-    status: Literal["done", "pending", "dead"],
+    status: Status,
 ) -> None:
     """Postgres took longer than its answer was waited for, and has committed: nobody has taken the row meanwhile."""
     monkeypatch.setattr("worker.complete.SHORTEST_ANSWER_LIMIT", 0.3)
@@ -382,7 +383,7 @@ def test_a_write_that_is_repeated_knows_its_own(
     completer.in_flight.hold([one])
     connection.execute(SLOW)
     with capture_logs() as lines:
-        completer.in_flight.put(Outcome(one.delivery, status, 1, error=None if status == "done" else "why"))
+        completer.in_flight.put(Outcome(one.delivery, status, 1, error=None if status == Status.DONE else "why"))
         completer.start()
         eventually(lambda: not completer.in_flight.deliveries(), 10, "the completer knows that it is written")
         assert completer.close(5) == []
@@ -402,7 +403,9 @@ def test_a_text_that_cannot_be_stored_costs_its_own_outcome_the_text(
     completer.in_flight.hold(claims)
     for number, one in enumerate(claims):
         bad = number == 17
-        completer.in_flight.put(Outcome(one.delivery, "pending" if bad else "done", 1, error=text if bad else None))
+        completer.in_flight.put(
+            Outcome(one.delivery, Status.PENDING if bad else Status.DONE, 1, error=text if bad else None)
+        )
     completer.start()
     assert completer.close(5) == []
     assert [read_row(connection, one.delivery)["status"] for one in claims].count("done") == 45
@@ -418,7 +421,7 @@ def test_an_outcome_that_postgres_refuses_is_told_of_and_kept(connection: Connec
     connection.execute(REFUSING)
     with capture_logs() as lines:
         for one in claims:
-            completer.in_flight.put(Outcome(one.delivery, "done", 1))
+            completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
         completer.start()
         eventually(lambda: completer.in_flight.deliveries() == {claims[2].delivery}, 5, "the others are written")
         lease = read_row(connection, claims[2].delivery)["lease_until"]
@@ -428,7 +431,7 @@ def test_an_outcome_that_postgres_refuses_is_told_of_and_kept(connection: Connec
         eventually(lambda: read_row(connection, claims[2].delivery)["status"] == "done", 5, "it is written")
     assert completer.close(5) == []
     assert [(line["event"], line["rows"]) for line in lines] == [
-        ("outcomes cannot be written", [claims[2].delivery.row])
+        ("outcomes cannot be written", [claims[2].delivery.row_id])
     ]
 
 
@@ -450,7 +453,7 @@ def test_the_marker_outlives_whatever_a_statement_raises(
 
     monkeypatch.setattr(completer._leases, "renew", failing)
     with capture_logs() as lines:
-        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
         completer.start()
         eventually(lambda: completer._failures > 2, 5, "it has tried")
         assert not completer.is_healthy(0)
@@ -492,7 +495,7 @@ def test_a_lock_of_the_whole_table_is_no_outage(
     with capture_logs() as lines:
         with postgres.connect(database_url, "test") as other, other.transaction():
             other.execute("LOCK TABLE outbox IN SHARE MODE")
-            completer.in_flight.put(Outcome(one.delivery, "done", 1))
+            completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
             eventually(lambda: not completer.is_healthy(0), 5, "it takes nothing new")
             eventually(lambda: lines, 5)
         eventually(lambda: read_row(connection, one.delivery)["status"] == "done", SETTLING_TIME, "before the rescue")
@@ -514,11 +517,13 @@ def test_a_row_that_postgres_refuses_costs_the_others_neither_lease_nor_mark(
         completer.start()
         eventually(lambda: all(read_row(connection, one)["lease_until"] > later for one in others), 10, "renewed again")
         for one in claims[:2]:
-            completer.in_flight.put(Outcome(one.delivery, "done", 1))
+            completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
         eventually(lambda: all(read_row(connection, one.delivery)["status"] == "done" for one in claims[:2]), 5)
         assert completer.is_healthy(0)
         completer.close(5)
-    assert [(line["event"], line["rows"]) for line in lines] == [("leases cannot be renewed", [claims[2].delivery.row])]
+    assert [(line["event"], line["rows"]) for line in lines] == [
+        ("leases cannot be renewed", [claims[2].delivery.row_id])
+    ]
 
 
 def test_the_cause_of_a_failure_outlives_a_refusal(connection: Connection, database_url: str) -> None:
@@ -528,7 +533,7 @@ def test_the_cause_of_a_failure_outlives_a_refusal(connection: Connection, datab
     completer.in_flight.hold(claims)
     connection.execute(REFUSING)
     with capture_logs() as lines:
-        completer.in_flight.put(Outcome(claims[2].delivery, "pending", 1, error="ValueError: the real cause"))
+        completer.in_flight.put(Outcome(claims[2].delivery, Status.PENDING, 1, error="ValueError: the real cause"))
         completer.start()
         eventually(lambda: [line for line in lines if line["event"] == "outcomes cannot be written"], 5)
         connection.execute("DROP TRIGGER refusing ON outbox")
@@ -544,7 +549,7 @@ def test_outcomes_that_are_all_refused_are_one_line(connection: Connection, data
     completer.in_flight.hold(claims)
     connection.execute(REFUSING.replace("WHEN (NEW.id = 3)", ""))
     for one in claims:
-        completer.in_flight.put(Outcome(one.delivery, "done", 1))
+        completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
     with capture_logs() as lines:
         completer.start()
         eventually(lambda: lines, 10)
@@ -570,7 +575,7 @@ def test_a_lock_that_is_refused_at_once_is_not_asked_for_in_a_loop(connection: C
     completer = Completer(database_url, InFlight(), "me", 15)
     (one,) = claimed(connection)
     connection.execute(AT_ONCE)
-    completer.in_flight.put(Outcome(one.delivery, "done", 1))
+    completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
     began = time.monotonic()
     completer.start()
 

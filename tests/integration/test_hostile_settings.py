@@ -20,7 +20,9 @@ from outbox import Context, dead, pooler, postgres
 from outbox.jobs import Delivery
 from outbox.migrate import migrate
 from outbox.outage import Outage
+from outbox.row import Status
 from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
+from outbox.tasks import SendVerifyEmail
 from relay.publish import publish
 from service.pool import create_pool
 from tests.conftest import Connection
@@ -33,7 +35,7 @@ from worker.claim import claim
 from worker.complete import Completer
 from worker.database import HandlerPool
 from worker.handlers import registry
-from worker.handlers.send_verify_email import Recipient, _open_verification
+from worker.handlers.send_verify_email import verification_mail
 from worker.in_flight import InFlight
 from worker.mail import Mailer
 from worker.outcome import Outcome
@@ -129,16 +131,15 @@ def test_a_user_signs_up_and_verifies(  # noqa: PLR0917 - fixtures
         mailer = Mailer(worker_settings)
         with HandlerPool(hostile_url) as pool:
             context = Context(
-                row=row["id"],
+                row_id=row["id"],
                 attempt=1,
                 deadline=time.monotonic() + 60,
                 database=pool,
                 send=mailer.send,
-                settings=worker_settings,
             )
-            outcome = attempt(claimed, registry(), context).outcome
+            outcome = attempt(claimed, registry(worker_settings), context, 3600).outcome
         mailer.close_idle(0)
-        assert outcome == Outcome(claimed.delivery, "done", 1)
+        assert outcome == Outcome(claimed.delivery, Status.DONE, 1)
         completer = Completer(hostile_url, InFlight(), "me", 15)
         completer.in_flight.hold([claimed])
         completer.start()
@@ -167,8 +168,8 @@ def test_an_operator_reads_times_in_utc(hostile_url: str) -> None:
             (document,) = dead.newest_json(connection, "t", 1)
             dead.discard(connection, [row["id"]])
         assert found is not None
-        assert abs(datetime.fromisoformat(found["created_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
-        assert found["created_at"].endswith("+00")
+        assert abs(datetime.fromisoformat(found.created_at) - datetime.now(UTC)) < timedelta(minutes=1)
+        assert found.created_at.endswith("+00")
         assert json.loads(document)["created_at"].endswith("+00:00")
 
 
@@ -335,7 +336,7 @@ def test_a_claim_sees_what_it_has_waited_for(
             assert publish(relaying, redis_client, "default", relay_settings) == 1
             waiting = thread.submit(claim, claiming, [Delivery(row["id"], 1)], "me", 15)
             eventually(lambda: lock_waits(shared_url), 10, "the claim waits for the relay")
-        assert [claimed.delivery.row for claimed in waiting.result(10)] == [row["id"]]
+        assert [claimed.delivery.row_id for claimed in waiting.result(10)] == [row["id"]]
 
 
 def lock_waits(url: str) -> int:
@@ -356,17 +357,17 @@ def test_conflicts_of_a_serializable_handler_are_no_failure(shared_url: str, wor
         ThreadPoolExecutor(2) as threads,
     ):
         first.execute("DELETE FROM users")
+        sent: list[object] = []
         first.execute("INSERT INTO users VALUES ('alice', 'none', 'Alice', 'alice@example.com')")
         first.execute(
             "INSERT INTO verify_emails (outbox_id, username, email, expired_at)"
             " VALUES (1, 'alice', 'alice@example.com', now())"
         )
         first.commit()
-        context = Context(
-            row=1, attempt=1, deadline=time.monotonic() + 60, database=pool, send=unsent, settings=worker_settings
-        )
+        context = Context(row_id=1, attempt=1, deadline=time.monotonic() + 60, database=pool, send=sent.append)
         first.execute("UPDATE verify_emails SET expired_at = now()")
-        opening = threads.submit(_open_verification, Recipient(1, "alice"), context)
+        handle = verification_mail(worker_settings)
+        opening = threads.submit(handle, SendVerifyEmail(username="alice"), context)
         eventually(lambda: lock_waits(shared_url) == 1, 10, "it waits for the first")
         with second.transaction():
             updating = threads.submit(second.execute, "UPDATE verify_emails SET expired_at = now()")
@@ -374,13 +375,8 @@ def test_conflicts_of_a_serializable_handler_are_no_failure(shared_url: str, wor
             first.commit()
             updating.result(10)
             eventually(lambda: lock_waits(shared_url) == 1 or opening.done(), 10, "it waits for the second")
-        opened = opening.result(10)
-        assert opened is not None
-        assert opened["id"] is not None
-
-
-def unsent(*_: object) -> None:
-    """Sends nothing."""
+        assert opening.result(10) == {"email": "alice@example.com"}
+        assert len(sent) == 1
 
 
 @pytest.mark.parametrize(("name", "value"), HOSTILE)

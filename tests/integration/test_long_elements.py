@@ -86,7 +86,7 @@ def test_a_sweep_drops_it_and_goes_on(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings, place: str
 ) -> None:
     """It would meet it again each time; what is short stays, and the next sweep takes back what is lost."""
-    row = add_row(connection).row
+    row = add_row(connection).row_id
     connection.execute("UPDATE outbox SET enqueued_at = now() - interval '1 min'")
     PLACES[place](redis_client)
     sweep = Sweep(redis_client, relay_settings)

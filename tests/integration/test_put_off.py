@@ -18,6 +18,7 @@ from outbox.settings import WorkerSettings
 from outbox.stop import Stop
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row
+from tests.support.attempts import KnownContext
 from tests.support.processes import add_users
 from tests.support.tasks import Nothing
 from worker.attempt import attempt
@@ -35,7 +36,7 @@ def sent() -> list[str]:
 
 
 @pytest.fixture
-def context(worker_settings: WorkerSettings, sent: list[str]) -> Iterator[Context]:
+def context(worker_settings: WorkerSettings, sent: list[str]) -> Iterator[KnownContext]:
     """What the handler is given."""
 
     def send(message: Any) -> None:
@@ -43,10 +44,12 @@ def context(worker_settings: WorkerSettings, sent: list[str]) -> Iterator[Contex
 
     with HandlerPool(worker_settings.database_url) as pool:
         deadline = time.monotonic() + 60
-        yield Context(row=0, attempt=1, deadline=deadline, database=pool, send=send, settings=worker_settings)
+        yield KnownContext(row_id=0, attempt=1, deadline=deadline, database=pool, send=send, settings=worker_settings)
 
 
-def run_all(connection: Connection, context: Context, handlers: Registry | None = None) -> list[tuple[str, Outcome]]:
+def run_all(
+    connection: Connection, context: KnownContext, handlers: Registry | None = None
+) -> list[tuple[str, Outcome]]:
     """Makes one attempt at every row that is not done, 32 at a time as a worker does; returns users and outcomes."""
     rows = connection.execute(
         "UPDATE outbox SET status = 'enqueued', delivery = 1, lease_until = NULL, run_at = now()"
@@ -54,10 +57,12 @@ def run_all(connection: Connection, context: Context, handlers: Registry | None 
     ).fetchall()
     names = {row["id"]: row["name"] for row in rows}
     claims = claim(connection, [Delivery(row, 1) for row in names], "me", 60)
-    own = handlers or registry()
+    own = handlers or registry(context.settings)
     with ThreadPoolExecutor(32) as threads:
-        tries = threads.map(lambda one: attempt(one, own, replace(context, row=one.delivery.row)).outcome, claims)
-        return [(names[outcome.delivery.row], outcome) for outcome in tries]
+        tries = threads.map(
+            lambda one: attempt(one, own, replace(context, row_id=one.delivery.row_id), 3600).outcome, claims
+        )
+        return [(names[outcome.delivery.row_id], outcome) for outcome in tries]
 
 
 LOCKS = {
@@ -70,7 +75,7 @@ LOCKS = {
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_locked_users_hold_up_no_other_and_lose_no_attempt(
-    connection: Connection, context: Context, sent: list[str], database_url: str, lock: str
+    connection: Connection, context: KnownContext, sent: list[str], database_url: str, lock: str
 ) -> None:
     """Their rows are given back, whatever holds them; the others' mails go out in the meantime."""
     locked, others = [f"locked_{n}" for n in range(5)], [f"other_{n}" for n in range(40)]
@@ -97,7 +102,7 @@ def test_locked_users_hold_up_no_other_and_lose_no_attempt(
 
 
 def test_a_lock_of_the_whole_table_costs_no_attempt(
-    connection: Connection, context: Context, sent: list[str], database_url: str
+    connection: Connection, context: KnownContext, sent: list[str], database_url: str
 ) -> None:
     """Neither where the lock is waited for in vain, nor where all of the attempt's time goes by over it."""
     add_users(connection, [f"user_{n}" for n in range(9)])
@@ -109,7 +114,7 @@ def test_a_lock_of_the_whole_table_costs_no_attempt(
 
 
 @pytest.fixture
-def lent(context: Context) -> Iterator[None]:
+def lent(context: KnownContext) -> Iterator[None]:
     """All connections of the pool, lent to others."""
     with ExitStack() as stack:
         for _ in range(context.database.max_size):
@@ -118,7 +123,9 @@ def lent(context: Context) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("lent")
-def test_a_mail_that_gets_no_connection_is_put_off(connection: Connection, context: Context, sent: list[str]) -> None:
+def test_a_mail_that_gets_no_connection_is_put_off(
+    connection: Connection, context: KnownContext, sent: list[str]
+) -> None:
     """All connections are lent to other handlers: the limit is our own, and a line in the log says so once."""
     context.database.timeout = 0.2
     add_users(connection, [f"user_{n}" for n in range(9)])
@@ -129,13 +136,13 @@ def test_a_mail_that_gets_no_connection_is_put_off(connection: Connection, conte
     assert [(line["event"], line["size"]) for line in lines] == [("no connection for a handler", 4)]
 
 
-def want(_: Nothing, context: Context) -> None:
+def want(_: Nothing, context: KnownContext) -> None:
     """A handler of an application's own."""
     with context.database.connection() as lent:
         lent.execute("SELECT 1")
 
 
-def fail(_: Nothing, context: Context) -> None:
+def fail(_: Nothing, context: KnownContext) -> None:
     """A handler whose own pool, somewhere else, has no connection."""
     raise psycopg_pool.PoolTimeout("mine")
 
@@ -143,7 +150,7 @@ def fail(_: Nothing, context: Context) -> None:
 @pytest.mark.usefixtures("lent")
 @pytest.mark.parametrize(("handle", "attempts"), [(want, 0), (fail, 1)])
 def test_an_applications_handler_that_gets_no_connection_is_put_off(
-    connection: Connection, context: Context, handle: Callable[[Nothing, Context], None], attempts: int
+    connection: Connection, context: KnownContext, handle: Callable[[Nothing, Context], None], attempts: int
 ) -> None:
     """Not even its last attempt counts; where a pool of the application's is short, it does."""
     context.database.timeout = 0.2

@@ -10,6 +10,7 @@ import redis
 from structlog.testing import capture_logs
 
 from outbox import Handler, Task, postgres
+from outbox.row import Status
 from outbox.settings import WorkerSettings
 from outbox.stop import Stop
 from tests.conftest import Connection
@@ -99,7 +100,7 @@ def test_a_locked_row_keeps_no_free_row_waiting(
     rows = [add_row(connection) for _ in range(20)]
     locked, *free = rows
     with connection.transaction():
-        connection.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row])
+        connection.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row_id])
         redis_client.rpush("rq:queue:default", *[row.job_id for row in rows])
 
         def are_done() -> bool:
@@ -154,7 +155,7 @@ def test_marks_that_are_cancelled_are_written_in_smaller_batches(connection: Con
         completer.start()
         eventually(lambda: all(read_row(connection, one)["lease"] > 0.5 for one in deliveries), 5, "leases are renewed")
         for one in claims:
-            completer.in_flight.put(Outcome(one.delivery, "done", 1))
+            completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
         eventually(lambda: not completer.in_flight.deliveries(), 10, "all are marked")
         eventually(lambda: completer.is_healthy(0), 5)
     assert completer.close(5) == []

@@ -63,7 +63,7 @@ def is_handed_over(connection: Connection, status: str = "enqueued") -> bool:
     """Adds a row, and returns whether it is handed over within seconds."""
     row = add_row(connection, status="pending", delivery=0)
     found = "SELECT status FROM outbox WHERE id = %s"
-    return bool(eventually(lambda: connection.execute(found, [row.row]).fetchone() == {"status": status}, 5))
+    return bool(eventually(lambda: connection.execute(found, [row.row_id]).fetchone() == {"status": status}, 5))
 
 
 @pytest.mark.parametrize("trigger", [AT_ONCE, AT_THE_COMMIT], ids=["at once", "at the commit"])

@@ -28,7 +28,7 @@ GREET = Task("greet", Greeting, max_retries=3)
 
 @handler(GREET)
 def greet(payload: Greeting, context: Context) -> dict[str, object]:
-    return {"greeted": f"{payload.name}, row {context.row}, attempt {context.attempt}"}
+    return {"greeted": f"{payload.name}, row {context.row_id}, attempt {context.attempt}"}
 """
 
 

@@ -16,11 +16,12 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from outbox import Context, SkipRetry, endpoints, postgres
+from outbox import SkipRetry, endpoints, postgres
 from outbox.settings import WorkerSettings
 from outbox.verification import is_secret_code
 from tests.conftest import Connection
 from tests.integration.test_claim import add_row
+from tests.support.attempts import KnownContext
 from tests.support.mailbox import Mailbox, free_port, link_in, serve_mailbox, serve_script, tls
 from tests.support.processes import add_users
 from tests.support.waiting import eventually
@@ -28,29 +29,30 @@ from worker.attempt import NOT_NOW_DELAY, attempt
 from worker.claim import claim
 from worker.database import HandlerPool
 from worker.handlers import registry
-from worker.handlers.send_verify_email import Recipient, _open_verifications
+from worker.handlers.send_verify_email import Recipient, _VerificationMail
 from worker.mail import Mailer
 from worker.outcome import Outcome
 
 
 @pytest.fixture
-def context(worker_settings: WorkerSettings) -> Iterator[Context]:
+def context(worker_settings: WorkerSettings) -> Iterator[KnownContext]:
     """What the handler is given, with links under a path."""
     settings = worker_settings.model_copy(update={"public_url": "https://example.com/app"})
     mailer = Mailer(settings)
     with HandlerPool(settings.database_url) as pool:
         deadline = time.monotonic() + 60
-        yield Context(row=0, attempt=1, deadline=deadline, database=pool, send=mailer.send, settings=settings)
+        yield KnownContext(row_id=0, attempt=1, deadline=deadline, database=pool, send=mailer.send, settings=settings)
     mailer.close_idle(0)
 
 
-def run(connection: Connection, context: Context, row: int) -> Outcome:
+def run(connection: Connection, context: KnownContext, row: int) -> Outcome:
     """Makes one attempt at a user's row, as if it had been handed over just now."""
     from outbox.jobs import Delivery
 
     connection.execute("UPDATE outbox SET status = 'enqueued', delivery = 1, lease_until = NULL, run_at = now()")
     (claimed,) = claim(connection, [Delivery(row, 1)], "me", 60)
-    return attempt(claimed, registry(), replace(context, row=row, attempt=claimed.attempt)).outcome
+    own = replace(context, row_id=row, attempt=claimed.attempt)
+    return attempt(claimed, registry(context.settings), own, 3600).outcome
 
 
 def row_of(connection: Connection, name: str) -> int:
@@ -61,7 +63,7 @@ def row_of(connection: Connection, name: str) -> int:
     return int(found["id"])
 
 
-def test_every_attempt_sends_the_same_mail(connection: Connection, context: Context, mailbox: Mailbox) -> None:
+def test_every_attempt_sends_the_same_mail(connection: Connection, context: KnownContext, mailbox: Mailbox) -> None:
     """One verification row, one link, one Message-ID; the link is open for its full time from the latest attempt."""
     row = row_of(connection, "alice")
     mailbox.data_reply = "451 4.3.0 after all not"
@@ -88,16 +90,16 @@ def test_every_attempt_sends_the_same_mail(connection: Connection, context: Cont
     assert is_secret_code(code, context.settings.secret_key, verification[0]["id"], "alice", "alice@example.com")
 
 
-def test_a_user_who_is_gone_gets_none(connection: Connection, context: Context, mailbox: Mailbox) -> None:
+def test_a_user_who_is_gone_gets_none(connection: Connection, context: KnownContext, mailbox: Mailbox) -> None:
     """The row is dead with a sentence that names the user."""
-    row = add_row(connection, task="send_verify_email", payload='{"username": "gone"}').row
+    row = add_row(connection, task="send_verify_email", payload='{"username": "gone"}').row_id
     outcome = run(connection, context, row)
     assert (outcome.status, outcome.error) == ("dead", "the user gone is gone")
     assert not mailbox.mails
 
 
 def test_a_user_who_has_verified_meanwhile_gets_no_second_mail(
-    connection: Connection, context: Context, mailbox: Mailbox
+    connection: Connection, context: KnownContext, mailbox: Mailbox
 ) -> None:
     """An attempt that died after its mail went out is repeated; the user may have been quicker."""
     row = row_of(connection, "alice")
@@ -108,7 +110,7 @@ def test_a_user_who_has_verified_meanwhile_gets_no_second_mail(
 
 
 def test_a_connection_that_breaks_before_the_mail_costs_no_attempt(
-    connection: Connection, context: Context, mailbox: Mailbox, database_url: str
+    connection: Connection, context: KnownContext, mailbox: Mailbox, database_url: str
 ) -> None:
     """Nothing is sent by then, so the same attempt begins anew on another connection."""
     row = row_of(connection, "alice")
@@ -129,21 +131,21 @@ def test_a_connection_that_breaks_before_the_mail_costs_no_attempt(
     assert len(mailbox.mails) == 1
 
 
-def test_many_at_once_each_get_their_own(connection: Connection, context: Context) -> None:
+def test_many_at_once_each_get_their_own(connection: Connection, context: KnownContext) -> None:
     """Verifications are opened together: with one user gone and one verified among them, none is mixed up."""
     names = [f"user_{n}" for n in range(30)]
     add_users(connection, names)
     connection.execute("DELETE FROM users WHERE username = 'user_7'")
     connection.execute("UPDATE users SET is_email_verified = true WHERE username = 'user_8'")
     rows = connection.execute("SELECT id, payload ->> 'username' AS name FROM outbox").fetchall()
-    handle = registry()["send_verify_email"]
+    handle = registry(context.settings)["send_verify_email"]
     sent: list[Any] = []
 
     def attempt_at(row: dict[str, Any]) -> bool:
         try:
             handle.function(
                 handle.task.parse(json.dumps({"username": row["name"]})),
-                replace(context, row=row["id"], send=sent.append),
+                replace(context, row_id=row["id"], send=sent.append),
             )
         except SkipRetry:
             assert row["name"] == "user_7"
@@ -186,7 +188,7 @@ HANG = None
     ],
 )
 def test_a_mail_server_that_fails(
-    connection: Connection, context: Context, replies: dict[str, bytes | None], status: str, error: str | None
+    connection: Connection, context: KnownContext, replies: dict[str, bytes | None], status: str, error: str | None
 ) -> None:
     """The row is dead where the address is refused for good, done once the mail is taken, and else tried again."""
     with serve_script(replies) as server, capture_logs() as lines:
@@ -211,7 +213,7 @@ def test_a_mail_server_that_fails(
     ],
 )
 def test_a_mail_server_that_is_away(
-    connection: Connection, context: Context, replies: dict[str, bytes | None], error: str
+    connection: Connection, context: KnownContext, replies: dict[str, bytes | None], error: str
 ) -> None:
     """The attempt does not count, and one line says that it is away."""
     with serve_script(replies) as server, capture_logs() as lines:
@@ -231,7 +233,7 @@ def test_a_mail_server_that_is_away(
     ],
 )
 def test_a_mail_server_that_refuses_us(
-    connection: Connection, context: Context, replies: dict[str, bytes | None], refused: str
+    connection: Connection, context: KnownContext, replies: dict[str, bytes | None], refused: str
 ) -> None:
     """It is shouted about, as somebody must mend the configuration, and the row is tried again until then."""
     with serve_script(replies) as server, capture_logs() as lines:
@@ -244,13 +246,13 @@ def test_a_mail_server_that_refuses_us(
     assert [(line["log_level"], line["refused"]) for line in shouts] == [("error", refused)]
 
 
-def test_a_mail_server_that_breaks_off(connection: Connection, context: Context) -> None:
+def test_a_mail_server_that_breaks_off(connection: Connection, context: KnownContext) -> None:
     """A connection that is reset in the middle of a mail is tried again."""
     with serve_script(resets=True) as server:
         assert_tried_again(tried(connection, context, server.url), "Connection reset by peer")
 
 
-def test_a_mail_server_that_is_down(connection: Connection, context: Context) -> None:
+def test_a_mail_server_that_is_down(connection: Connection, context: KnownContext) -> None:
     """A connection that is refused is tried again, and the attempt does not count."""
     assert_not_counted(tried(connection, context, f"smtp://127.0.0.1:{free_port()}"), "Connection refused")
 
@@ -270,7 +272,7 @@ FLAWS = {
     ],
 )
 def test_a_mail_server_that_may_be_another(
-    connection: Connection, context: Context, authority: trustme.CA, scheme: str, flaw: str
+    connection: Connection, context: KnownContext, authority: trustme.CA, scheme: str, flaw: str
 ) -> None:
     """A server that cannot show who it is gets no mail; the row is tried again, and the error names the flaw."""
     served = {"another name": tls(authority, "mail.example.org"), "self-signed": self_signed(), "no STARTTLS": None}
@@ -293,7 +295,7 @@ def assert_tried_again(outcome: Outcome, error: str) -> None:
     assert error in str(outcome.error)
 
 
-def tried(connection: Connection, context: Context, url: str, timeout: float = 0.3) -> Outcome:
+def tried(connection: Connection, context: KnownContext, url: str, timeout: float = 0.3) -> Outcome:
     """Makes one attempt at a new user's row with another mail server, which has so many seconds for each step."""
     server = {"smtp_server": endpoints.smtp_server(url), "smtp_timeout": timeout}
     mailer = Mailer(context.settings.model_copy(update=server))
@@ -312,7 +314,7 @@ def self_signed() -> ssl.SSLContext:
 
 
 def test_no_transaction_is_open_while_it_talks_to_the_mail_server(
-    connection: Connection, context: Context, mailbox: Mailbox
+    connection: Connection, context: KnownContext, mailbox: Mailbox
 ) -> None:
     """A slow mail server must not hold a snapshot or a lock in Postgres."""
     row = row_of(connection, "alice")
@@ -333,7 +335,7 @@ def test_no_transaction_is_open_while_it_talks_to_the_mail_server(
 
 @pytest.mark.parametrize("emails", [["alice@example.com", "bob@example.com"], ["alice@example.com", "BOB@example.com"]])
 def test_ids_that_come_again_misdirect_no_mail(
-    connection: Connection, context: Context, mailbox: Mailbox, emails: list[str]
+    connection: Connection, context: KnownContext, mailbox: Mailbox, emails: list[str]
 ) -> None:
     """After a restore a new user's row has an old row's id: the mail is the new user's own, and so is its link."""
     row = row_of(connection, "alice")
@@ -361,7 +363,7 @@ def test_ids_that_come_again_misdirect_no_mail(
     ]
 
 
-def test_a_corrected_address_gets_the_mail(connection: Connection, context: Context, mailbox: Mailbox) -> None:
+def test_a_corrected_address_gets_the_mail(connection: Connection, context: KnownContext, mailbox: Mailbox) -> None:
     """The address that the user has now, with a link that is for it."""
     row = row_of(connection, "alice")
     assert run(connection, context, row).status == "done"
@@ -375,7 +377,7 @@ def test_a_corrected_address_gets_the_mail(connection: Connection, context: Cont
     assert is_secret_code(code, context.settings.secret_key, email_id, "alice", "corrected@example.com")
 
 
-def test_a_used_link_is_not_sent_again(connection: Connection, context: Context, mailbox: Mailbox) -> None:
+def test_a_used_link_is_not_sent_again(connection: Connection, context: KnownContext, mailbox: Mailbox) -> None:
     """A user who has to verify the same address once more gets a link that can be used."""
     row = row_of(connection, "alice")
     assert run(connection, context, row).status == "done"
@@ -385,7 +387,7 @@ def test_a_used_link_is_not_sent_again(connection: Connection, context: Context,
     assert link_in(first) != link_in(second)
 
 
-def test_ids_that_come_again_among_others_are_told_apart(connection: Connection, context: Context) -> None:
+def test_ids_that_come_again_among_others_are_told_apart(connection: Connection, context: KnownContext) -> None:
     """Of verifications that are opened together, each is its own user's, whatever was under the ids before."""
     add_users(connection, [f"old_{n}" for n in range(9)])
     rows = [row["id"] for row in connection.execute("SELECT id FROM outbox ORDER BY id")]
@@ -393,21 +395,24 @@ def test_ids_that_come_again_among_others_are_told_apart(connection: Connection,
         assert run_alone(connection, context, row).status == "done"
     connection.execute("UPDATE outbox SET payload = jsonb_build_object('username', 'new_' || id)")
     add_users(connection, [f"new_{row}" for row in rows])
-    opened = _open_verifications(context, [Recipient(row, f"new_{row}") for row in rows])
-    assert [found and found["email"] for found in opened] == [f"new_{row}@example.com" for row in rows]
-    assert len({found["id"] for found in opened if found}) == len(rows)
+    opened = _VerificationMail(context.settings)._open_all(context, [Recipient(row, f"new_{row}") for row in rows])
+    assert [found and found.email for found in opened] == [f"new_{row}@example.com" for row in rows]
+    assert len({found.id for found in opened if found}) == len(rows)
 
 
-def run_alone(connection: Connection, context: Context, row: int) -> Outcome:
+def run_alone(connection: Connection, context: KnownContext, row: int) -> Outcome:
     """Makes one attempt at one row of several."""
     from outbox.jobs import Delivery
 
     connection.execute("UPDATE outbox SET status = 'enqueued', delivery = 1 WHERE id = %s", [row])
     (claimed,) = claim(connection, [Delivery(row, 1)], "me", 60)
-    return attempt(claimed, registry(), replace(context, row=row, attempt=1)).outcome
+    own = replace(context, row_id=row, attempt=1)
+    return attempt(claimed, registry(context.settings), own, 3600).outcome
 
 
-def test_a_mail_is_not_begun_when_the_time_is_over(connection: Connection, context: Context, mailbox: Mailbox) -> None:
+def test_a_mail_is_not_begun_when_the_time_is_over(
+    connection: Connection, context: KnownContext, mailbox: Mailbox
+) -> None:
     """An attempt that has no time left is put off before it says anything to the mail server."""
     late = replace(context, deadline=time.monotonic() + 0.01)
     row = row_of(connection, "alice")
@@ -419,7 +424,7 @@ def test_a_mail_is_not_begun_when_the_time_is_over(connection: Connection, conte
 
 
 def test_a_step_with_the_mail_server_takes_no_longer_than_the_attempt(
-    connection: Connection, context: Context, mailbox: Mailbox
+    connection: Connection, context: KnownContext, mailbox: Mailbox
 ) -> None:
     """A mail server that says nothing is given up when the attempt's time is over, long before its own limit."""
     row = row_of(connection, "alice")

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,8 @@ class Note(BaseModel):
 
 
 NOTED = Task("noted", Note)
+GRACE = 100.0
+"""Seconds."""
 MANY = Task("noted_by_many", Note)
 REGISTRY: Registry = {task.name: Handler(task, lambda *_: None) for task in (NOTED, MANY)}
 
@@ -60,8 +61,7 @@ REGISTRY: Registry = {task.name: Handler(task, lambda *_: None) for task in (NOT
 def context(worker_settings: WorkerSettings) -> Context:
     """What handlers are given; these need none of it."""
     pool = HandlerPool(worker_settings.database_url)
-    settings = worker_settings.model_copy(update={"unhandled_grace": 100.0})
-    return Context(row=1, attempt=1, deadline=float("inf"), database=pool, send=lambda _: None, settings=settings)
+    return Context(row_id=1, attempt=1, deadline=float("inf"), database=pool, send=lambda _: None)
 
 
 @pytest.fixture
@@ -73,16 +73,18 @@ def completer(database_url: str) -> Iterator[Completer]:
     opened.close(5)
 
 
-def tried(connection: Connection, completer: Completer, context: Context, delivery: Delivery) -> Outcome:
+def tried(
+    connection: Connection, completer: Completer, context: Context, delivery: Delivery, grace: float = GRACE
+) -> Outcome:
     """Hands a row over, makes an attempt at it as a worker does, and writes the outcome."""
-    connection.execute("UPDATE outbox SET status = 'enqueued', run_at = now() WHERE id = %s", [delivery.row])
+    connection.execute("UPDATE outbox SET status = 'enqueued', run_at = now() WHERE id = %s", [delivery.row_id])
     (claimed,) = claim(connection, [delivery], "me", 15)
-    outcome, report = attempt(claimed, REGISTRY, context)
+    outcome, report = attempt(claimed, REGISTRY, context, grace)
     if report is not None:
         report()
     completer.in_flight.put(outcome)
     status = "SELECT FROM outbox WHERE id = %s AND status = %s"
-    eventually(lambda: connection.execute(status, [delivery.row, outcome.status]).fetchall(), 10, "it is written")
+    eventually(lambda: connection.execute(status, [delivery.row_id, outcome.status]).fetchall(), 10, "it is written")
     return outcome
 
 
@@ -90,13 +92,13 @@ def age(connection: Connection, delivery: Delivery, seconds: float) -> None:
     """Lets so many seconds have passed since no worker could handle a row."""
     connection.execute(
         "UPDATE outbox SET unhandled_since = unhandled_since - make_interval(secs => %s) WHERE id = %s",
-        [seconds, delivery.row],
+        [seconds, delivery.row_id],
     )
 
 
 def unhandled_since(connection: Connection, delivery: Delivery) -> Any:
     """Returns what the row says."""
-    found = connection.execute("SELECT unhandled_since FROM outbox WHERE id = %s", [delivery.row]).fetchone()
+    found = connection.execute("SELECT unhandled_since FROM outbox WHERE id = %s", [delivery.row_id]).fetchone()
     assert found is not None
     return found["unhandled_since"]
 
@@ -152,8 +154,7 @@ def test_the_grace_begins_anew_once_a_worker_has_handled_it(
 def test_a_grace_of_nothing_gives_it_up_at_once(connection: Connection, completer: Completer, context: Context) -> None:
     """For those who never run two versions side by side."""
     delivery = add_row(connection, task="noted", payload='{"text": 1}')
-    context = replace(context, settings=context.settings.model_copy(update={"unhandled_grace": 0.0}))
-    assert tried(connection, completer, context, delivery).status == "dead"
+    assert tried(connection, completer, context, delivery, grace=0.0).status == "dead"
 
 
 def test_many_rows_are_one_line_and_no_flood(
@@ -166,7 +167,7 @@ def test_many_rows_are_one_line_and_no_flood(
     rows += [add_row(connection, task="noted_by_many", payload='{"text": null}') for _ in range(100)]
     claims = claim(connection, rows, "me", 60)
     with capture_logs() as lines, ThreadPoolExecutor(8) as threads:
-        for attempted in threads.map(lambda claimed: attempt(claimed, REGISTRY, context), claims):
+        for attempted in threads.map(lambda claimed: attempt(claimed, REGISTRY, context, GRACE), claims):
             delays.append(attempted.outcome.delay)
             if attempted.report is not None:
                 attempted.report()

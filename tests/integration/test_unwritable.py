@@ -12,6 +12,7 @@ import redis
 from structlog.testing import capture_logs
 
 from outbox import postgres
+from outbox.row import Status
 from outbox.settings import RelaySettings
 from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
@@ -133,7 +134,7 @@ def lives(database_url: str, redis_url: str, connection: Connection) -> Iterator
     mine, dead = claim(connection, [add_row(connection), add_row(connection)], "me", LEASE)
     # Of a living one, until the relay has waited.
     lease = "UPDATE outbox SET worker = 'another', lease_until = now() + make_interval(secs => %s) WHERE id = %s"
-    connection.execute(lease, [2 * LEASE, dead.delivery.row])
+    connection.execute(lease, [2 * LEASE, dead.delivery.row_id])
     completer = Completer(database_url, InFlight(), "me", LEASE)
     completer.in_flight.hold([mine])
     completer.start()
@@ -144,14 +145,14 @@ def lives(database_url: str, redis_url: str, connection: Connection) -> Iterator
         try:
             began = time.monotonic()
             eventually(lambda: time.monotonic() - began > LEASE + 0.2, 10, "the relay's own first wait")
-            yield mine, dead.delivery.row, lines
-            completer.in_flight.put(Outcome(mine.delivery, "done", 1))
+            yield mine, dead.delivery.row_id, lines
+            completer.in_flight.put(Outcome(mine.delivery, Status.DONE, 1))
             eventually(lambda: read_row(connection, mine.delivery)["status"] == "done", 10)
         finally:
             stop.request()
             relay.join(10)
             completer.close(5)
-    assert rescued(lines) == [dead.delivery.row]
+    assert rescued(lines) == [dead.delivery.row_id]
 
 
 def rescued(lines: Sequence[Any]) -> list[int]:
@@ -188,7 +189,7 @@ def test_a_lease_that_ends_in_an_hour_is_none(connection: Connection) -> None:
 def test_a_row_that_cannot_be_rescued_keeps_no_other_from_it(connection: Connection) -> None:
     """A trigger of somebody's refuses it: it is named, and the others are taken."""
     claims = claim(connection, [add_row(connection) for _ in range(5)], "me", -1)
-    refused = claims[2].delivery.row
+    refused = claims[2].delivery.row_id
     connection.execute(
         f"""
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;

@@ -112,7 +112,7 @@ def test_nothing_foreign_runs_or_stops_anything(
     stranger.save()
     garbage = [b"stranger", trap[:100], b"", b"\xff\xfe\0", b"-1-1", b"1-1-1", b"0-1", f"{2**63}-1".encode()]
     offer(redis_client, *garbage, b"x" * 10_000_000, b"7" * 10_000_000, queue="critical")
-    nowhere = [f"{2**63 - 1}-1", f"{done.row}-1", f"{older.row}-4", f"{older.row}-6"]
+    nowhere = [f"{2**63 - 1}-1", f"{done.row_id}-1", f"{older.row_id}-4", f"{older.row_id}-6"]
     offer(redis_client, *nowhere, *nowhere, real[0].job_id, queue="critical")
     redis_client.hset(f"rq:job:{real[0].job_id}", mapping={"data": trap, "origin": trap, "timeout": "garbage"})
     redis_client.set(f"rq:job:{real[1].job_id}", trap)  # no hash at all
@@ -251,7 +251,7 @@ def test_a_handler_that_hangs_ends_its_worker_once_the_others_have_ended(
     may_end, ended = threading.Event(), threading.Event()
 
     def hang(_: Nothing, context: Context) -> None:
-        if context.row == hanging.row:
+        if context.row_id == hanging.row_id:
             may_end.wait(30)
         else:
             time.sleep(3)
@@ -260,7 +260,7 @@ def test_a_handler_that_hangs_ends_its_worker_once_the_others_have_ended(
     worker = overdue_worker(worker_settings, monkeypatch, hang)
     hanging, slow = add_row(connection, task="hang", timeout=1), add_row(connection, task="hang", timeout=30)
     offer(worker._client, hanging.job_id, slow.job_id)
-    with capture_logs() as lines, pytest.raises(OverdueError, match=f"rows {hanging.row} do not end"):
+    with capture_logs() as lines, pytest.raises(OverdueError, match=f"rows {hanging.row_id} do not end"):
         worker._work()
     assert ended.is_set(), "it has waited for the other"
     assert read_row(connection, hanging)["status"] == "running", "the lease is kept while the handler runs"
@@ -271,7 +271,7 @@ def test_a_handler_that_hangs_ends_its_worker_once_the_others_have_ended(
     assert "did not end within" in row["last_error"]
     assert row["waits"] > LEAVING_TIME + 10, "it waits as after a failure"
     assert is_done(connection, slow)
-    assert [line["row"] for line in lines if line["event"] == "attempt is overdue"] == [hanging.row]
+    assert [line["row"] for line in lines if line["event"] == "attempt is overdue"] == [hanging.row_id]
 
 
 def test_a_handler_that_hangs_at_every_attempt_is_dead_in_the_end(
@@ -323,7 +323,7 @@ def test_a_row_that_redis_has_twice_runs_once(
     ran: list[int] = []
 
     def count(_: Nothing, context: Context) -> None:
-        ran.append(context.row)
+        ran.append(context.row_id)
         time.sleep(0.2)
 
     worker = overdue_worker(worker_settings, monkeypatch, count)
@@ -336,7 +336,7 @@ def test_a_row_that_redis_has_twice_runs_once(
     worker._stop.request()
     working.join(10)
     worker._finish()
-    assert ran == [row.row]
+    assert ran == [row.row_id]
 
 
 def losing_claims(worker: Worker, monkeypatch: pytest.MonkeyPatch, lost: Callable[[], object]) -> None:
@@ -379,7 +379,7 @@ def test_what_was_claimed_without_an_answer_and_locked_then_is_given_back(
 
         def lock() -> None:
             locks.__enter__()
-            other.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [row.row])
+            other.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [row.row_id])
 
         losing_claims(worker, monkeypatch, lock)
         offer(worker._client, row.job_id, behind.job_id)
@@ -545,7 +545,7 @@ def test_a_claim_that_waits_for_a_lock_holds_up_no_other(
     """
     locked, behind, later = [add_row(connection) for _ in range(3)]
     with postgres.connect(database_url, "test") as stranger, stranger.transaction():
-        stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row])
+        stranger.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row_id])
         offer(redis_client, locked.job_id, behind.job_id)
         worker = stack.run("worker")
         worker.await_event("claim timed out waiting for a row lock")
@@ -649,7 +649,7 @@ def test_a_worker_whose_marker_has_ended_ends(
             running.result(20)
         assert time.monotonic() - ended < 3
     assert read_row(connection, second)["status"] == "enqueued"
-    assert [line["rows"] for line in lines if line["event"] == "outcomes lost at shutdown"] == [[first.row]]
+    assert [line["rows"] for line in lines if line["event"] == "outcomes lost at shutdown"] == [[first.row_id]]
 
 
 def test_a_log_that_nobody_reads_holds_up_no_row(
@@ -679,12 +679,12 @@ def test_a_row_that_cannot_be_claimed_ends_no_worker(
     connection.execute(
         f"""
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
-        CREATE TRIGGER refusing BEFORE UPDATE ON outbox FOR EACH ROW WHEN (NEW.id = {refused.row})
+        CREATE TRIGGER refusing BEFORE UPDATE ON outbox FOR EACH ROW WHEN (NEW.id = {refused.row_id})
         EXECUTE FUNCTION refuse();
         """
     )
     offer(redis_client, *[row.job_id for row in rows])
     worker = stack.run("worker")
     eventually(lambda: all(is_done(connection, row) for row in rows if row != refused), 10, "the others are done")
-    assert worker.await_event("rows cannot be claimed")["rows"] == [refused.row]
+    assert worker.await_event("rows cannot be claimed")["rows"] == [refused.row_id]
     assert worker.stop() == 0

@@ -1,11 +1,11 @@
 """Redis as the tester models it: jobs that may get lost, come twice, change places, or be put off."""
 
 from random import Random
-from typing import Any
 
 import redis
 
 from outbox.jobs import Delivery
+from relay.publish import Published
 from relay.sweep import Held
 from tests.schedules.stepping import Actor, Order
 
@@ -27,15 +27,15 @@ class Bag:
         """Queue and time of those that are not due yet."""
         self._ever: list[tuple[str, Delivery]] = []
 
-    def put(self, rows: list[dict[str, Any]], draw: Random) -> None:
+    def put(self, rows: list[Published], draw: Random) -> None:
         """Takes the jobs of rows that are handed over."""
         for row in rows * (2 if draw.random() < self._repeat_rate else 1):
-            delivery = Delivery(row["id"], row["delivery"])
-            self._ever.append((row["queue"], delivery))
-            if row["scheduled"]:
-                self.scheduled[delivery] = (row["queue"], row["run_at"])
+            delivery = Delivery(row.id, row.delivery)
+            self._ever.append((row.queue, delivery))
+            if row.scheduled:
+                self.scheduled[delivery] = (row.queue, row.run_at)
             else:
-                self.queues[row["queue"]].append(delivery)
+                self.queues[row.queue].append(delivery)
 
     def take(self, count: int, draw: Random) -> list[Delivery]:
         """Gives up to `count` jobs to a worker."""
@@ -119,7 +119,7 @@ class Client:
         self._draw = draw
         self._actor = actor
 
-    def write_jobs(self, rows: list[dict[str, Any]]) -> None:
+    def write_jobs(self, rows: list[Published]) -> None:
         """Stands in for `relay.publish.write_jobs`: in one transaction, so all of the jobs or none."""
         order = self._actor.stop_before("write jobs")
         if order is not Order.CUT:

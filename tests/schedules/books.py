@@ -66,7 +66,7 @@ class Books:
         """Takes note of a handler that begins."""
         attempt = self.attempts[worker, claim.delivery]
         for other in self.attempts.values():
-            if other is not attempt and other.claim.delivery.row == claim.delivery.row and other.runs:
+            if other is not attempt and other.claim.delivery.row_id == claim.delivery.row_id and other.runs:
                 if other.is_excused or attempt.is_excused:
                     continue
                 self.violate(
@@ -99,7 +99,7 @@ class Books:
     def excuse(self, rows: set[int], workers: set[str]) -> None:
         """Takes note that these rows' leases may have passed though these workers live."""
         for attempt in self.attempts.values():
-            if attempt.claim.delivery.row in rows and attempt.worker in workers:
+            if attempt.claim.delivery.row_id in rows and attempt.worker in workers:
                 attempt.is_excused = True
 
     def restored(self) -> None:

@@ -77,7 +77,7 @@ class Faults:
         return {row for row in range(1, MOST_ROWS + 3) if self._draw.random() < 0.8}
 
     def _held(self) -> set[int]:
-        return {delivery.row for worker in self._setting.workers for delivery in worker.in_flight.deliveries()}
+        return {delivery.row_id for worker in self._setting.workers for delivery in worker.in_flight.deliveries()}
 
     def _come_due(self) -> str:
         rows = self._rows() - self._setting.leaving_rows()
@@ -93,7 +93,7 @@ class Faults:
     def _expire(self) -> str:
         """Lets leases pass that nobody renews, or whose workers cannot because they are frozen."""
         kept = {
-            delivery.row
+            delivery.row_id
             for worker in self._setting.workers
             if not worker.is_frozen
             for delivery in worker.in_flight.deliveries()

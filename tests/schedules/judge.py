@@ -128,7 +128,7 @@ class Judge:
         before, after = by.states
         self.counts[f"{by.role}: {before} -> {after}"] += 1
         self.trace.append((by.at, by.actor, f"    {by}"))
-        row = by.next_delivery.row
+        row = by.next_delivery.row_id
         if by.new is None:
             self._rows.pop(row, None)
         else:

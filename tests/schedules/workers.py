@@ -7,6 +7,7 @@ import psycopg
 
 from outbox.jobs import Delivery
 from outbox.postgres import AWAY, Connection
+from outbox.row import Status
 from tests.schedules.relays import LEASE
 from tests.schedules.setting import Setting
 from tests.schedules.stepping import TURN, Actor
@@ -64,7 +65,7 @@ class Worker:
 
     def running_rows(self) -> set[int]:
         """Returns the rows whose handlers run."""
-        return {delivery.row for delivery in self._running}
+        return {delivery.row_id for delivery in self._running}
 
     def step_handlers(self) -> None:
         """Begins a handler, or ends one, or gives back what no handler has begun."""
@@ -84,9 +85,9 @@ class Worker:
     def _outcome(self, claimed: Claim) -> Outcome:
         chance = 0.0 if self.setting.is_fair else self._draw.random()
         if chance < 0.5:
-            return Outcome(claimed.delivery, "done", claimed.attempt)
+            return Outcome(claimed.delivery, Status.DONE, claimed.attempt)
         if chance < 0.6:
-            return Outcome(claimed.delivery, "dead", claimed.attempt, error="SkipRetry")
+            return Outcome(claimed.delivery, Status.DEAD, claimed.attempt, error="SkipRetry")
         return cut_short(claimed, "failed", self._draw.choice([0.0, 20.0, 1000.0]))
 
     def _put(self, outcome: Outcome, *, runs_on: bool = False) -> None:
@@ -183,8 +184,8 @@ class Claims(Part):
                 claims, _ = claim_free(connection, self._taken, self.worker.name, LEASE, held)
                 asked = {claimed.delivery for claimed in claims}
             else:
-                rows = {delivery.row for delivery in held}
-                asked = {delivery for delivery in self._taken if delivery.row not in rows}
+                rows = {delivery.row_id for delivery in held}
+                asked = {delivery for delivery in self._taken if delivery.row_id not in rows}
             self.setting.books.claimed(self.worker.name, claims, asked, asked_at)
             self._taken.clear()
             self.worker.hold(claims)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -38,10 +39,15 @@ def _module(**members: object) -> ModuleType:
 
 def test_a_second_task_is_one_definition_and_one_function() -> None:
     """The registry finds a new task's handler beside the first one's, with nothing else to be told."""
-    registry = load_registry(["worker.handlers.send_verify_email", __name__])
+    registry = load_registry([__name__], own=[Handler(SEND_VERIFY_EMAIL, lambda *_: None)])
     assert set(registry) == {"send_verify_email", "greet"}
     assert registry["greet"] is greet
     assert registry["greet"].task is GREET
+
+
+def test_a_handler_is_given_no_setting() -> None:
+    """Neither the secret key nor the password of a server is anything that a task needs."""
+    assert {field.name for field in fields(Context)} == {"row_id", "attempt", "deadline", "database", "send"}
 
 
 def test_a_handler_may_be_seen_twice() -> None:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import pytest
 
 from outbox.jobs import Delivery
+from outbox.row import Status
 from tests.support.waiting import eventually
 from worker.claim import Claim
 from worker.errors import NoThreadsError, ThreadEndedError
@@ -34,11 +35,11 @@ class Crew:
         self._completer.start()
 
     def _handle(self, claim: Claim) -> Attempted:
-        self.begun.append(claim.delivery.row)
+        self.begun.append(claim.delivery.row_id)
         ends = time.monotonic() + 10
         while not self.may_end.is_set() and not self._ends.acquire(timeout=0.01) and time.monotonic() < ends:
             pass
-        return Attempted(Outcome(claim.delivery, "done", claim.attempt), lambda: None)
+        return Attempted(Outcome(claim.delivery, Status.DONE, claim.attempt), lambda: None)
 
     def _complete(self) -> None:
         while not self._is_closing:
@@ -72,7 +73,7 @@ def claim_of(row: int, attempt: int = 1, timeout: int = 30) -> Claim:
 
 def rows_of(claims: Sequence[Claim]) -> list[int]:
     """Returns the claims' rows in order."""
-    return sorted(claim.delivery.row for claim in claims)
+    return sorted(claim.delivery.row_id for claim in claims)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def crew() -> Iterator[Crew]:
 
 def done(claim: Claim) -> Attempted:
     """Handles a row at once."""
-    return Attempted(Outcome(claim.delivery, "done", claim.attempt), lambda: None)
+    return Attempted(Outcome(claim.delivery, Status.DONE, claim.attempt), lambda: None)
 
 
 def test_without_a_pace_nothing_is_claimed_ahead(crew: Crew) -> None:
@@ -97,7 +98,7 @@ def test_without_a_pace_nothing_is_claimed_ahead(crew: Crew) -> None:
     assert crew.threads.wait_for_room(0.01) == 0
     crew.may_end.set()
     eventually(lambda: crew.threads.wait_for_room(0) == COUNT, 5)
-    assert sorted(outcome.delivery.row for outcome in crew.outcomes) == [1, 2, 3, 4]
+    assert sorted(outcome.delivery.row_id for outcome in crew.outcomes) == [1, 2, 3, 4]
 
 
 def test_short_handlers_have_rows_claimed_ahead(crew: Crew) -> None:
@@ -166,7 +167,7 @@ def test_a_row_that_waited_too_long_is_not_begun(crew: Crew, monkeypatch: pytest
     monkeypatch.setattr("worker.threads.LONGEST_WAIT", 0.1)
     time.sleep(0.2)
     crew.end(1)
-    eventually(lambda: Outcome(Delivery(COUNT + 1, 1), "pending", 0) in crew.outcomes, 5)
+    eventually(lambda: Outcome(Delivery(COUNT + 1, 1), Status.PENDING, 0) in crew.outcomes, 5)
     assert COUNT + 1 not in crew.begun
 
 
@@ -197,7 +198,7 @@ def test_what_does_not_end_is_given_up(crew: Crew, ends: bool) -> None:  # noqa:
     if ends:
         crew.may_end.set()
         crew.wait_until_empty()
-    given_up = crew.in_flight.give_up(lambda claim: Outcome(claim.delivery, "pending", 0))
+    given_up = crew.in_flight.give_up(lambda claim: Outcome(claim.delivery, Status.PENDING, 0))
     assert len(given_up) == (0 if ends else 2)
     eventually(lambda: [outcome.status for outcome in crew.outcomes] == ["done" if ends else "pending"] * 2, 5)
 
@@ -206,7 +207,7 @@ def test_a_handler_that_ends_after_it_was_given_up_has_its_say(crew: Crew) -> No
     """Its mail is out: where nothing has been written yet, the row is done after all."""
     crew.begin(1, 2)
     eventually(lambda: len(crew.begun) == 2, 5)
-    crew.in_flight.give_up(lambda claim: Outcome(claim.delivery, "pending", 0))
+    crew.in_flight.give_up(lambda claim: Outcome(claim.delivery, Status.PENDING, 0))
     crew.may_end.set()
     eventually(lambda: [outcome.status for outcome in crew.outcomes] == ["pending"] * 2 + ["done"] * 2, 5)
     assert not crew.in_flight.unended()
@@ -218,9 +219,9 @@ def test_of_two_outcomes_that_wait_the_handlers_counts() -> None:
     in_flight.hold([claim_of(1)])
     in_flight.queue([claim_of(1)])
     row = in_flight.begin()
-    in_flight.give_up(lambda claim: Outcome(claim.delivery, "pending", 0))
-    in_flight.end(row, Outcome(Delivery(1, 1), "done", 1))
-    assert in_flight.collect(1) == [Outcome(Delivery(1, 1), "done", 1)]
+    in_flight.give_up(lambda claim: Outcome(claim.delivery, Status.PENDING, 0))
+    in_flight.end(row, Outcome(Delivery(1, 1), Status.DONE, 1))
+    assert in_flight.collect(1) == [Outcome(Delivery(1, 1), Status.DONE, 1)]
     assert in_flight.collect(0) == []
 
 
@@ -229,7 +230,7 @@ def test_a_row_is_held_until_its_outcome_is_written() -> None:
     in_flight = InFlight()
     in_flight.hold([claim_of(1), claim_of(2)])
     in_flight.queue([claim_of(1), claim_of(2)])
-    in_flight.end(in_flight.begin(), Outcome(Delivery(1, 1), "done", 1))
+    in_flight.end(in_flight.begin(), Outcome(Delivery(1, 1), Status.DONE, 1))
     in_flight.collect(1)
     assert in_flight.wait_until(1, 0) == 1
     assert in_flight.deliveries() == {Delivery(1, 1), Delivery(2, 1)}
@@ -244,7 +245,7 @@ def test_a_thread_outlives_whatever_an_attempt_raises(error: BaseException) -> N
     """Its row is tried again, the attempt counts, and the next row is handled by the same thread."""
 
     def handle(claim: Claim) -> Attempted:
-        if claim.delivery.row == 1:
+        if claim.delivery.row_id == 1:
             raise error
         return done(claim)
 
@@ -267,7 +268,7 @@ def test_the_outcome_is_put_before_the_log_is_written() -> None:
         may_go_on.wait(10)
         raise ZeroDivisionError
 
-    crew = Crew(lambda claim: Attempted(Outcome(claim.delivery, "done", 1), report), count=1)
+    crew = Crew(lambda claim: Attempted(Outcome(claim.delivery, Status.DONE, 1), report), count=1)
     crew.begin(1)
     eventually(lambda: crew.outcomes, 5, "it is put while its log is being written")
     eventually(lambda: not crew.in_flight.deliveries(), 5, "nothing is held any more")
@@ -296,7 +297,7 @@ def test_a_thread_that_ended_is_noticed_and_its_row_is_not_lost(
     eventually(lambda: not crew.threads._threads[0].is_alive(), 5)
     with pytest.raises(ThreadEndedError, match="handler-1"):
         crew.threads.check()
-    given_up = crew.in_flight.give_up(lambda claim: Outcome(claim.delivery, "pending", 1))
+    given_up = crew.in_flight.give_up(lambda claim: Outcome(claim.delivery, Status.PENDING, 1))
     assert given_up == ([] if has_outcome else [claim_of(1)])
     eventually(lambda: [outcome.status for outcome in crew.outcomes] == ["done" if has_outcome else "pending"], 5)
     crew.close()

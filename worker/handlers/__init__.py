@@ -1,15 +1,14 @@
-"""The handlers of this service: one module each. Every module in this folder is loaded."""
-
-import pkgutil
+"""The handlers that a worker has: the verification mail's, and those of `OUTBOX_HANDLERS`."""
 
 from outbox.registry import Registry, load_registry
+from outbox.settings import WorkerSettings
+from worker.handlers.send_verify_email import verification_mail
 
 
-def registry(further: tuple[str, ...] = ()) -> Registry:
-    """Returns the handlers of this folder and of the further modules (`OUTBOX_HANDLERS`), by task name.
+def registry(settings: WorkerSettings) -> Registry:
+    """Returns all handlers by task name.
 
     Raises:
         TaskError: a module cannot be imported, or two handlers claim one task.
     """
-    own = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
-    return load_registry([*own, *further])
+    return load_registry(settings.handlers, own=[verification_mail(settings)])

@@ -1,0 +1,45 @@
+"""What an outbox row is: its states, and the rows of statements as types."""
+
+from enum import StrEnum
+from operator import itemgetter
+from typing import Any, TypeVar
+
+from psycopg.rows import RowFactory, RowMaker
+
+
+class Status(StrEnum):
+    """The states of a row; docs/design.md has the transitions."""
+
+    PENDING = "pending"
+    """Waits for the relay."""
+    ENQUEUED = "enqueued"
+    """Redis has a job for it."""
+    RUNNING = "running"
+    """A worker holds its lease."""
+    DONE = "done"
+    """Its handler has returned."""
+    DEAD = "dead"
+    """Given up until an operator decides."""
+
+
+R = TypeVar("R", bound=tuple[Any, ...])
+
+
+def named(kind: type[R]) -> RowFactory[R]:
+    """Returns a row factory for psycopg that makes rows NamedTuples, each field of the column of its name.
+
+    It costs little more than a tuple: the columns are looked up once per statement.
+
+    Args:
+        kind: a NamedTuple of two fields at least, with a column for each.
+    """
+    fields, make = kind._fields, kind._make  # type: ignore[attr-defined]
+
+    def factory(cursor: Any) -> RowMaker[R]:
+        columns = [column.name for column in cursor.description or ()]
+        if not columns:  # a statement that returns no rows
+            return make  # type: ignore[no-any-return]
+        pick = itemgetter(*map(columns.index, fields))
+        return lambda values: make(pick(values))
+
+    return factory

@@ -1,0 +1,41 @@
+"""Rows as types: filled by the names of columns, whatever their order."""
+
+from typing import NamedTuple
+
+import pytest
+
+from outbox.row import Status, named
+from tests.conftest import Connection
+
+
+class Pair(NamedTuple):
+    """Two columns."""
+
+    first: int
+    second: str
+
+
+@pytest.mark.parametrize("columns", ["1 AS first, 'a' AS second", "'a' AS second, now() AS third, 1 AS first"])
+def test_a_field_is_the_column_of_its_name(connection: Connection, columns: str) -> None:
+    """Columns that no field is named after are left out."""
+    found = connection.cursor(row_factory=named(Pair)).execute(f"SELECT {columns}".encode()).fetchall()
+    assert found == [Pair(1, "a")]
+
+
+def test_a_column_that_is_missing_is_an_error(connection: Connection) -> None:
+    """A statement and its type that do not go together fail at the first row."""
+    with pytest.raises(ValueError, match="second"):
+        connection.cursor(row_factory=named(Pair)).execute("SELECT 1 AS first").fetchall()
+
+
+def test_a_statement_without_rows_is_no_error(connection: Connection) -> None:
+    """It has no columns to look for."""
+    assert connection.cursor(row_factory=named(Pair)).execute("LISTEN outbox").statusmessage == "LISTEN"
+
+
+def test_a_state_is_the_text_in_the_table(connection: Connection) -> None:
+    """As a parameter, in an array, and compared with what a statement returns."""
+    found = connection.execute("SELECT %s::text AS one, %s::text[] AS all", [Status.DEAD, list(Status)]).fetchone()
+    assert found is not None
+    assert found["one"] == Status.DEAD
+    assert found["all"] == ["pending", "enqueued", "running", "done", "dead"]
