@@ -1,24 +1,37 @@
 """The wheel is all that a deployment needs."""
 
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_an_installed_wheel_works_from_any_folder(tmp_path: Path, create_database: Callable[[str | None], str]) -> None:
-    """What the wheel holds migrates a database and starts a process, without the checkout beside it."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
         cwd=ROOT,
         check=True,
         capture_output=True,
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_an_installed_wheel_works_from_any_folder(
+    wheel: Path, tmp_path: Path, create_database: Callable[[str | None], str]
+) -> None:
+    """What the wheel holds migrates a database and starts a process, without the checkout beside it."""
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     # -P keeps the current folder out of the path, PYTHONPATH puts the unpacked wheel before the editable checkout.
@@ -44,3 +57,29 @@ def test_an_installed_wheel_works_from_any_folder(tmp_path: Path, create_databas
         check=True,
     )
     assert Path(where.stdout.strip()) == site / "outbox" / "sql"
+
+
+def test_the_documented_example_has_no_type_error(wheel: Path, tmp_path: Path) -> None:
+    """As strictly as mypy can, against the types that the installed wheel brings."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    example = tmp_path / "example" / "greetings"
+    example.mkdir(parents=True)
+    (example / "__init__.py").touch()
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = re.findall(r"```python\n# greetings/(\w+\.py)\n(.*?)```", page, re.DOTALL)
+    assert len(files) == 3
+    for name, text in files:
+        (example / name).write_text(text, encoding="utf-8")
+    options = ["--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache")]
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "--python-executable", str(tmp_path / "venv/bin/python"), "greetings"],
+        cwd=example.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert found.stdout == "Success: no issues found in 4 source files\n", found.stdout + found.stderr
