@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from outbox.settings import ServiceSettings
-from tests.integration.test_http_behaviour import serve, user
 from tests.support import http_proxies
+from tests.support.api import serve, user
 from tests.support.http_client import RawClient
 
 ROUNDS = 40

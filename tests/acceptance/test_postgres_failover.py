@@ -15,7 +15,7 @@ from outbox.migrate import migrate
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
 from tests.conftest import short_folder
-from tests.integration.test_http_behaviour import is_problem, serve
+from tests.support.api import is_problem, serve
 from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Stack
 from tests.support.standby import Pair, streaming_pair

@@ -10,7 +10,7 @@ import pytest
 from outbox import postgres
 from outbox.migrate import migrate
 from outbox.settings import ServiceSettings
-from tests.integration.test_http_behaviour import Api, is_problem, serve
+from tests.support.api import Api, is_problem, serve
 from tests.support.servers import with_database
 
 

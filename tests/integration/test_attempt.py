@@ -25,7 +25,7 @@ from outbox.jobs import Delivery
 from outbox.row import Status
 from outbox.settings import WorkerSettings
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row, read_row
+from tests.support.rows import add_row, read_row
 from worker.attempt import NOT_NOW_DELAY, attempt
 from worker.claim import Claim, claim
 from worker.complete import Completer

@@ -11,8 +11,8 @@ import pytest
 from outbox import postgres
 from outbox.queries import query
 from tests.conftest import Connection
-from tests.integration.test_plans import STATEMENTS
 from tests.support.processes import add_users
+from tests.support.statements import STATEMENTS
 
 pytestmark = pytest.mark.once
 

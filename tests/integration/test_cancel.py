@@ -14,8 +14,8 @@ from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
 from service.pool import create_pool
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row
 from tests.support.processes import Stack, frozen
+from tests.support.rows import add_row
 from tests.support.waiting import eventually
 from worker.claim import claim
 from worker.complete import Completer

@@ -16,8 +16,8 @@ from outbox.row import Status
 from outbox.up.embedded import EmbeddedServer
 from relay.rescue import SETTLING_TIME
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import frozen, take_down
+from tests.support.rows import add_row, read_row
 from tests.support.waiting import eventually
 from worker.claim import Claim, claim
 from worker.complete import MOST_REFUSED, Completer

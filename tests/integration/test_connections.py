@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
-from tests.integration.test_mail import close, mail, mailer, send_when_back, within
 from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script
+from tests.support.mailing import close, mail, mailer, send_when_back, within
 from tests.support.waiting import eventually
 from worker import connections
 from worker.mail import AttemptMails, Mailer

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from outbox.settings import ServiceSettings
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import PASSWORD, Api, is_problem, serve, user
+from tests.support.api import PASSWORD, Api, is_problem, serve, user
 
 FIELDS = ("username", "password", "full_name", "email")
 

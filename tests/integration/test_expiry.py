@@ -23,7 +23,7 @@ from outbox.verification import secret_code
 from relay.expiry import INDEX, INTERVAL, PAUSE, Expiry
 from relay.loop import Relay
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import Api, serve
+from tests.support.api import Api, serve
 from tests.support.processes import SECRET_KEY
 from tests.support.waiting import eventually
 

@@ -22,7 +22,7 @@ from outbox.up.embedded import EmbeddedServer
 from relay.publish import publish
 from relay.schedule import SCHEDULED_JOBS, Schedule
 from tests.conftest import Connection
-from tests.integration.test_worker_loop import offer
+from tests.support.rows import offer
 from worker.take import Queues
 
 ASIDE = aside_key("rq:queue:default")

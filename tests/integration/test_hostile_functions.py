@@ -14,9 +14,8 @@ from outbox import postgres
 from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
 from tests.conftest import Connection
-from tests.integration.test_plans import STATEMENTS
 from tests.support.parse_trees import inexact_operators, parse_trees
-from tests.unit.test_queries import NAMES
+from tests.support.statements import NAMES, STATEMENTS
 
 GRAMMAR = {"coalesce", "greatest", "least", "extract", "varchar"}
 """What looks like a function, and is found by no name."""

@@ -4,8 +4,8 @@ import base64
 
 import pytest
 
-from tests.integration.test_mail import close, mail, mailer
 from tests.support.mailbox import serve_script
+from tests.support.mailing import close, mail, mailer
 from tests.support.waiting import eventually
 from worker.mail_errors import MailError, MailServerError
 

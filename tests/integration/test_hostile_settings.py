@@ -26,8 +26,8 @@ from outbox.tasks import SendVerifyEmail
 from relay.publish import publish
 from service.pool import create_pool
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import Api, is_problem, serve
-from tests.integration.test_verify_email import JSON, PATH, mailed
+from tests.support.api import Api, is_problem, serve
+from tests.support.links import JSON, PATH, mailed
 from tests.support.mailbox import Mailbox, link_in
 from tests.support.waiting import eventually
 from worker.attempt import attempt

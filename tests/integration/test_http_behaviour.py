@@ -1,118 +1,27 @@
 """What holds for every request: probes, documentation, problems, limits, request ids and log lines."""
 
 import json
-import logging
 import re
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from io import StringIO
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
-import httpx
 import psycopg
 import psycopg.sql
 import pytest
-import uvicorn
 from psycopg_pool.base import AttemptWithBackoff
 
-from outbox import logs, postgres
+from outbox import postgres
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
 from service import pool
 from service.schemas import CreateUser
-from service.server import create_server
 from tests.conftest import Connection
+from tests.support.api import PASSWORD, Api, exchange, is_problem, serve, user
 from tests.support.processes import frozen
 from tests.support.waiting import eventually
 
-PASSWORD = "hunter2 hunter2"
-
 Outage = Callable[[], AbstractContextManager[None]]
-
-
-class Api:
-    """The service on a real socket, its client and its log."""
-
-    def __init__(self, client: httpx.Client, port: int, log: StringIO, server: uvicorn.Server) -> None:
-        self.client = client
-        self.port = port
-        self._log = log
-        self._server = server
-
-    @property
-    def log(self) -> StringIO:
-        """What it has logged so far, with the lines of requests whose answers are here already: they follow these."""
-        deadline = time.monotonic() + 1
-        while self._server.server_state.tasks and time.monotonic() < deadline:
-            time.sleep(0.005)
-        logs.drain()
-        return self._log
-
-    def create(self, name: str = "alice", path: str = "/v1/users", **changes: object) -> httpx.Response:
-        """Asks for a user who is valid but for the changes."""
-        return self.client.post(path, json=user(name, **changes))
-
-    def post(self, body: bytes | Iterator[bytes], content_type: str = "application/json") -> httpx.Response:
-        """Asks for a user with any body."""
-        return self.client.post("/v1/users", content=body, headers={"Content-Type": content_type})
-
-    def events(self, event: str) -> list[dict[str, Any]]:
-        """Returns the log lines of one event."""
-        lines = [json.loads(line) for line in self.log.getvalue().splitlines()]
-        return [line for line in lines if line["event"] == event]
-
-
-def user(name: str = "alice", **changes: object) -> dict[str, object]:
-    """Returns a body that is valid but for the changes."""
-    return {
-        "username": name,
-        "password": PASSWORD,
-        "full_name": "Alice Liddell",
-        "email": f"{name}@example.com",
-        **changes,
-    }
-
-
-@contextmanager
-def serve(settings: ServiceSettings) -> Iterator[Api]:
-    """Runs the service in a thread of this process, with its log in memory."""
-    server = create_server(settings)
-    root = logging.getLogger()
-    handlers, level, log = root.handlers, root.level, StringIO()
-    with redirect_stdout(log):
-        logs.configure("service", "info", "json")
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        eventually(lambda: server.started or not thread.is_alive(), 10, "the service starts")
-        # Without TLS there is nothing to verify, and reading the certificates takes longer than most tests.
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, verify=False) as client:
-            yield Api(client, port, log, server)
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-        root.handlers = handlers
-        root.setLevel(level)
-        logs.reset()
-
-
-def is_problem(response: httpx.Response, status: int) -> bool:
-    """Whether a response is a problem as RFC 9457 wants it, of this status and with its request's id."""
-    if response.status_code != status or response.headers["content-type"] != "application/problem+json":
-        return False
-    told = response.json()
-    return bool(
-        {"type", "title", "status", "detail", "request_id"} <= told.keys()
-        and told["status"] == status
-        and told["request_id"] == response.headers["x-request-id"]
-        and told["detail"] != ""
-    )
 
 
 @pytest.fixture
@@ -139,13 +48,6 @@ def outage(server_url: str, database_url: str) -> Outage:
                 connection.execute(change.format(psycopg.sql.Identifier(name), psycopg.sql.Literal("true")))
 
     return away
-
-
-def exchange(port: int, request: bytes) -> bytes:
-    """Sends bytes that no HTTP client would, and returns all that comes back."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(request)
-        return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 def hang_up(port: int, body: dict[str, object]) -> None:

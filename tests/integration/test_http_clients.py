@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from outbox.settings import ServiceSettings
-from tests.integration.test_http_behaviour import Api, serve, user
+from tests.support.api import Api, serve, user
 
 SIGN_UPS = Path(__file__).parent.parent / "support" / "SignUps.java"
 

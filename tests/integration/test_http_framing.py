@@ -10,7 +10,7 @@ import pytest
 
 from outbox.settings import ServiceSettings
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import Api, serve, user
+from tests.support.api import Api, serve, user
 
 BODY = json.dumps(user()).encode()
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -13,7 +13,7 @@ import pytest
 from outbox.settings import ServiceSettings
 from service import protocol, server
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import Api, exchange, serve, user
+from tests.support.api import Api, exchange, serve, user
 from tests.support.waiting import eventually
 
 SAFE = {

@@ -15,7 +15,7 @@ from outbox.settings import ServiceSettings
 from outbox.tally import Tally
 from service import protocol
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import Api, is_problem, serve, user
+from tests.support.api import Api, is_problem, serve, user
 from tests.support.waiting import eventually
 
 LINE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"

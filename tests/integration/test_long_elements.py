@@ -15,7 +15,7 @@ from outbox.settings import RelaySettings
 from relay.schedule import SCHEDULED_JOBS, Schedule
 from relay.sweep import Sweep
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row
+from tests.support.rows import add_row
 from worker.take import Queues
 
 LIMIT = 1_000_000

@@ -4,10 +4,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
-from email.message import EmailMessage
 from threading import Thread
 from typing import Any
 
@@ -16,14 +14,13 @@ import trustme
 from aiosmtpd.smtp import AuthResult
 from structlog.testing import capture_logs
 
-from outbox import SkipRetry, deadline
+from outbox import SkipRetry
 from outbox.errors import TimeLimitError
 from outbox.message import Message
-from outbox.settings import WorkerSettings
 from tests.support import mailbox as servers
 from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script, tls
+from tests.support.mailing import close, mail, mailer, send_when_back, within
 from tests.support.waiting import eventually
-from worker.mail import Mailer
 from worker.mail_errors import MailError, MailServerError
 
 
@@ -40,53 +37,6 @@ def _pipelining(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 LOGIN: dict[str, Any] = {"authenticator": login, "auth_required": True}
-
-
-def mailer(url: str, **changes: Any) -> Mailer:
-    """Returns a mailer for a server."""
-    return Mailer(
-        WorkerSettings.model_validate(
-            {
-                "database_url": "postgresql://nowhere/none",
-                "redis_url": "redis://nowhere",
-                "smtp_server": url,
-                "mail_from": "Sign-up <no-reply@example.com>",
-                "public_url": "http://localhost",
-                "secret_key": "k" * 32,
-                "smtp_timeout": 0.5,
-                **changes,
-            }
-        )
-    )
-
-
-def mail(to: str = "alice@example.com") -> EmailMessage:
-    """Returns a small mail."""
-    message = EmailMessage()
-    message["From"] = "no-reply@example.com"
-    message["To"] = to
-    message["Subject"] = "Hello"
-    message.set_content("Hello\n.\nDot\n")
-    return message
-
-
-def close(*mailers: Mailer) -> None:
-    """Closes the connections that are kept."""
-    for one in mailers:
-        one.close_idle(0)
-
-
-def send_when_back(sender: Mailer) -> None:
-    """Sends a mail as soon as the server that was away is tried again."""
-
-    def is_sent() -> bool:
-        try:
-            sender.send(mail())
-        except MailServerError:
-            return False
-        return True
-
-    eventually(is_sent, 5, "the mail is sent")
 
 
 def test_plain(mailbox: Mailbox) -> None:
@@ -454,16 +404,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Requiring AUTH while not requiring TLS")
         yield
-
-
-def within(seconds: float, send: Callable[[], None]) -> None:
-    """Sends as an attempt does that has so many seconds left."""
-
-    def limited() -> None:
-        deadline.limit(time.monotonic() + seconds)
-        send()
-
-    copy_context().run(limited)
 
 
 def test_a_mail_that_the_server_is_taking_is_not_given_up(mailbox: Mailbox) -> None:

@@ -10,53 +10,12 @@ import pytest
 
 from outbox import postgres
 from outbox.queries import query
+from tests.support.statements import STATEMENTS
 
 pytestmark = pytest.mark.once
 
 Connection = psycopg.Connection[dict[str, Any]]
 
-_IDS = list(range(1, 33))
-_MANY = list(range(1, 10_001))
-_OUTCOMES = {
-    "statuses": ["done"] * 32,
-    "delays": [0.0] * 32,
-    "attempts": [1] * 32,
-    "errors": [None] * 32,
-    "unhandled": [1],
-}
-_PENDING = {"queue": "default", "horizon": 60.0, "left_out": [1]}
-_CLOCK = {"clock_error": 60.0}
-STATEMENTS: dict[str, dict[str, Any]] = {
-    "room": {"queue": "default", "window": 10_000},
-    "publish": {"room": None, "window": 10_000, "batch": 500, "payload_limit": 9, **_PENDING},
-    "first_pending": _PENDING,
-    "look": {"queues": ["critical", "default"], "horizon": 60.0, "grace": 2.0, **_CLOCK, "impossible_lease": 300.0},
-    "sweep_candidates": {"grace": 2.0, **_CLOCK},
-    "sweep": {"ids": _MANY, "deliveries": [1] * len(_MANY)},
-    "expired": {"batch": 500, "impossible_lease": 300.0, "refused": [1]},
-    "touch_leases": {"ids": _IDS},
-    "rescue": {"ids": _IDS, "statuses": ["pending"] * 32, "delays": [0.0] * 32, "errors": ["why"] * 32},
-    "old_rows": {"retention": 86_400.0, "batch": 1000, "left_out": [1]},
-    "delete_rows": {"ids": _MANY[:1000]},
-    "delete_expired_users": {"usernames": [f"user_{n}" for n in range(1000)]},
-    "unserved_queues": {"queues": ["critical", "default"], "most": 10_000},
-    "claim": {"ids": _IDS, "deliveries": [1] * 32, "worker": "w", "lease": 15.0, "bytes": 10**6},
-    "lock_free": {"ids": _IDS},
-    "renew_leases": {"ids": _IDS, "deliveries": [1] * 32, "lease": 15.0, "worker": "w"},
-    "complete": {"ids": _IDS, "deliveries": [1] * 32, "worker": "w", **_OUTCOMES},
-    "not_completed": {"ids": _IDS, "deliveries": [1] * 32, "worker": "w"},
-    "count_dead": {"task": "t"},
-    "list_dead": {"task": "t", "limit": 50, "payload_limit": 101},
-    "list_dead_json": {"task": None, "limit": 50},
-    "show_row": {"id": 1},
-    "dead_ids": {"task": None},
-    "retry_dead": {"ids": _MANY[:500]},
-    "discard_dead": {"ids": _MANY[:500]},
-    "unhandled_ids": {"task": "t"},
-    "give_up_unhandled": {"ids": _MANY[:500]},
-    "statuses": {"ids": _MANY},
-}
-"""Every statement of relay, worker and `outbox dead` that touches the outbox, with parameters as they come."""
 
 INDEXES = [
     ("publish", "outbox_pending"),

@@ -17,9 +17,9 @@ from outbox.registry import Registry
 from outbox.settings import WorkerSettings
 from outbox.stop import Stop
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row
 from tests.support.attempts import KnownContext
 from tests.support.processes import add_users
+from tests.support.rows import add_row
 from tests.support.tasks import Nothing
 from worker.attempt import attempt
 from worker.claim import claim

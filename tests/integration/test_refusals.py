@@ -14,7 +14,7 @@ from outbox.row import Status
 from outbox.settings import WorkerSettings
 from outbox.stop import Stop
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row, read_row
+from tests.support.rows import add_row, read_row
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
 from worker.claim import claim, claim_free

@@ -14,7 +14,7 @@ from outbox.settings import RelaySettings
 from outbox.stop import Stop
 from relay.loop import Relay
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row
+from tests.support.rows import add_row
 from tests.support.waiting import eventually
 
 REFUSING = """

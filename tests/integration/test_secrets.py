@@ -9,9 +9,9 @@ from structlog.testing import capture_logs
 
 from outbox.settings import ServiceSettings, WorkerSettings
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import Api, is_problem, serve
-from tests.integration.test_mail import close, mail, mailer
+from tests.support.api import Api, is_problem, serve
 from tests.support.mailbox import serve_script
+from tests.support.mailing import close, mail, mailer
 from worker.mail_errors import MailServerError
 
 

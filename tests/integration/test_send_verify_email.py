@@ -20,10 +20,10 @@ from outbox import SkipRetry, endpoints, postgres
 from outbox.settings import WorkerSettings
 from outbox.verification import is_secret_code
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row
 from tests.support.attempts import KnownContext
 from tests.support.mailbox import Mailbox, free_port, link_in, serve_mailbox, serve_script, tls
 from tests.support.processes import add_users
+from tests.support.rows import add_row
 from tests.support.waiting import eventually
 from worker.attempt import NOT_NOW_DELAY, attempt
 from worker.claim import claim

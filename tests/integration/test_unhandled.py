@@ -15,8 +15,8 @@ from outbox.jobs import Delivery
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row
 from tests.support.processes import QUICK, Stack
+from tests.support.rows import add_row
 from tests.support.waiting import eventually
 from worker.attempt import attempt
 from worker.claim import claim

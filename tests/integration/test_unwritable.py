@@ -19,8 +19,8 @@ from outbox.up.embedded import EmbeddedServer
 from relay.loop import Relay
 from relay.rescue import Rescue
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row, read_row
 from tests.support.faked_clock import ClockedPostgres
+from tests.support.rows import add_row, read_row
 from tests.support.waiting import eventually
 from worker.claim import Claim, claim
 from worker.complete import Completer

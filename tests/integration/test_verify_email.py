@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -12,27 +11,13 @@ from outbox import postgres
 from outbox.settings import ServiceSettings
 from outbox.verification import secret_code
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import Api, is_problem, serve
+from tests.support.api import Api, is_problem, serve
+from tests.support.links import JSON, PATH, Link, mailed
 from tests.support.processes import SECRET_KEY
 from tests.support.waiting import eventually
 
-PATH = "/v1/verify_email"
-JSON = {"Accept": "application/json"}
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 SCANNER = {"Accept": "*/*"}
-
-
-@dataclass(frozen=True)
-class Link:
-    """What the link in a mail carries."""
-
-    email_id: int
-    code: str
-
-    @property
-    def query(self) -> dict[str, str | int]:
-        """Its parameters."""
-        return {"email_id": self.email_id, "secret_code": self.code}
 
 
 @pytest.fixture
@@ -40,24 +25,6 @@ def api(service_settings: ServiceSettings) -> Iterator[Api]:
     """A service on a database of the test's own."""
     with serve(service_settings) as served:
         yield served
-
-
-def mailed(connection: Connection, name: str = "alice", lifetime: int = 900) -> Link:
-    """Writes a user and the verification of a mail that was sent, and returns its link."""
-    email = f"{name}@example.com"
-    connection.execute(
-        "INSERT INTO users (username, hashed_password, full_name, email) VALUES (%s, 'hash', 'A User', %s)",
-        [name, email],
-    )
-    row = connection.execute(
-        """
-        INSERT INTO verify_emails (outbox_id, username, email, expired_at)
-        VALUES ((SELECT count(*) FROM verify_emails), %s, %s, now() + make_interval(secs => %s)) RETURNING id
-        """,
-        [name, email, lifetime],
-    ).fetchone()
-    assert row is not None
-    return Link(row["id"], secret_code(SECRET_KEY, row["id"], name, email))
 
 
 def state(connection: Connection) -> list[dict[str, Any]]:

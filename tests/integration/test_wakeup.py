@@ -5,7 +5,7 @@ import time
 from outbox.queries import query
 from outbox.settings import ServiceSettings
 from tests.conftest import Connection
-from tests.integration.test_http_behaviour import serve
+from tests.support.api import serve
 
 
 def _hints(connection: Connection, seconds: float, stop_after: int | None = None) -> int:

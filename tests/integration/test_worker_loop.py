@@ -27,8 +27,8 @@ from outbox.settings import WorkerSettings
 from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
 from tests.conftest import Connection
-from tests.integration.test_claim import add_row, read_row
 from tests.support.processes import Process, Stack, frozen, take_down
+from tests.support.rows import add_row, offer, read_row
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
 from worker.claim import Claim, claim
@@ -76,11 +76,6 @@ def stack(stack: Stack, tmp_path: Path) -> Stack:
         "OUTBOX_LEASE": "1",
     }
     return stack
-
-
-def offer(client: redis.Redis, *job_ids: str | bytes, queue: str = "default") -> None:
-    """Puts ids into a queue."""
-    client.rpush(f"rq:queue:{queue}", *job_ids)
 
 
 def is_done(connection: Connection, delivery: Delivery) -> bool:

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from outbox.queries import query, sql_folder
-
-_TEXT = (sql_folder() / "queries.sql").read_text(encoding="utf-8")
-NAMES = re.findall(r"^-- name: (\w+)$", _TEXT, re.MULTILINE)
+from outbox.queries import query
+from tests.support.statements import NAMES, TEXT
 
 
 def test_every_statement_has_a_name_of_its_own() -> None:
@@ -19,7 +17,7 @@ def test_every_statement_has_a_name_of_its_own() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_statement_says_what_it_is_for(name: str) -> None:
     """A line of purpose stands under the name; it does not go to Postgres, nor does a second statement."""
-    assert re.search(rf"^-- name: {name}\n-- \S", _TEXT, re.MULTILINE)
+    assert re.search(rf"^-- name: {name}\n-- \S", TEXT, re.MULTILINE)
     text = query(name)
     assert text
     assert "--" not in text
