@@ -4,8 +4,8 @@ from typing import Any
 
 import outbox
 from outbox import start
-from service.__main__ import main
-from service.wakeup import Wakeup
+from outbox_service.main import main
+from outbox_service.wakeup import Wakeup
 
 
 async def _add_nothing(*_: Any, **__: Any) -> None:

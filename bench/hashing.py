@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import argon2
 
-from service.passwords import hash_password
+from outbox_service.passwords import hash_password
 
 PASSWORD = "correct horse battery"  # noqa: S105 - as bench.load's users have
 

@@ -20,7 +20,7 @@ from outbox import postgres
 from outbox import redis as outbox_redis
 from outbox.jobs import queue_key
 from outbox.settings import RelaySettings
-from relay.publish import publish
+from outbox_relay.publish import publish
 
 QUEUE = "default"
 QUEUED = queue_key(QUEUE)

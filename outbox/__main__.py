@@ -1,11 +1,19 @@
 """`outbox` and `python -m outbox`."""
 
-from outbox.commands import outbox
-from outbox.start import run
+import sys
+
+from outbox.start import PROCESSES, run, run_process
 
 
 def main() -> None:
-    """Runs the `outbox` command; a user's mistake is one sentence, not a traceback."""
+    """Runs one of the processes, or another command; a user's mistake is one sentence, not a traceback."""
+    name, *arguments = sys.argv[1:] or [""]
+    if name in PROCESSES and not {"-h", "--help"} & set(arguments):
+        run_process(name, arguments)
+        return
+    # Not before: a process needs none of it in its memory.
+    from outbox.commands import outbox  # noqa: PLC0415
+
     run(outbox.main)
 
 

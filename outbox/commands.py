@@ -10,6 +10,7 @@ from outbox.dead_commands import dead
 from outbox.errors import StartError
 from outbox.migrate import migrate as apply_migrations
 from outbox.settings import DatabaseSettings
+from outbox.start import run_process
 from outbox.up.binaries import EXTRA_MISSING
 
 
@@ -25,6 +26,17 @@ def migrate() -> None:
     settings = DatabaseSettings.from_environment()
     logs.configure("outbox", settings.log_level, settings.log_format)
     apply_migrations(settings.database_url)
+
+
+def _add_process(name: str, does: str) -> None:
+    @outbox.command(name, help=f"{does} Environment variables configure it; docs/settings.md lists them.")
+    def process() -> None:
+        run_process(name)
+
+
+_add_process("service", "Run the API until SIGTERM.")
+_add_process("relay", "Run a relay, which hands rows over to Redis, until SIGTERM.")
+_add_process("worker", "Run a worker, which handles rows, until SIGTERM.")
 
 
 class _Folder(click.Path):

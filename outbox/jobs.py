@@ -46,7 +46,7 @@ def deliver(row: int, number: int) -> NoReturn:
     Raises:
         OutboxError: always; a stock `rq worker` on these queues fails here, and the sweep takes the row back.
     """
-    raise OutboxError(f"row {row}, delivery {number} is for 'python -m worker': stop the plain RQ worker on this queue")
+    raise OutboxError(f"row {row}, delivery {number} is for 'outbox worker': stop the plain RQ worker on this queue")
 
 
 def queue_key(queue: str) -> str:

@@ -140,7 +140,7 @@ class _RedisSettings(DatabaseSettings):
 
 
 class ServiceSettings(DatabaseSettings):
-    """Settings of `python -m service`."""
+    """Settings of `outbox service`."""
 
     secret_key: Annotated[str, AfterValidator(_secret_key)] = Field(validation_alias="SECRET_KEY", repr=False)
     http_server_address: Annotated[Address, NoDecode, BeforeValidator(endpoints.http_address)] = Field(
@@ -154,7 +154,7 @@ class ServiceSettings(DatabaseSettings):
 
 
 class RelaySettings(_RedisSettings):
-    """Settings of `python -m relay`."""
+    """Settings of `outbox relay`."""
 
     poll_interval: Seconds = Field(default=1, validation_alias="OUTBOX_POLL_INTERVAL")
     batch: int = Field(default=2000, ge=1, le=100_000, validation_alias="OUTBOX_BATCH")
@@ -167,7 +167,7 @@ class RelaySettings(_RedisSettings):
 
 
 class WorkerSettings(_RedisSettings):
-    """Settings of `python -m worker`."""
+    """Settings of `outbox worker`."""
 
     smtp_server: Annotated[SmtpServer, NoDecode, BeforeValidator(endpoints.smtp_server)] = Field(
         validation_alias="SMTP_URL"

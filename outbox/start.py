@@ -1,7 +1,8 @@
 """How every process starts and ends: a mistake of whoever set it up is a sentence on stderr and an exit code."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import psycopg
 
@@ -33,15 +34,19 @@ def run(main: Callable[[], object]) -> None:
         sys.exit(130)
 
 
-def run_process(name: str, main: Callable[[], object]) -> None:
-    """Runs `python -m name`, which the environment alone configures, as `run` does; arguments are a mistake."""
+PROCESSES = ("service", "relay", "worker")
+
+
+def run_process(name: str, arguments: Sequence[str] = ()) -> None:
+    """Runs one of the processes, which the environment alone configures, as `run` does; arguments are a mistake."""
 
     def unargued() -> None:
-        if sys.argv[1:]:  # not repeated: there may be a secret in it
+        if arguments:  # not repeated: there may be a secret in it
             raise UsageError(
-                f"python -m {name} takes no arguments: environment variables configure it, which docs/settings.md lists"
+                f"outbox {name} takes no arguments: environment variables configure it, which docs/settings.md lists"
             )
-        main()
+        # By its name: this package, which the processes share, imports none of them.
+        import_module(f"outbox_{name}.main").main()
 
     try:
         run(unargued)

@@ -30,7 +30,7 @@ from bench.load import Load, create_users
 from bench.measure import OURS, Figure
 from bench.process import Process
 from bench.stage import Bench
-from service.passwords import usable_cores
+from outbox_service.passwords import usable_cores
 from tests.support.mailbox import free_port
 
 BARE, ALONE, REFERENCE = "without the outbox row", "argon2 alone", "argon2-cffi alone"

@@ -33,7 +33,7 @@ from bench.process import Process
 from bench.stage import Bench
 from outbox.queries import query
 from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
-from service.wakeup import DEBOUNCE
+from outbox_service.wakeup import DEBOUNCE
 
 POLLING, PLAIN = "polling alone", "RQ after the commit"
 

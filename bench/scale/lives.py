@@ -12,8 +12,8 @@ from outbox.jobs import Delivery
 from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.settings import RelaySettings
-from relay.publish import publish
-from worker.claim import claim
+from outbox_relay.publish import publish
+from outbox_worker.claim import claim
 
 QUEUE = "critical"
 CLAIMED_AT_ONCE = 32

@@ -42,7 +42,7 @@ class Program:
     """One of our three processes."""
 
     def __init__(self, name: str, environment: Mapping[str, str], stream: Stream, supervisor: Supervisor) -> None:
-        """Starts `python -m {name}`.
+        """Starts `outbox {name}`.
 
         Raises:
             StartError: the system refuses to run Python.
@@ -59,9 +59,9 @@ class Program:
         Raises:
             StartError: the system refuses to run Python.
         """
-        # The current folder may hold somebody else's `service`; only handlers of one's own are imported from there.
+        # The current folder may hold somebody else's `outbox`; only handlers of one's own are imported from there.
         has_handlers = self.name == "worker" and self._environment.get("OUTBOX_HANDLERS")
-        command = [sys.executable, *([] if has_handlers else ["-P"]), "-m", self.name]
+        command = [sys.executable, *([] if has_handlers else ["-P"]), "-m", "outbox", self.name]
         self.process = spawn(self._supervisor, self.name, command, subprocess.PIPE, environment=self._environment)
         self._reader = threading.Thread(
             target=self._stream.follow, args=(self.name, self.process.stdout), name=f"{self.name}'s log", daemon=True

@@ -14,13 +14,13 @@ from outbox.errors import NotMigratedError
 from outbox.migrate import migrate
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
+from outbox_worker.database import HandlerPool
 from tests.conftest import short_folder
 from tests.support.api import is_problem, serve
 from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Stack
 from tests.support.standby import Pair, streaming_pair
 from tests.support.waiting import eventually
-from worker.database import HandlerPool
 
 pytestmark = pytest.mark.unmeasured
 
@@ -38,7 +38,7 @@ def test_the_service_leaves_the_standby(
     pair: Pair, service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch, *, pooling: bool
 ) -> None:
     """At a standby it is not ready; once the address leads to the new primary, it creates users within seconds."""
-    monkeypatch.setattr("service.pool.POOL_TIMEOUT", 0.5)
+    monkeypatch.setattr("outbox_service.pool.POOL_TIMEOUT", 0.5)
     pair.move_address()
     settings = service_settings.model_copy(update={"database_url": pair.url, "transaction_pooling": pooling})
     with serve(settings) as api:
@@ -59,7 +59,7 @@ def test_a_server_that_turns_read_only(
     own_postgres: EmbeddedServer, service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sign-up that is refused for that ends its session, and says so, as `/readyz` does; later it goes on."""
-    monkeypatch.setattr("service.pool.POOL_TIMEOUT", 0.5)
+    monkeypatch.setattr("outbox_service.pool.POOL_TIMEOUT", 0.5)
 
     def sessions() -> set[int]:
         activity = "SELECT pid FROM pg_stat_activity WHERE application_name = 'outbox service'"

@@ -94,7 +94,7 @@ def of(folder: Path, module: str) -> psutil.Process:
     found = []
     for process in living(folder):
         with suppress(psutil.Error):  # one that was killed a moment ago
-            if process.cmdline()[-2:] == ["-m", module]:
+            if process.cmdline()[-2:] == ["outbox", module]:
                 found.append(process)
     (only,) = found
     return only

@@ -49,7 +49,12 @@ def test_an_installed_wheel_works_from_any_folder(
     assert "0001_users_and_outbox" in migrated.stdout
 
     where = subprocess.run(
-        [sys.executable, "-P", "-c", "import service, relay, worker, outbox.queries as q; print(q.sql_folder())"],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import outbox_service, outbox_relay, outbox_worker, outbox.queries as q; print(q.sql_folder())",
+        ],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -83,3 +88,10 @@ def test_the_documented_example_has_no_type_error(wheel: Path, tmp_path: Path) -
         timeout=110,
     )
     assert found.stdout == "Success: no issues found in 4 source files\n", found.stdout + found.stderr
+
+
+def test_the_wheel_takes_no_name_of_an_application(wheel: Path) -> None:
+    """An application may have a `worker` of its own, as a package or as a folder beside it."""
+    names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    own = {name for name in names if not name.endswith(".dist-info")}
+    assert own == {"outbox", "outbox_service", "outbox_relay", "outbox_worker"}

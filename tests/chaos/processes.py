@@ -4,13 +4,13 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from tests.chaos.evidence import SHORTAGES, Exit
+from tests.support.processes import command_of
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout: what runs is what lies beside these tests."""
@@ -56,7 +56,7 @@ class Slot:
         self.logs.append(log)
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module],
+                command_of(self.module),
                 cwd=ROOT,
                 env={**clean_environment(), **self._environment},
                 stdin=subprocess.DEVNULL,

@@ -24,14 +24,14 @@ from outbox.errors import NotNowError, TimeLimitError
 from outbox.jobs import Delivery
 from outbox.row import Status
 from outbox.settings import WorkerSettings
+from outbox_worker.attempt import NOT_NOW_DELAY, attempt
+from outbox_worker.claim import Claim, claim
+from outbox_worker.complete import Completer
+from outbox_worker.database import HandlerCursor, HandlerPool
+from outbox_worker.in_flight import InFlight
+from outbox_worker.outcome import Outcome
 from tests.conftest import Connection
 from tests.support.rows import add_row, read_row
-from worker.attempt import NOT_NOW_DELAY, attempt
-from worker.claim import Claim, claim
-from worker.complete import Completer
-from worker.database import HandlerCursor, HandlerPool
-from worker.in_flight import InFlight
-from worker.outcome import Outcome
 
 
 class Note(BaseModel):

@@ -12,16 +12,16 @@ from outbox.outage import Outage
 from outbox.row import Status
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
-from service.pool import create_pool
+from outbox_service.pool import create_pool
+from outbox_worker.claim import claim
+from outbox_worker.complete import Completer
+from outbox_worker.database import HandlerPool
+from outbox_worker.in_flight import InFlight
+from outbox_worker.outcome import Outcome
 from tests.conftest import Connection
 from tests.support.processes import Stack, frozen
 from tests.support.rows import add_row
 from tests.support.waiting import eventually
-from worker.claim import claim
-from worker.complete import Completer
-from worker.database import HandlerPool
-from worker.in_flight import InFlight
-from worker.outcome import Outcome
 
 SLEEP = "SELECT pg_sleep(600)"
 
@@ -106,7 +106,7 @@ def test_commits_that_wait_for_a_standby_do_not_pile_up(
     own_postgres: EmbeddedServer, without_standby: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each was cancelled; an outcome counts as written only once a commit after it has had its answer."""
-    monkeypatch.setattr("worker.complete.SHORTEST_ANSWER_LIMIT", 0.5)
+    monkeypatch.setattr("outbox_worker.complete.SHORTEST_ANSWER_LIMIT", 0.5)
     completer = Completer(own_postgres.url, InFlight(), "me", 1)
     (one,) = claim(without_standby, [add_row(without_standby)], "me", 60)
     completer.in_flight.hold([one])

@@ -10,12 +10,12 @@ from outbox import postgres
 from outbox import redis as outbox_redis
 from outbox.jobs import Delivery
 from outbox.settings import RelaySettings
-from relay.publish import publish
+from outbox_relay.publish import publish
+from outbox_worker.claim import Claim, claim
+from outbox_worker.take import Queues
 from tests.conftest import Connection
 from tests.support.rows import add_row, read_row
 from tests.support.waiting import eventually
-from worker.claim import Claim, claim
-from worker.take import Queues
 
 
 def test_a_claim_holds_the_row(connection: Connection) -> None:
@@ -161,7 +161,7 @@ def test_a_large_row_that_is_not_to_be_had_puts_off_no_other(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes of a done row do not count, and those of a row under an old delivery delay the others by one claim."""
-    monkeypatch.setattr("worker.claim.MOST_BYTES", 1000)
+    monkeypatch.setattr("outbox_worker.claim.MOST_BYTES", 1000)
     payload = f'{{"text": "{"x" * 1500}"}}'
     done = add_row(connection, payload=payload, status="done")
     live = add_row(connection)
@@ -175,7 +175,7 @@ def test_a_large_row_that_is_not_to_be_had_puts_off_no_other(
 
 def test_a_claim_is_limited_by_bytes(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes rows until their payloads have so many, at least one, and leaves the others for the next."""
-    monkeypatch.setattr("worker.claim.MOST_BYTES", 1000)
+    monkeypatch.setattr("outbox_worker.claim.MOST_BYTES", 1000)
     payload = f'{{"text": "{"x" * 600}"}}'
     deliveries = [add_row(connection, payload=payload) for _ in range(5)]
     wanted, parts = deliveries, []

@@ -14,16 +14,16 @@ from structlog.testing import capture_logs
 from outbox import postgres
 from outbox.row import Status
 from outbox.up.embedded import EmbeddedServer
-from relay.rescue import SETTLING_TIME
+from outbox_relay.rescue import SETTLING_TIME
+from outbox_worker.claim import Claim, claim
+from outbox_worker.complete import MOST_REFUSED, Completer
+from outbox_worker.errors import ThreadEndedError
+from outbox_worker.in_flight import InFlight
+from outbox_worker.outcome import Outcome
 from tests.conftest import Connection
 from tests.support.processes import frozen, take_down
 from tests.support.rows import add_row, read_row
 from tests.support.waiting import eventually
-from worker.claim import Claim, claim
-from worker.complete import MOST_REFUSED, Completer
-from worker.errors import ThreadEndedError
-from worker.in_flight import InFlight
-from worker.outcome import Outcome
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_a_write_that_is_repeated_knows_its_own(
     status: Status,
 ) -> None:
     """Postgres took longer than its answer was waited for, and has committed: nobody has taken the row meanwhile."""
-    monkeypatch.setattr("worker.complete.SHORTEST_ANSWER_LIMIT", 0.3)
+    monkeypatch.setattr("outbox_worker.complete.SHORTEST_ANSWER_LIMIT", 0.3)
     monkeypatch.setattr("outbox.postgres.cancels", lambda _: False)  # as with an older libpq, which cannot in time
     completer = Completer(database_url, InFlight(), "me", 0.9)
     (one,) = claimed(connection)

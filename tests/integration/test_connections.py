@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
+from outbox_worker import connections
+from outbox_worker.mail import AttemptMails, Mailer
+from outbox_worker.mail_errors import MailError, MailServerError
 from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script
 from tests.support.mailing import close, mail, mailer, send_when_back, within
 from tests.support.waiting import eventually
-from worker import connections
-from worker.mail import AttemptMails, Mailer
-from worker.mail_errors import MailError, MailServerError
 
 
 def send_all(send: Callable[[], None], mails: int, threads: int = 32) -> Counter[type[Exception] | None]:

@@ -15,9 +15,9 @@ from outbox import dead, postgres, start
 from outbox.commands import outbox
 from outbox.jobs import Delivery
 from outbox.queries import query
+from outbox_worker.claim import claim
 from tests.conftest import Connection
 from tests.support.waiting import eventually
-from worker.claim import claim
 
 LARGEST = 2**63 - 1
 HOSTILE = "\x1b]0;owned\x07\x9b2J [red]5[/red]\n\u202efdp\x7f"

@@ -20,8 +20,8 @@ from outbox.settings import RelaySettings, ServiceSettings
 from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
 from outbox.verification import secret_code
-from relay.expiry import INDEX, INTERVAL, PAUSE, Expiry
-from relay.loop import Relay
+from outbox_relay.expiry import INDEX, INTERVAL, PAUSE, Expiry
+from outbox_relay.loop import Relay
 from tests.conftest import Connection
 from tests.support.api import Api, serve
 from tests.support.processes import SECRET_KEY
@@ -148,7 +148,7 @@ def test_a_row_of_another_user_is_neither_heeded_nor_deleted(connection: Connect
 
 def test_users_who_stay_keep_no_others(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes through all in small steps, past those who stay, and begins anew with the next round."""
-    monkeypatch.setattr("relay.expiry.BATCH", 2)
+    monkeypatch.setattr("outbox_relay.expiry.BATCH", 2)
     for number in range(5):
         sign_up(connection, f"stays_{number}", age=100 * DAY, status="dead")
     connection.execute("UPDATE users SET created_at = '-infinity' WHERE username < 'stays_3'")

@@ -19,11 +19,11 @@ from outbox.foreign import aside_key
 from outbox.jobs import Delivery
 from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer
-from relay.publish import publish
-from relay.schedule import SCHEDULED_JOBS, Schedule
+from outbox_relay.publish import publish
+from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
+from outbox_worker.take import Queues
 from tests.conftest import Connection
 from tests.support.rows import offer
-from worker.take import Queues
 
 ASIDE = aside_key("rq:queue:default")
 SCHEDULED_ASIDE = aside_key(SCHEDULED_JOBS)
@@ -71,7 +71,7 @@ def test_jobs_in_a_queue_of_ours_are_put_aside(
 
     Given back as the docs say, they run.
     """
-    monkeypatch.setattr("worker.take.BLOCK", 0.05)
+    monkeypatch.setattr("outbox_worker.take.BLOCK", 0.05)
     theirs = enqueue(redis_client, 5)
     offer(redis_client, "1-1", "2-1")
     with capture_logs() as lines:
@@ -93,7 +93,7 @@ def test_no_more_is_kept_than_there_is_room_for(
     redis_client: redis.Redis, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each job that is lost then is a line, and the first ones are kept."""
-    monkeypatch.setattr("worker.take.KEPT", 3)
+    monkeypatch.setattr("outbox_worker.take.KEPT", 3)
     theirs = enqueue(redis_client, 5)
     with capture_logs() as lines:
         queues.take(10)
@@ -168,7 +168,7 @@ def test_what_nobody_moves_does_not_hide_ours(
     redis_client: redis.Redis, schedule: Schedule, their_scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many foreign jobs are due, ours are moved. Of what no look could bear to go past, all is kept aside."""
-    monkeypatch.setattr("relay.schedule.LEFT", 700)
+    monkeypatch.setattr("outbox_relay.schedule.LEFT", 700)
     with redis_client.pipeline() as pipeline:
         for number in range(1300):
             pipeline.hset(f"rq:job:theirs-{number}", "origin", "app")

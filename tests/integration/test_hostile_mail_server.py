@@ -4,10 +4,10 @@ import base64
 
 import pytest
 
+from outbox_worker.mail_errors import MailError, MailServerError
 from tests.support.mailbox import serve_script
 from tests.support.mailing import close, mail, mailer
 from tests.support.waiting import eventually
-from worker.mail_errors import MailError, MailServerError
 
 
 @pytest.mark.parametrize("step", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "."])

@@ -19,9 +19,9 @@ from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
 from outbox.settings import RelaySettings
 from outbox.stop import Stop
-from relay.loop import Relay
-from relay.publish import publish
-from relay.sweep import Sweep
+from outbox_relay.loop import Relay
+from outbox_relay.publish import publish
+from outbox_relay.sweep import Sweep
 from tests.conftest import Connection
 from tests.support.waiting import eventually
 

@@ -23,22 +23,22 @@ from outbox.outage import Outage
 from outbox.row import Status
 from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
 from outbox.tasks import SendVerifyEmail
-from relay.publish import publish
-from service.pool import create_pool
+from outbox_relay.publish import publish
+from outbox_service.pool import create_pool
+from outbox_worker.attempt import attempt
+from outbox_worker.claim import claim
+from outbox_worker.complete import Completer
+from outbox_worker.database import HandlerPool
+from outbox_worker.handlers import registry
+from outbox_worker.handlers.send_verify_email import verification_mail
+from outbox_worker.in_flight import InFlight
+from outbox_worker.mail import Mailer
+from outbox_worker.outcome import Outcome
 from tests.conftest import Connection
 from tests.support.api import Api, is_problem, serve
 from tests.support.links import JSON, PATH, mailed
 from tests.support.mailbox import Mailbox, link_in
 from tests.support.waiting import eventually
-from worker.attempt import attempt
-from worker.claim import claim
-from worker.complete import Completer
-from worker.database import HandlerPool
-from worker.handlers import registry
-from worker.handlers.send_verify_email import verification_mail
-from worker.in_flight import InFlight
-from worker.mail import Mailer
-from worker.outcome import Outcome
 
 pytestmark = pytest.mark.once
 

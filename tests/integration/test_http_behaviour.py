@@ -14,8 +14,8 @@ from psycopg_pool.base import AttemptWithBackoff
 from outbox import postgres
 from outbox.settings import ServiceSettings
 from outbox.up.embedded import EmbeddedServer
-from service import pool
-from service.schemas import CreateUser
+from outbox_service import pool
+from outbox_service.schemas import CreateUser
 from tests.conftest import Connection
 from tests.support.api import PASSWORD, Api, exchange, is_problem, serve, user
 from tests.support.processes import frozen

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from outbox.settings import ServiceSettings
-from service import protocol, server
+from outbox_service import protocol, server
 from tests.conftest import Connection
 from tests.support.api import Api, exchange, serve, user
 from tests.support.waiting import eventually

@@ -13,7 +13,7 @@ import pytest
 
 from outbox.settings import ServiceSettings
 from outbox.tally import Tally
-from service import protocol
+from outbox_service import protocol
 from tests.conftest import Connection
 from tests.support.api import Api, is_problem, serve, user
 from tests.support.waiting import eventually

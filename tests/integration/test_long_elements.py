@@ -12,11 +12,11 @@ from outbox import redis as outbox_redis
 from outbox.foreign import aside_key
 from outbox.jobs import Delivery
 from outbox.settings import RelaySettings
-from relay.schedule import SCHEDULED_JOBS, Schedule
-from relay.sweep import Sweep
+from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
+from outbox_relay.sweep import Sweep
+from outbox_worker.take import Queues
 from tests.conftest import Connection
 from tests.support.rows import add_row
-from worker.take import Queues
 
 LIMIT = 1_000_000
 LONG = b"x" * 3 * LIMIT

@@ -17,11 +17,11 @@ from structlog.testing import capture_logs
 from outbox import SkipRetry
 from outbox.errors import TimeLimitError
 from outbox.message import Message
+from outbox_worker.mail_errors import MailError, MailServerError
 from tests.support import mailbox as servers
 from tests.support.mailbox import Mailbox, free_port, serve_mailbox, serve_script, tls
 from tests.support.mailing import close, mail, mailer, send_when_back, within
 from tests.support.waiting import eventually
-from worker.mail_errors import MailError, MailServerError
 
 
 def login(*args: Any) -> AuthResult:
@@ -493,7 +493,7 @@ def test_an_address_that_the_system_does_not_know_is_passed_over(
     """A host without IPv6, say: the next address is tried."""
     unknown = (999, socket.SOCK_STREAM, 6, "", ("::1", mailbox.port))
     known = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", mailbox.port))
-    monkeypatch.setattr("worker.addresses.socket.getaddrinfo", lambda *_, **__: [unknown, known])
+    monkeypatch.setattr("outbox_worker.addresses.socket.getaddrinfo", lambda *_, **__: [unknown, known])
     sender = mailer(mailbox.url)
     sender.send(mail())
     assert len(mailbox.mails) == 1

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from outbox.errors import TimeLimitError
+from outbox_worker.mail_errors import MailError
 from tests.support.mailbox import Mailbox, serve_mailbox, serve_script
 from tests.support.mailing import close, mail, mailer, send_when_back, within
 from tests.support.waiting import eventually
-from worker.mail_errors import MailError
 
 HOST = "mail.test"
 """What no resolver knows but `Resolver`."""

@@ -23,7 +23,7 @@ from outbox import redis as outbox_redis
 from outbox.jobs import OutboxJob, deliver
 from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer, embedded_redis
-from relay.publish import HASH_TTL, publish
+from outbox_relay.publish import HASH_TTL, publish
 
 Connection = psycopg.Connection[dict[str, Any]]
 

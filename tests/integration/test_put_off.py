@@ -16,17 +16,17 @@ from outbox.jobs import Delivery
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
 from outbox.stop import Stop
+from outbox_worker.attempt import attempt
+from outbox_worker.claim import claim
+from outbox_worker.database import HandlerPool
+from outbox_worker.handlers import registry
+from outbox_worker.outcome import Outcome
+from outbox_worker.worker import Worker
 from tests.conftest import Connection
 from tests.support.attempts import KnownContext
 from tests.support.processes import add_users
 from tests.support.rows import add_row
 from tests.support.tasks import Nothing
-from worker.attempt import attempt
-from worker.claim import claim
-from worker.database import HandlerPool
-from worker.handlers import registry
-from worker.outcome import Outcome
-from worker.worker import Worker
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from outbox import redis as outbox_redis
 from outbox.settings import RelaySettings, WorkerSettings
 from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
-from relay import loop
-from relay.loop import Duty, Relay
+from outbox_relay import loop
+from outbox_relay.loop import Duty, Relay
+from outbox_worker.worker import Worker
 from tests.conftest import Connection, short_folder
 from tests.support.mailbox import free_port
 from tests.support.redis_pair import redis_pair
 from tests.support.waiting import eventually
-from worker.worker import Worker
 
 
 def _read_only(client: redis.Redis) -> None:

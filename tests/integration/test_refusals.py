@@ -13,15 +13,15 @@ from outbox import Handler, Task, postgres
 from outbox.row import Status
 from outbox.settings import WorkerSettings
 from outbox.stop import Stop
+from outbox_worker.claim import claim, claim_free
+from outbox_worker.complete import Completer
+from outbox_worker.in_flight import InFlight
+from outbox_worker.outcome import Outcome
+from outbox_worker.worker import Worker
 from tests.conftest import Connection
 from tests.support.rows import add_row, read_row
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
-from worker.claim import claim, claim_free
-from worker.complete import Completer
-from worker.in_flight import InFlight
-from worker.outcome import Outcome
-from worker.worker import Worker
 
 CASES: list[tuple[LiteralString, bool]] = [
     ("08006", True),
@@ -169,7 +169,7 @@ def test_large_payloads_are_claimed_bit_by_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows that were taken together and have too much for one claim are all done, and none is handed over again."""
-    monkeypatch.setattr("worker.claim.MOST_BYTES", 1000)
+    monkeypatch.setattr("outbox_worker.claim.MOST_BYTES", 1000)
     rows = [add_row(connection, payload=f'{{"text": "{"x" * 600}"}}') for _ in range(40)]
     redis_client.rpush("rq:queue:default", *[row.job_id for row in rows])
     lines: list[Any] = request.getfixturevalue("lines")

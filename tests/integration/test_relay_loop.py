@@ -22,9 +22,9 @@ from outbox.queries import query
 from outbox.settings import RelaySettings
 from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer, embedded_redis
-from relay import loop
-from relay.loop import RESCUE_INTERVAL, Relay
-from relay.rescue import SETTLING_TIME
+from outbox_relay import loop
+from outbox_relay.loop import RESCUE_INTERVAL, Relay
+from outbox_relay.rescue import SETTLING_TIME
 from tests.support.processes import frozen
 from tests.support.servers import cluster_settings
 from tests.support.waiting import eventually

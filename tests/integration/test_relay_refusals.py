@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from outbox import postgres
 from outbox.settings import RelaySettings
 from outbox.stop import Stop
-from relay.loop import Relay
+from outbox_relay.loop import Relay
 from tests.conftest import Connection
 from tests.support.rows import add_row
 from tests.support.waiting import eventually
@@ -76,7 +76,7 @@ def test_a_row_that_cannot_be_handed_over_keeps_no_other_from_it(
     for _ in range(8):
         add_row(connection, status="pending", delivery=0)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("relay.hand_over.LEFT_OUT", 2.0)
+        patched.setattr("outbox_relay.hand_over.LEFT_OUT", 2.0)
         lines: list[Any] = request.getfixturevalue("lines")
     eventually(lambda: statuses(connection) == ["enqueued"] * 2 + ["pending"] + ["enqueued"] * 5, 10)
     assert is_handed_over(connection)
@@ -119,8 +119,8 @@ def test_a_locked_child_row_holds_up_nobody(
     connection.execute("CREATE TABLE audit (outbox_id bigint REFERENCES outbox ON DELETE CASCADE)")
     connection.execute("INSERT INTO audit SELECT id FROM outbox")
     with postgres.connect(database_url, "test") as stranger, pytest.MonkeyPatch.context() as patched:
-        patched.setattr("relay.retention.LEFT_OUT", 1.0)
-        patched.setattr("relay.retention.INTERVAL", 0.5)
+        patched.setattr("outbox_relay.retention.LEFT_OUT", 1.0)
+        patched.setattr("outbox_relay.retention.INTERVAL", 0.5)
         with stranger.transaction():
             stranger.execute("SELECT FROM audit WHERE outbox_id = 1 FOR UPDATE")
             lines: list[Any] = request.getfixturevalue("lines")

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from outbox import postgres
 from outbox.queries import query
 from outbox.settings import LONGEST_LEASE
-from relay.rescue import Rescue
+from outbox_relay.rescue import Rescue
 from tests.support.waiting import eventually
 
 Connection = psycopg.Connection[dict[str, Any]]

@@ -8,8 +8,8 @@ from structlog.testing import capture_logs
 
 from outbox.queries import query
 from outbox.settings import RelaySettings
-from relay.retention import BATCH, Retention
-from relay.unserved import tell_of_unserved_queues
+from outbox_relay.retention import BATCH, Retention
+from outbox_relay.unserved import tell_of_unserved_queues
 
 Connection = psycopg.Connection[dict[str, Any]]
 

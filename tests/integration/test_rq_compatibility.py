@@ -16,11 +16,11 @@ from structlog.testing import capture_logs
 
 from outbox import redis as outbox_redis
 from outbox.stop import Stop
+from outbox_worker.registration import Registration
 from tests.conftest import Connection
 from tests.support.processes import Process, Stack
 from tests.support.rows import add_row, read_row
 from tests.support.waiting import eventually
-from worker.registration import Registration
 
 
 @pytest.fixture

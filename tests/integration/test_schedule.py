@@ -14,9 +14,9 @@ from structlog.testing import capture_logs
 from outbox import redis as outbox_redis
 from outbox.settings import RelaySettings
 from outbox.up.embedded import EmbeddedServer
-from relay.clock import Clock
-from relay.publish import publish
-from relay.schedule import SCHEDULED_JOBS, Schedule
+from outbox_relay.clock import Clock
+from outbox_relay.publish import publish
+from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
 from tests.support.waiting import eventually
 
 Connection = psycopg.Connection[dict[str, Any]]

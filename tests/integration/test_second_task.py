@@ -38,7 +38,7 @@ def test_a_second_task(stack: Stack, connection: Connection, tmp_path: Path, mon
     monkeypatch.syspath_prepend(tmp_path)
     import greetings  # type: ignore[import-not-found]
 
-    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
     worker, _ = stack.run_all("worker", "relay", OUTBOX_HANDLERS="greetings", PYTHONPATH=path)
     with connection.transaction():
         row = outbox.add(connection, greetings.GREET, {"name": "Ada"})
@@ -63,7 +63,7 @@ def test_the_example_of_the_readme(stack: Stack, database_url: str, tmp_path: Pa
     (tmp_path / "greetings").mkdir()
     for name, text in [("greetings/__init__.py", ""), *files]:
         (tmp_path / name).write_text(text.replace("delay=5", "delay=0"))
-    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     worker, _ = stack.run_all("worker", "relay", OUTBOX_HANDLERS="greetings.handlers", PYTHONPATH=path)
     environment = {**os.environ, "DATABASE_URL": database_url, "PYTHONPATH": path}

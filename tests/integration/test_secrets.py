@@ -8,11 +8,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from outbox.settings import ServiceSettings, WorkerSettings
+from outbox_worker.mail_errors import MailServerError
 from tests.conftest import Connection
 from tests.support.api import Api, is_problem, serve
 from tests.support.mailbox import serve_script
 from tests.support.mailing import close, mail, mailer
-from worker.mail_errors import MailServerError
 
 
 @pytest.fixture

@@ -19,19 +19,19 @@ from structlog.testing import capture_logs
 from outbox import SkipRetry, endpoints, postgres
 from outbox.settings import WorkerSettings
 from outbox.verification import is_secret_code
+from outbox_worker.attempt import NOT_NOW_DELAY, attempt
+from outbox_worker.claim import claim
+from outbox_worker.database import HandlerPool
+from outbox_worker.handlers import registry
+from outbox_worker.handlers.send_verify_email import Recipient, _VerificationMail
+from outbox_worker.mail import Mailer
+from outbox_worker.outcome import Outcome
 from tests.conftest import Connection
 from tests.support.attempts import KnownContext
 from tests.support.mailbox import Mailbox, free_port, link_in, serve_mailbox, serve_script, tls
 from tests.support.processes import add_users
 from tests.support.rows import add_row
 from tests.support.waiting import eventually
-from worker.attempt import NOT_NOW_DELAY, attempt
-from worker.claim import claim
-from worker.database import HandlerPool
-from worker.handlers import registry
-from worker.handlers.send_verify_email import Recipient, _VerificationMail
-from worker.mail import Mailer
-from worker.outcome import Outcome
 
 
 @pytest.fixture

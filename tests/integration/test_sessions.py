@@ -5,9 +5,9 @@ import pytest
 
 from outbox import postgres
 from outbox.up.embedded import EmbeddedServer
+from outbox_worker.database import HandlerPool
 from tests.conftest import Connection
 from tests.support.processes import frozen
-from worker.database import HandlerPool
 
 
 def test_a_vanished_peers_lock_ends(connection: Connection, database_url: str) -> None:

@@ -16,10 +16,10 @@ from outbox.jobs import queue_key
 from outbox.queries import query
 from outbox.settings import RelaySettings
 from outbox.up.embedded import embedded_redis
-from relay.publish import publish
-from relay.repair import repair
-from relay.schedule import SCHEDULED_JOBS, Schedule
-from relay.sweep import SETTLING_TIME, Sweep
+from outbox_relay.publish import publish
+from outbox_relay.repair import repair
+from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
+from outbox_relay.sweep import SETTLING_TIME, Sweep
 
 Connection = psycopg.Connection[dict[str, Any]]
 QUEUES = ["critical", "default"]

@@ -14,17 +14,17 @@ from outbox import Context, Handler, Task
 from outbox.jobs import Delivery
 from outbox.registry import Registry
 from outbox.settings import WorkerSettings
+from outbox_worker.attempt import attempt
+from outbox_worker.claim import claim
+from outbox_worker.complete import Completer
+from outbox_worker.database import HandlerPool
+from outbox_worker.in_flight import InFlight
+from outbox_worker.outcome import Outcome
+from outbox_worker.pace import Pace
 from tests.conftest import Connection
 from tests.support.processes import QUICK, Stack
 from tests.support.rows import add_row
 from tests.support.waiting import eventually
-from worker.attempt import attempt
-from worker.claim import claim
-from worker.complete import Completer
-from worker.database import HandlerPool
-from worker.in_flight import InFlight
-from worker.outcome import Outcome
-from worker.pace import Pace
 
 OLD = """
 from pydantic import BaseModel
@@ -161,7 +161,7 @@ def test_many_rows_are_one_line_and_no_flood(
     connection: Connection, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One error per task and reason in a minute, from whatever thread; a part is offered at once, the rest later."""
-    monkeypatch.setattr("worker.attempt._unhandled_pace", Pace(rate=20, most=15))
+    monkeypatch.setattr("outbox_worker.attempt._unhandled_pace", Pace(rate=20, most=15))
     delays = []
     rows = [add_row(connection, task=f"unheard_of_{n % 2}") for n in range(200)]
     rows += [add_row(connection, task="noted_by_many", payload='{"text": null}') for _ in range(100)]

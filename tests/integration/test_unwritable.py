@@ -16,16 +16,16 @@ from outbox.row import Status
 from outbox.settings import RelaySettings
 from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
-from relay.loop import Relay
-from relay.rescue import Rescue
+from outbox_relay.loop import Relay
+from outbox_relay.rescue import Rescue
+from outbox_worker.claim import Claim, claim
+from outbox_worker.complete import Completer
+from outbox_worker.in_flight import InFlight
+from outbox_worker.outcome import Outcome
 from tests.conftest import Connection
 from tests.support.faked_clock import ClockedPostgres
 from tests.support.rows import add_row, read_row
 from tests.support.waiting import eventually
-from worker.claim import Claim, claim
-from worker.complete import Completer
-from worker.in_flight import InFlight
-from worker.outcome import Outcome
 
 LEASE = 1.5
 HELD = 2.5 * LEASE

@@ -4,7 +4,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,17 +25,17 @@ from outbox.jobs import Delivery
 from outbox.settings import WorkerSettings
 from outbox.stop import Stop
 from outbox.up.embedded import EmbeddedServer
+from outbox_worker.claim import Claim, claim
+from outbox_worker.complete import Completer
+from outbox_worker.errors import OverdueError, ThreadEndedError
+from outbox_worker.in_flight import InFlight
+from outbox_worker.take import Queues, Suspended
+from outbox_worker.worker import LEAVING_TIME, Worker
 from tests.conftest import Connection
-from tests.support.processes import Process, Stack, frozen, take_down
+from tests.support.processes import Process, Stack, command_of, frozen, take_down
 from tests.support.rows import add_row, offer, read_row
 from tests.support.tasks import Nothing
 from tests.support.waiting import eventually
-from worker.claim import Claim, claim
-from worker.complete import Completer
-from worker.errors import OverdueError, ThreadEndedError
-from worker.in_flight import InFlight
-from worker.take import Queues, Suspended
-from worker.worker import LEAVING_TIME, Worker
 
 HANDLERS = '''
 """Handlers of a test."""
@@ -225,7 +224,7 @@ def overdue_worker(
     concurrency: int = 2,
 ) -> Worker:
     """Returns a worker of some threads that knows the task `hang`, and takes it for overdue half a second late."""
-    monkeypatch.setattr("worker.in_flight.OVERTIME", 0.5)
+    monkeypatch.setattr("outbox_worker.in_flight.OVERTIME", 0.5)
     settings = worker_settings.model_copy(update={"concurrency": concurrency})
     return Worker(settings, {"hang": Handler(Task("hang", Nothing), function)}, Stop())
 
@@ -338,12 +337,12 @@ def losing_claims(worker: Worker, monkeypatch: pytest.MonkeyPatch, lost: Callabl
     """Has the worker's first claim be committed, and its answer lost."""
 
     def claim_and_lose(*arguments: Any, **options: Any) -> list[Claim]:
-        monkeypatch.setattr("worker.claimer.claim", claim)
+        monkeypatch.setattr("outbox_worker.claimer.claim", claim)
         assert claim(*arguments, **options)
         lost()
         raise psycopg.OperationalError("the answer is lost")
 
-    monkeypatch.setattr("worker.claimer.claim", claim_and_lose)
+    monkeypatch.setattr("outbox_worker.claimer.claim", claim_and_lose)
 
 
 def test_what_was_claimed_without_an_answer_is_given_back_at_the_end(
@@ -412,10 +411,10 @@ def test_a_copy_of_a_job_whose_claim_is_lost_gives_back_no_row_that_runs(
         eventually(lambda: ran, 10)
 
         def lose(*_: Any, **__: Any) -> NoReturn:
-            monkeypatch.setattr("worker.claimer.claim", claim)
+            monkeypatch.setattr("outbox_worker.claimer.claim", claim)
             raise psycopg.OperationalError("the answer is lost")
 
-        monkeypatch.setattr("worker.claimer.claim", lose)
+        monkeypatch.setattr("outbox_worker.claimer.claim", lose)
         offer(worker._client, row.job_id)
         eventually(lambda: [line for line in lines if line["event"] == "dropped job"], 10, "the copy is dropped")
         later = add_row(connection, task="unheard_of")
@@ -654,7 +653,7 @@ def test_a_log_that_nobody_reads_holds_up_no_row(
     rows = [add_row(connection, payload=f'{{"path": "{"x" * 500}"}}') for _ in range(1000)]
     environment = {**os.environ, **stack.environment, "LOG_FORMAT": "json"}
     offer(redis_client, *[row.job_id for row in rows])
-    with subprocess.Popen([sys.executable, "-m", "worker"], env=environment, stdout=subprocess.PIPE) as worker:
+    with subprocess.Popen(command_of("worker"), env=environment, stdout=subprocess.PIPE) as worker:
         try:
             undone = "SELECT FROM outbox WHERE status <> 'done' LIMIT 1"
             eventually(lambda: not connection.execute(undone).fetchall(), 30, "all rows are done")

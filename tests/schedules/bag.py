@@ -5,8 +5,8 @@ from random import Random
 import redis
 
 from outbox.jobs import Delivery
-from relay.publish import Published
-from relay.sweep import Held
+from outbox_relay.publish import Published
+from outbox_relay.sweep import Held
 from tests.schedules.stepping import Actor, Order
 
 QUEUES = ("critical", "default")
@@ -120,14 +120,14 @@ class Client:
         self._actor = actor
 
     def write_jobs(self, rows: list[Published]) -> None:
-        """Stands in for `relay.publish.write_jobs`: in one transaction, so all of the jobs or none."""
+        """Stands in for `outbox_relay.publish.write_jobs`: in one transaction, so all of the jobs or none."""
         order = self._actor.stop_before("write jobs")
         if order is not Order.CUT:
             self._bag.put(rows, self._draw)
         self._check(order)
 
     def held(self) -> Held:
-        """Stands in for `relay.sweep.held_deliveries`."""
+        """Stands in for `outbox_relay.sweep.held_deliveries`."""
         self._check(self._actor.stop_before("read Redis"))
         return Held(
             {name: set(jobs) for name, jobs in self._bag.queues.items()},

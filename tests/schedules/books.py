@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 
 from outbox.jobs import Delivery
-from worker.claim import Claim
-from worker.outcome import Outcome
+from outbox_worker.claim import Claim
+from outbox_worker.outcome import Outcome
 
 
 @dataclass

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest.mock import patch
 
-import relay.rescue
+import outbox_relay.rescue
 from outbox import queries
 
 Mutant = Callable[[], AbstractContextManager[object]]
@@ -63,7 +63,7 @@ MUTANTS: dict[str, Mutant] = {
             "",
         ),
     ),
-    "rescue_without_settling": lambda: patch.object(relay.rescue, "SETTLING_TIME", 0.0),
+    "rescue_without_settling": lambda: patch.object(outbox_relay.rescue, "SETTLING_TIME", 0.0),
     "retry_without_status": _rewritten("retry_dead", " AND status = 'dead'", ""),
 }
 

@@ -7,8 +7,8 @@ import redis
 
 from outbox.postgres import AWAY, Connection
 from outbox.queries import query
-from relay import publish, rescue, retention, sweep
-from relay.rescue import IMPOSSIBLE_LEASE
+from outbox_relay import publish, rescue, retention, sweep
+from outbox_relay.rescue import IMPOSSIBLE_LEASE
 from tests.schedules.bag import QUEUES, Client
 from tests.schedules.setting import Setting
 from tests.schedules.stepping import END_OF_TRANSACTION, TURN, Actor

@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import dataclass
 from unittest.mock import patch
 
-import relay.publish
-import relay.rescue
-import relay.sweep
+import outbox_relay.publish
+import outbox_relay.rescue
+import outbox_relay.sweep
 from outbox import logs
 from outbox.settings import RelaySettings
 from tests.schedules.clients import Adder, Foreign, Operator
@@ -55,9 +55,9 @@ def run(stage: Stage, seed: str) -> Verdict:
     random.seed(seed)  # the product draws its backoff from it
     journal = Journal(setting)
     with (
-        patch.object(relay.publish, "write_jobs", lambda client, rows: client.write_jobs(rows)),
-        patch.object(relay.sweep, "held_deliveries", lambda client, _: client.held()),
-        patch.object(relay.rescue, "time", setting.clock),
+        patch.object(outbox_relay.publish, "write_jobs", lambda client, rows: client.write_jobs(rows)),
+        patch.object(outbox_relay.sweep, "held_deliveries", lambda client, _: client.held()),
+        patch.object(outbox_relay.rescue, "time", setting.clock),
         patch.object(logs, "get", lambda: journal),
     ):
         return _Schedule(setting).run()

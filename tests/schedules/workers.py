@@ -8,15 +8,15 @@ import psycopg
 from outbox.jobs import Delivery
 from outbox.postgres import AWAY, Connection
 from outbox.row import Status
+from outbox_worker.claim import Claim, claim, claim_free
+from outbox_worker.in_flight import InFlight
+from outbox_worker.leases import Leases
+from outbox_worker.outcome import Outcome, cut_short, given_back
+from outbox_worker.outcomes import Outcomes
+from outbox_worker.worker import LEAVING_TIME
 from tests.schedules.relays import LEASE
 from tests.schedules.setting import Setting
 from tests.schedules.stepping import TURN, Actor
-from worker.claim import Claim, claim, claim_free
-from worker.in_flight import InFlight
-from worker.leases import Leases
-from worker.outcome import Outcome, cut_short, given_back
-from worker.outcomes import Outcomes
-from worker.worker import LEAVING_TIME
 
 MOST_HELD = 6
 
@@ -166,7 +166,7 @@ class Claims(Part):
         )  # fmt: skip
 
     def turn(self, connection: Connection) -> None:
-        """As `Claimer.claim` in worker/claimer.py."""
+        """As `Claimer.claim` in worker/outbox_worker/claimer.py."""
         if not self._taken:
             self.stop_before(TURN)
             if self.worker.is_stopping:
@@ -209,7 +209,7 @@ class Completes(Part):
         return self.worker.is_frozen or (not self.has_outcomes and not self.worker.in_flight.deliveries())
 
     def turn(self, connection: Connection) -> None:
-        """One round of `_serve` in worker/complete.py."""
+        """One round of `_serve` in worker/outbox_worker/complete.py."""
         self.stop_before(TURN)
         leases, outcomes = self.worker.leases, self.worker.outcomes
         try:

@@ -15,7 +15,7 @@ import uvicorn
 
 from outbox import logs
 from outbox.settings import ServiceSettings
-from service.server import create_server
+from outbox_service.server import create_server
 from tests.support.waiting import eventually
 
 PASSWORD = "hunter2 hunter2"

@@ -8,9 +8,9 @@ from typing import Any
 
 from outbox import deadline
 from outbox.settings import WorkerSettings
+from outbox_worker.mail import Mailer
+from outbox_worker.mail_errors import MailServerError
 from tests.support.waiting import eventually
-from worker.mail import Mailer
-from worker.mail_errors import MailServerError
 
 
 def mailer(url: str, **changes: Any) -> Mailer:

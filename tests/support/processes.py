@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import psycopg
 
+from outbox.start import PROCESSES
 from outbox.up.embedded import EmbeddedServer
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
@@ -28,6 +29,11 @@ QUICK = {
     "OUTBOX_LEASE": "2",
 }
 """Settings under which what is lost is found within a few seconds."""
+
+
+def command_of(module: str) -> list[str]:
+    """Returns the command that starts a process of ours, or a module."""
+    return [sys.executable, "-m", *(["outbox"] if module in PROCESSES else []), module]
 
 
 class Process:
@@ -47,7 +53,7 @@ class Process:
         limited = ["sh", "-c", f'{limits} && exec "$@"', "sh"] if limits else []
         with log.open("wb") as output:
             self.popen = subprocess.Popen(
-                [*limited, sys.executable, "-m", module],
+                [*limited, *command_of(module)],
                 env={**_clean_environment(measured=measured), "LOG_FORMAT": "json", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

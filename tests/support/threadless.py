@@ -5,7 +5,6 @@ As under a limit of processes (`pids.max`), which counts threads as well, and wh
 
 import _thread
 import os
-import runpy
 import signal
 import threading
 from typing import Any
@@ -29,4 +28,7 @@ def refuse_threads(*_: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, refuse_threads)
-    runpy.run_module(os.environ["THREADLESS"], run_name="__main__", alter_sys=True)
+
+    from outbox.start import run_process
+
+    run_process(os.environ["THREADLESS"])

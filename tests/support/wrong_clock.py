@@ -5,7 +5,6 @@ The monotonic clock stays as it is, as it does on a machine whose time was set w
 
 import datetime as dt
 import os
-import runpy
 import time
 from typing import Any
 
@@ -34,4 +33,7 @@ def set_wrong(seconds: float) -> None:
 
 if __name__ == "__main__":
     set_wrong(float(os.environ["CLOCK_ERROR"]))
-    runpy.run_module(os.environ["CLOCK_OF"], run_name="__main__", alter_sys=True)
+
+    from outbox.start import run_process
+
+    run_process(os.environ["CLOCK_OF"])

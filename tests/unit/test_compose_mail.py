@@ -11,7 +11,7 @@ import pytest
 from outbox.errors import SettingsError
 from outbox.message import alternatives
 from outbox.settings import WorkerSettings
-from worker.handlers.send_verify_email import compose, message_id
+from outbox_worker.handlers.send_verify_email import compose, message_id
 
 SENT_AT = 1_700_000_000.0
 LINK = "https://example.com/app/v1/verify_email?email_id=1&secret_code=abc"

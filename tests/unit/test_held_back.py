@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from worker import held_back
-from worker.held_back import FEW, HeldBack
+from outbox_worker import held_back
+from outbox_worker.held_back import FEW, HeldBack
 
 MAILS, OTHERS = "critical", "default"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.pace import Pace
+from outbox_worker.pace import Pace
 
 
 def test_few_events_wait_for_nothing_and_many_are_spread() -> None:

@@ -6,8 +6,8 @@ import threading
 import argon2
 import pytest
 
-from service import passwords
-from service.passwords import BusyError, Passwords, hash_password
+from outbox_service import passwords
+from outbox_service.passwords import BusyError, Passwords, hash_password
 from tests.support.waiting import eventually
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
-from service.schemas import CreateUser, User
+from outbox_service.schemas import CreateUser, User
 
 VALID = {
     "username": "alice",

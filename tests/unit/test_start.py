@@ -82,14 +82,14 @@ def test_every_mistake_has_its_exit_code(
 def test_an_argument_is_a_mistake(module: str) -> None:
     """The environment alone configures the processes: whoever asks for help, or sets an option, is told so."""
     ended = subprocess.run(
-        [sys.executable, "-m", module, "--database-url=hunter2"],
+        [sys.executable, "-m", "outbox", module, "--database-url=hunter2"],
         capture_output=True,
         text=True,
         timeout=30,
         check=False,
     )
     assert ended.returncode == 2
-    assert ended.stderr.startswith(f"python -m {module} takes no arguments: ")
+    assert ended.stderr.startswith(f"outbox {module} takes no arguments: ")
     assert ended.stderr.count("\n") == 1
     assert "hunter2" not in ended.stdout + ended.stderr
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from worker.take import shares_of, weighted_order
+from outbox_worker.take import shares_of, weighted_order
 
 DEFAULT = {"critical": 10, "default": 5}
 

@@ -9,13 +9,13 @@ import pytest
 
 from outbox.jobs import Delivery
 from outbox.row import Status
+from outbox_worker.claim import Claim
+from outbox_worker.errors import NoThreadsError, ThreadEndedError
+from outbox_worker.in_flight import PATIENCE, HeldRow, InFlight
+from outbox_worker.lookahead import MOST_AHEAD
+from outbox_worker.outcome import Attempted, Outcome, given_back
+from outbox_worker.threads import HandlerThreads
 from tests.support.waiting import eventually
-from worker.claim import Claim
-from worker.errors import NoThreadsError, ThreadEndedError
-from worker.in_flight import PATIENCE, HeldRow, InFlight
-from worker.lookahead import MOST_AHEAD
-from worker.outcome import Attempted, Outcome, given_back
-from worker.threads import HandlerThreads
 
 COUNT = 4
 
@@ -164,7 +164,7 @@ def test_a_row_that_waited_too_long_is_not_begun(crew: Crew, monkeypatch: pytest
     """Its process was paused, and the row is another worker's by now: it is given back, and no attempt counts."""
     crew.begin(*range(1, COUNT + 2))
     eventually(lambda: len(crew.begun) == COUNT, 5)
-    monkeypatch.setattr("worker.threads.LONGEST_WAIT", 0.1)
+    monkeypatch.setattr("outbox_worker.threads.LONGEST_WAIT", 0.1)
     time.sleep(0.2)
     crew.end(1)
     eventually(lambda: Outcome(Delivery(COUNT + 1, 1), Status.PENDING, 0) in crew.outcomes, 5)
@@ -337,7 +337,7 @@ def test_a_row_that_comes_twice_is_begun_once(crew: Crew) -> None:
 
 def test_an_attempt_is_overdue_past_its_limit_and_a_grace(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted from when its handler began, however long it had waited for a thread."""
-    monkeypatch.setattr("worker.in_flight.OVERTIME", 0.3)
+    monkeypatch.setattr("outbox_worker.in_flight.OVERTIME", 0.3)
     started = time.monotonic()
     crew.begin(1, timeout=1)
     crew.begin(2, 3, 4)

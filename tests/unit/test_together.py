@@ -10,8 +10,8 @@ import pytest
 
 from outbox import deadline
 from outbox.errors import TimeLimitError
+from outbox_worker.together import Together
 from tests.support.waiting import eventually
-from worker.together import Together
 
 
 class Doubling:

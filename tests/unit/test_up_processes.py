@@ -50,11 +50,10 @@ def test_ending_twice_is_safe() -> None:
     end(Supervisor(), process, signal.SIGKILL, 10)
 
 
-def test_wrong_settings_end_it_all_with_the_process_own_sentence(tmp_path: Path) -> None:
+def test_wrong_settings_end_it_all_with_the_process_own_sentence() -> None:
     """A process that exits with code 2 is not restarted: its sentence becomes the error."""
-    (tmp_path / "quitter.py").write_text("import sys; print('X is not set: set it', file=sys.stderr); sys.exit(2)")
-    program = _ended("quitter", {"PYTHONPATH": str(tmp_path)})
-    with pytest.raises(SettingsError, match="X is not set: set it"):
+    program = _ended("relay", {"PYTHONPATH": OUR_PATH})
+    with pytest.raises(SettingsError, match="DATABASE_URL is not set: set it to"):
         Watch([program]).look()
 
 
@@ -62,8 +61,8 @@ def test_wrong_settings_end_it_all_with_the_process_own_sentence(tmp_path: Path)
 def test_a_module_in_the_current_folder_is_not_taken_for_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A `relay.py` where `up` is started is not run; ours is, and says that it lacks settings."""
-    (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    """An `outbox.py` where `up` is started is not run; ours is, and says that it lacks settings."""
+    (tmp_path / "outbox.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
     assert _ended(name, {"PYTHONPATH": OUR_PATH}).process.returncode == EXIT_SETTINGS
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.wakeup import debounce
+from outbox_service.wakeup import debounce
 
 
 @pytest.mark.parametrize(("delay", "seconds"), [(0, 0.005), (0.01, 0.005), (1, 0.1), (10, 1.0), (86_400, 1.0)])

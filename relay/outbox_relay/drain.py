@@ -1,0 +1,100 @@
+"""Handing over a backlog: two batches at a time, so that Postgres works on one while Redis takes the other."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import psycopg
+import redis
+
+from outbox import postgres
+from outbox.postgres import Connection
+from outbox.queries import query
+from outbox.settings import RelaySettings
+from outbox_relay.publish import publish
+
+SPELL = 0.25
+"""Seconds after which neither of the two begins another batch: the relay has other duties to look after."""
+SHARE = 16
+"""Part of the window's room that each of the two fills before it is counted again. What other relays hand over
+meanwhile is not seen, so that eight relays that count at the same moment just fill it."""
+
+
+RETRY = 60.0
+"""Seconds until a second connection that could not be had is asked for again; to find out may take five."""
+
+
+class Drain:
+    """A second publisher beside the relay's own, with a thread and a connection from the first backlog on."""
+
+    def __init__(self, client: redis.Redis, settings: RelaySettings) -> None:
+        self._client = client
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="drain")
+        self._closing = ExitStack()
+        self._second: Connection | None = None
+        self._retry_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        self._closing.close()
+
+    def drain(self, connection: Connection, queue: str, left_out: Sequence[int] = ()) -> bool:
+        """Hands over a queue's rows for about SPELL seconds, as far as its window has room, but for those left out.
+
+        Returns:
+            Whether it should go on: neither ran out of rows, and the window has room for a batch.
+
+        Raises:
+            redis.RedisError: Redis did not take a batch.
+            psycopg.Error: Postgres is away, or refuses a batch.
+        """
+        if self._second is None and time.monotonic() >= self._retry_at:
+            self._open_second()
+        room = connection.execute(query("room"), {"queue": queue, "window": self._settings.window}).fetchone()
+        assert room is not None
+        if self._second is None:
+            return self._publish_all(connection, queue, room["rows"], left_out)
+        try:
+            other = self._thread.submit(self._publish_all, self._second, queue, room["rows"], left_out)
+        except RuntimeError:  # no thread can be started: the relay's own goes on alone
+            self._thread.shutdown(wait=False, cancel_futures=True)  # it would do later what was refused now
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="drain")
+            return self._publish_all(connection, queue, room["rows"], left_out)
+        try:
+            more = self._publish_all(connection, queue, room["rows"], left_out)
+        finally:
+            wait([other])
+        return other.result() and more
+
+    def _open_second(self) -> None:
+        settings = self._settings
+        try:
+            self._second = self._closing.enter_context(
+                postgres.connect(settings.database_url, "outbox relay drains", pooled=settings.transaction_pooling)
+            )
+        except psycopg.OperationalError:  # too many connections, say: the relay's own goes on alone
+            self._retry_at = time.monotonic() + RETRY
+
+    def _publish_all(self, connection: Connection, queue: str, room: int, left_out: Sequence[int]) -> bool:
+        if room < self._settings.batch:
+            return False
+        share = max(1, room // SHARE)
+        ends = time.monotonic() + SPELL
+        while True:
+            limit = min(self._settings.batch, share)
+            rows = publish(connection, self._client, queue, self._settings, room=room, limit=limit, left_out=left_out)
+            share -= rows
+            room -= rows
+            if rows < limit:
+                return False
+            if not share or time.monotonic() >= ends:
+                return True

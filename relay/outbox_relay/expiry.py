@@ -1,0 +1,82 @@
+"""Deleting users who have not verified their address in time, where that is wanted."""
+
+from functools import partial
+
+from outbox import logs
+from outbox.postgres import Connection
+from outbox.queries import query
+from outbox_relay.batches import Batches
+
+BATCH = 200
+"""To delete so many takes some 20 ms, in which the relay hands nothing over."""
+PAUSE = 0.05
+"""Seconds between two batches, for the relay's other work."""
+INTERVAL = 60.0
+"""Seconds between two rounds through all users who have not verified their address in time."""
+SMALLER_PAUSE = 0.5
+"""Seconds until a smaller batch is tried after one that was refused: each may have waited for a lock."""
+LEFT_OUT = 60.0
+"""Seconds until a user is tried again who cannot be deleted."""
+
+INDEX = "CREATE INDEX CONCURRENTLY users_unverified ON users (created_at, username) WHERE NOT is_email_verified"
+"""What finds them. No migration makes it: large tables would keep sign-ups waiting, and verifications pay for it."""
+
+_START = {"after": "-infinity", "after_username": ""}
+
+
+class Expiry:
+    """One relay's expiry of users.
+
+    It goes through them by age and looks at each once: those who must stay, as their mail is not out, keep no other.
+    """
+
+    def __init__(self, retention: float) -> None:
+        """Takes the seconds that a user has."""
+        self._retention = retention
+        self._batches = Batches[str](BATCH, "unverified users cannot be deleted", LEFT_OUT, field="users")
+        self._place = _START
+        """The last user that was looked at."""
+
+    def step(self, connection: Connection) -> float:
+        """Looks at one batch, deletes those who may go, and returns the seconds until the next.
+
+        Raises:
+            psycopg.Error: Postgres is away, or refuses for what is no user's fault: the role has no right to, say.
+        """
+        found = connection.execute(query("has_index_of_unverified")).fetchone()
+        assert found is not None
+        if not found["has"]:
+            logs.get().error("unverified users cannot expire", why="there is no index users_unverified", run=INDEX)
+            return INTERVAL
+        looked_at = self._batches.write(connection, partial(self._delete, connection))
+        if looked_at is None:
+            return SMALLER_PAUSE
+        if looked_at:
+            return PAUSE
+        self._place = _START
+        return INTERVAL
+
+    def _delete(self, connection: Connection, most: int) -> int:
+        """Locks users and judges them after: a worker that opens a link, or a click on one, comes first or too late."""
+        with connection.transaction():
+            connection.execute(query("limit_wait"))
+            users = connection.execute(
+                query("unverified_users"),
+                {
+                    **self._place,
+                    "retention": self._retention,
+                    "left_out": self._batches.left_out.rows(),
+                    "batch": most,
+                },
+            ).fetchall()
+            if not users:
+                return 0
+            names = self._batches.tried = [user["username"] for user in users]
+            # In a statement of its own: it sees what those have written whose locks were let go since.
+            deleted = connection.execute(query("delete_expired_users"), {"usernames": names}).fetchall()
+            if rows := [row for user in deleted for row in user["rows"]]:
+                connection.execute(query("delete_rows"), {"ids": rows})
+        if deleted:
+            logs.get().info("unverified users deleted", users=len(deleted))
+        self._place = {"after": users[-1]["signed_up_at"], "after_username": names[-1]}
+        return len(users)

@@ -1,0 +1,17 @@
+"""`outbox relay`: one relay, configured by the environment, stopped by SIGTERM."""
+
+from outbox import encryption, logs, redis_url
+from outbox.settings import RelaySettings
+from outbox.stop import Stop
+from outbox_relay.loop import Relay
+
+
+def main() -> None:
+    """Runs a relay until SIGTERM or SIGINT."""
+    settings = RelaySettings.from_environment()
+    redis_url.check(settings.redis_url)
+    logs.configure("relay", settings.log_level, settings.log_format)
+    encryption.tell_of_plain_text(settings.database_url, redis_url=settings.redis_url)
+    stop = Stop()
+    stop.listen()
+    Relay(settings, stop).run()

@@ -1,0 +1,75 @@
+"""Making sure that Redis can serve: it takes writes, and no stranger's key stands where one of ours belongs."""
+
+import redis
+from rq.queue import Queue
+from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
+
+from outbox import installation, logs
+from outbox.jobs import intermediate_key, queue_key
+from outbox_relay.schedule import SCHEDULED_JOBS
+
+CANARY = "outbox:canary"
+
+
+# What is longer is no id of RQ's. A part of the key at a time, so that Redis is not kept from all else.
+_DROP_LONG = """
+local key, first, last = KEYS[1], ARGV[1], ARGV[2]
+local is_set = redis.call('TYPE', key).ok == 'zset'
+local ids = redis.call(is_set and 'ZRANGE' or 'LRANGE', key, first, last)
+local dropped = 0
+for _, id in ipairs(ids) do
+    if #id > 1000 then
+        if is_set then redis.call('ZREM', key, id) else redis.call('LREM', key, 1, id) end
+        dropped = dropped + 1
+    end
+end
+return {#ids, dropped}
+"""
+
+_PART = 500
+"""Ids that are looked at by one run of the script."""
+
+
+def drop_long_ids(client: redis.Redis, keys: list[str]) -> None:
+    """Drops ids from lists and sets that are so long that nobody can read them, in any number of parts.
+
+    Raises:
+        redis.RedisError: Redis is away.
+    """
+    script = client.register_script(_DROP_LONG)
+    for key in keys:
+        first = dropped = 0
+        while True:
+            found, gone = script(keys=[key], args=[first, first + _PART - 1])
+            dropped += gone
+            first += found - gone
+            if not found:
+                break
+        if dropped:
+            logs.get().warning("dropped long ids", key=key, ids=dropped, why="no job has an id of that length")
+
+
+def repair(client: redis.Redis, queues: list[str]) -> None:
+    """Writes once, and deletes keys whose type would fail every command of ours; the sweep restores what they held.
+
+    Raises:
+        redis.RedisError: Redis is away, read-only or out of memory.
+    """
+    kinds = {
+        installation.KEY: b"string",
+        SCHEDULED_JOBS: b"zset",
+        Queue.redis_queues_keys: b"set",
+        REDIS_WORKER_KEYS: b"set",
+    }
+    for name in queues:
+        key = queue_key(name)
+        kinds |= {key: b"list", intermediate_key(name): b"list", WORKERS_BY_QUEUE_KEY % name: b"set"}
+    pipeline = client.pipeline(transaction=False)
+    pipeline.set(CANARY, 1, ex=60)
+    for key in kinds:
+        pipeline.type(key)
+    _, *found = pipeline.execute()
+    for (key, kind), actual in zip(kinds.items(), found, strict=True):
+        if actual not in (kind, b"none"):
+            client.delete(key)
+            logs.get().warning("deleted key", key=key, why=f"it was a {actual.decode()}, not a {kind.decode()}")

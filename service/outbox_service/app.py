@@ -1,0 +1,75 @@
+"""The application: routes, limits, and what it opens and closes with itself."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import RedocRenderPlugin
+
+from outbox.outage import Outage
+from outbox.settings import ServiceSettings
+from outbox_service import links, probes, problems, users
+from outbox_service.passwords import Passwords
+from outbox_service.pool import create_pool
+from outbox_service.schemas import MAX_BODY
+from outbox_service.store import Store
+from outbox_service.users import SignUp
+from outbox_service.wakeup import Wakeup
+
+
+def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Litestar:
+    """Returns the ASGI application; it connects to Postgres when it is started.
+
+    Args:
+        settings: of the service.
+        outage: what is known already of Postgres' absence.
+    """
+    outage = outage or Outage("Postgres")
+    pool = create_pool(settings, outage)
+    wakeup = Wakeup(pool, settings.verify_email_delay)
+    store = Store(pool, wakeup, settings, outage)
+    passwords = Passwords(settings.hash_queue)
+    sign_up = SignUp(passwords, store)
+
+    @asynccontextmanager
+    async def open_resources(_: Litestar) -> AsyncGenerator[None]:
+        await pool.open(wait=False)
+        hints = asyncio.create_task(wakeup.run())
+        try:
+            yield
+        finally:
+            hints.cancel()
+            with suppress(asyncio.CancelledError):
+                await hints
+            passwords.close()
+            await pool.close()
+
+    return Litestar(
+        route_handlers=[
+            users.create_user,
+            links.open_verification_link,
+            links.verify_email,
+            probes.healthz,
+            probes.readyz,
+        ],
+        dependencies={
+            "store": Provide(lambda: store, sync_to_thread=False),
+            "sign_up": Provide(lambda: sign_up, sync_to_thread=False),
+        },
+        exception_handlers=problems.EXCEPTION_HANDLERS,
+        lifespan=[open_resources],
+        logging_config=None,
+        request_max_body_size=MAX_BODY,
+        openapi_config=OpenAPIConfig(
+            title="Outbox service",
+            version=version("outbox-service"),
+            path="/schema",
+            use_handler_docstrings=False,
+            # Beside JSON. All that Litestar has by default includes YAML, which takes 35 ms of the loop each time.
+            render_plugins=[RedocRenderPlugin(path="/")],
+        ),
+    )

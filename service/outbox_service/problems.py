@@ -1,0 +1,146 @@
+"""Errors as `application/problem+json` (RFC 9457), and how each kind of error becomes one."""
+
+from http import HTTPStatus
+from typing import Any
+
+import psycopg
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.types import ExceptionHandlersMap
+
+from outbox import logs, postgres
+from outbox.errors import NotMigratedError, OutboxError, UnsupportedDatabaseError
+from outbox.outage import one_line
+from outbox_service.passwords import BusyError
+from outbox_service.schemas import MAX_BODY, CreateUser, Problem, Violation
+from outbox_service.store import TakenError
+
+MEDIA_TYPE = "application/problem+json"
+
+RETRY_AFTER = "1"
+"""Seconds."""
+
+TOO_LARGE = f"the body must not be over {MAX_BODY // 1024} KiB"
+
+_MAX_NAME = 100
+"""Characters of a field's name that an answer repeats."""
+
+AnyRequest = Request[Any, Any, Any]
+
+
+def problem(
+    request: AnyRequest,
+    status: int,
+    detail: str,
+    errors: list[Violation] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response[dict[str, Any]]:
+    """Returns the answer for an error.
+
+    Args:
+        request: what it answers.
+        status: the HTTP status.
+        detail: what is wrong and what to do, in a sentence.
+        errors: what is wrong with each field.
+        headers: further headers.
+    """
+    content = problem_content(status, detail, request.scope["state"].get("request_id", ""), errors)
+    return Response(content, status_code=status, media_type=MEDIA_TYPE, headers=headers or {})
+
+
+def problem_content(status: int, detail: str, request_id: str, errors: list[Violation] | None = None) -> dict[str, Any]:
+    """Returns the body of the answer for an error; the arguments are those of `problem`."""
+    told = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=request_id, errors=errors)
+    return told.model_dump(exclude_none=True)
+
+
+def _invalid(request: AnyRequest, error: ValidationException) -> Response[dict[str, Any]]:
+    if not isinstance(error.extra, list):
+        # Litestar's text goes on with the whole URL, secret code and all.
+        return problem(request, 400, error.detail.partition(" for path ")[0])
+    violations = [
+        _violation(str(violation.get("key") or "body"), str(violation.get("message", "")))
+        for violation in error.extra
+        if isinstance(violation, dict)
+    ]
+    return problem(request, 400, "the request has fields that are not valid; 'errors' names each", violations)
+
+
+def _violation(field: str, text: str) -> Violation:
+    described = CreateUser.model_fields[field].description if field in CreateUser.model_fields else None
+    if text.startswith("String should match pattern") and described:
+        text = f"must be {described[0].lower()}{described[1:]}".removesuffix(".")
+    elif text.startswith("Input should be a valid dictionary"):
+        text = "must be a JSON object"
+    text = text.removeprefix("Value error, ")
+    return Violation(field=field[:_MAX_NAME], message=text[:1].lower() + text[1:])
+
+
+def _http(request: AnyRequest, error: HTTPException) -> Response[dict[str, Any]]:
+    # A 5xx of the framework's own may speak of our insides.
+    detail = error.detail if error.status_code < 500 else "the service failed"
+    if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        detail = TOO_LARGE
+    return problem(request, error.status_code, detail, headers=error.headers)
+
+
+def _taken(request: AnyRequest, error: TakenError) -> Response[dict[str, Any]]:
+    return problem(request, 409, str(error), [Violation(field=error.field, message="is taken")])
+
+
+def _busy(request: AnyRequest, error: BusyError) -> Response[dict[str, Any]]:
+    return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
+
+
+def _away(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
+    why = "away" if postgres.is_outage(error) else "busy"
+    return problem(request, 503, f"the database is {why}: try again in a moment", headers={"Retry-After": RETRY_AFTER})
+
+
+def _read_only(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
+    detail = "the database is read-only: try again in a moment"
+    return problem(request, 503, detail, headers={"Retry-After": RETRY_AFTER})
+
+
+def _unfit(request: AnyRequest, error: OutboxError) -> Response[dict[str, Any]]:
+    return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
+
+
+def _never_migrated(request: AnyRequest, _: psycopg.errors.UndefinedTable) -> Response[dict[str, Any]]:
+    return _unfit(request, NotMigratedError("the database is not migrated: run 'outbox migrate'"))
+
+
+def _failed(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
+    logs.get().error("request failed", error=one_line(error), exc_info=error)
+    return problem(request, 500, "the service failed; the log has more under this request id")
+
+
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {
+    ValidationException: _invalid,
+    HTTPException: _http,
+    TakenError: _taken,
+    BusyError: _busy,
+    NotMigratedError: _unfit,
+    UnsupportedDatabaseError: _unfit,
+    psycopg.errors.UndefinedTable: _never_migrated,
+    **dict.fromkeys(postgres.AWAY, _away),
+    psycopg.errors.ReadOnlySqlTransaction: _read_only,
+    Exception: _failed,
+}
+
+
+def described(status: int, description: str, detail: str, errors: list[Violation] | None = None) -> ResponseSpec:
+    """Returns the OpenAPI description of an error, with an example."""
+    example = problem_content(status, detail, "5f0c2c8e6d4b", errors)
+    return ResponseSpec(
+        Problem,
+        description=description,
+        media_type=MEDIA_TYPE,
+        generate_examples=False,
+        examples=[Example(summary=description, value=example)],
+    )
+
+
+DESCRIBED_AWAY = described(503, "Too busy, or the database is away.", "the database is away: try again in a moment")

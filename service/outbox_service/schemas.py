@@ -1,0 +1,110 @@
+"""What goes in and out of the API."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field, StringConstraints
+
+from outbox_service.addresses import MAX_ADDRESS, canonical
+from outbox_service.letters import MAX_MARKS, check_visible
+
+MAX_BODY = 64 * 1024
+"""Bytes that a request's body may have."""
+
+MAX_FIELDS = 20
+"""Fields that a body may have: more than any that is good, and few enough to name each that is not."""
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain NUL characters")
+    return text
+
+
+class CreateUser(BaseModel):
+    """A new user."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    username: Annotated[
+        str,
+        StringConstraints(min_length=3, max_length=100, pattern="^[a-z0-9_]*$"),
+        Field(
+            description="Lower-case letters, digits and '_' alone.",
+            examples=["alice"],
+        ),
+    ]
+    password: Annotated[str, Field(min_length=6, max_length=100, examples=["correct horse"]), AfterValidator(_storable)]
+    full_name: Annotated[
+        str,
+        StringConstraints(min_length=3, max_length=100, pattern=rf"^ *(?:\p{{L}}\p{{M}}{{0,{MAX_MARKS}}} *)+$"),
+        Field(
+            description=f"Letters of any script, with {MAX_MARKS} combining marks each at most, and spaces alone.",
+            examples=["Alice Liddell"],
+        ),
+        AfterValidator(check_visible),
+    ]
+    email: Annotated[
+        EmailStr,
+        BeforeValidator(canonical),
+        Field(
+            min_length=3,
+            max_length=MAX_ADDRESS,
+            description=(
+                "An address alone. Outside ASCII, its part before the @ is letters, marks and digits, and is stored in"
+                " lower case."
+            ),
+            examples=["alice@example.com"],
+        ),
+    ]
+
+
+def _in_utc(time: datetime) -> datetime:
+    return time.astimezone(UTC)
+
+
+class User(BaseModel):
+    """A user, as the API tells of one: never with the password's hash."""
+
+    username: str
+    full_name: str
+    email: str
+    is_email_verified: bool
+    password_changed_at: Annotated[datetime, AfterValidator(_in_utc)]
+    created_at: Annotated[datetime, AfterValidator(_in_utc)]
+
+
+class UserCreated(BaseModel):
+    """The answer to a new user."""
+
+    user: User
+
+
+class EmailVerified(BaseModel):
+    """The answer to a verification link."""
+
+    is_verified: bool
+
+
+class Health(BaseModel):
+    """The answer to a probe."""
+
+    status: str
+
+
+class Violation(BaseModel):
+    """One thing that is wrong with one field."""
+
+    field: str
+    message: str
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 wants it."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[Violation] | None = None

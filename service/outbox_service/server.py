@@ -1,0 +1,90 @@
+"""The HTTP server: its socket, and what it is told to do."""
+
+import math
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from outbox import open_files
+from outbox.endpoints import Address
+from outbox.errors import StartError
+from outbox.outage import Outage
+from outbox.settings import ServiceSettings
+from outbox.stop import Stop
+from outbox_service.app import create_app
+from outbox_service.protocol import IDLE_TIME, limited_protocol
+from outbox_service.requests import RequestLog
+
+_RESERVE = 40
+"""Descriptors for what is neither a client's nor Postgres': the log, the listener, the loop, and Python's own."""
+_PER_CONNECTION = 2
+"""Descriptors of a connection to Postgres: a statement is cancelled over one more."""
+
+HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"),
+]
+"""Of every answer. The server adds them, because the application does not write them all. Answers hold personal data,
+links hold secrets, and no other site's page is to show them."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which leaves the signals of its process alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Installs no signal handlers."""
+        yield
+
+    def obey(self, stop: Stop) -> None:
+        """Ends when a stop is requested: after the requests in flight, or without them where it is to hurry."""
+        self.should_exit = stop.is_requested()
+        self.force_exit = stop.is_hurried()
+
+
+def create_server(settings: ServiceSettings, outage: Outage | None = None) -> Server:
+    """Returns the server of the whole application; it does not run yet.
+
+    Args:
+        settings: of the service.
+        outage: what is known already of Postgres' absence.
+    """
+    reserve = _RESERVE + _PER_CONNECTION * settings.pool_size
+    most = open_files.provide(settings.http_connections, reserve, "OUTBOX_HTTP_CONNECTIONS")
+    return Server(
+        uvicorn.Config(
+            RequestLog(create_app(settings, outage)),
+            log_config=None,
+            access_log=False,
+            http=limited_protocol(most),
+            ws="none",
+            server_header=False,
+            headers=HEADERS,
+            timeout_keep_alive=IDLE_TIME,
+            timeout_graceful_shutdown=math.ceil(settings.grace),
+        )
+    )
+
+
+def listen(address: Address) -> socket.socket:
+    """Opens the socket that the service listens on.
+
+    Raises:
+        StartError: the port is taken, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address.host, address.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"HTTP_SERVER_ADDRESS: cannot listen on {address} ({error.strerror}); free it or choose another"
+        ) from error
+    return listener

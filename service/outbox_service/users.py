@@ -1,0 +1,112 @@
+"""Creating users."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from litestar import Request, post
+from litestar.di import NamedDependency
+from litestar.exceptions import ClientException, SerializationException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.params import JSONBody
+
+from outbox_service import problems
+from outbox_service.passwords import Passwords
+from outbox_service.schemas import MAX_FIELDS, CreateUser, User, UserCreated, Violation
+from outbox_service.store import Store
+
+_JSON = re.compile(r"application/json|[\w!#$&^.+-]+/[\w!#$&^.+-]+\+json", re.ASCII)
+"""Media types of JSON (RFC 6838 for what a name is made of, RFC 6839 for the suffix)."""
+
+_NOT_JSON = "the body must be JSON: send it with Content-Type: application/json"
+
+_ALICE = {
+    "username": "alice",
+    "full_name": "Alice Liddell",
+    "email": "alice@example.com",
+    "is_email_verified": False,
+    "password_changed_at": "2026-11-22T10:00:00Z",
+    "created_at": "2026-11-22T10:00:00Z",
+}
+
+
+@dataclass(frozen=True)
+class SignUp:
+    """What it takes to create a user: one dependency, because Litestar starts a task for each where there are two."""
+
+    passwords: Passwords
+    store: Store
+
+    async def create(self, user: CreateUser, request_id: str) -> User:
+        """Hashes the password and writes the user.
+
+        Raises:
+            BusyError: too many wait for a hash already.
+            TakenError, RefusedError, psycopg.OperationalError: as `Store.create_user` does.
+        """
+        hashed = await self.passwords.hash(user.password)
+        return await self.store.create_user(user, hashed, request_id)
+
+
+async def _check_body(request: Request[Any, Any, Any]) -> None:
+    """Refuses what is not JSON, before the framework reads the body.
+
+    Raises:
+        ClientException: it is not declared to be JSON (415), or is not JSON that can be read (400). The framework
+            alone would answer 500 to text that is not UTF-8 and to a thousand nested arrays.
+    """
+    # A browser sends no JSON media type across origins without asking first; it sends others, and bodies without any.
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not _JSON.fullmatch(media_type):
+        raise ClientException(_NOT_JSON, status_code=415)
+    if not await request.body():
+        raise ClientException("the body is empty: send a JSON object")
+    try:
+        body = await request.json()
+    except SerializationException as error:
+        raise ClientException(f"the body is not JSON: {error}") from None
+    except UnicodeDecodeError:
+        raise ClientException("the body is not valid UTF-8") from None
+    except RecursionError:
+        raise ClientException("the body is nested too deeply") from None
+    if isinstance(body, dict) and len(body) > MAX_FIELDS:  # else each costs a violation, and the answer grows with them
+        raise ClientException(f"the body has {len(body)} fields: send {', '.join(CreateUser.model_fields)} alone")
+
+
+@post(
+    ["/v1/users", "/v1/create_user"],
+    before_request=_check_body,
+    summary="Create a user",
+    description="Creates a user, who gets a verification mail whatever happens after this answer.",
+    responses={
+        201: ResponseSpec(
+            UserCreated,
+            description="The user exists, and the mail is on its way.",
+            generate_examples=False,
+            examples=[Example(summary="created", value={"user": _ALICE})],
+        ),
+        400: problems.described(
+            400,
+            "Not JSON, or fields that are not valid; each is named.",
+            "the request has fields that are not valid; 'errors' names each",
+            [Violation(field="username", message="string should have at least 3 characters")],
+        ),
+        409: problems.described(
+            409,
+            "The username or email is taken.",
+            "this username is taken",
+            [Violation(field="username", message="is taken")],
+        ),
+        413: problems.described(413, "The body is over 64 KiB.", problems.TOO_LARGE),
+        415: problems.described(415, "The body is not declared to be JSON by its Content-Type.", _NOT_JSON),
+        503: problems.DESCRIBED_AWAY,
+    },
+)
+async def create_user(
+    request: Request[Any, Any, Any],
+    data: JSONBody[CreateUser],
+    sign_up: NamedDependency[SignUp],
+) -> UserCreated:
+    """Creates a user."""
+    return UserCreated(user=await sign_up.create(data, request.state["request_id"]))

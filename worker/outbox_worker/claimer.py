@@ -1,0 +1,122 @@
+"""Claiming what was taken from Redis, also where claims are refused, their answers get lost, or payloads are large."""
+
+from collections.abc import Iterable
+
+import psycopg
+
+from outbox import logs, postgres
+from outbox.jobs import Delivery
+from outbox.outage import one_line
+from outbox.postgres import Connection
+from outbox_worker.claim import Claim, claim, claim_free
+from outbox_worker.in_flight import InFlight
+from outbox_worker.outcome import unanswered
+
+MOST_TAKEN = 4096
+"""Upper bound of rows taken at a time, where their payloads are small: more than there is room for by default."""
+
+MOST_CHARACTERS = 64_000_000
+"""Characters of payloads that a worker holds at which it claims nothing of what it has put off."""
+
+
+class Claimer:
+    """The jobs between Redis and the claim. Used by the main thread alone.
+
+    A claim that got no answer is repeated, so that no row waits for its lease to pass.
+    """
+
+    def __init__(self, in_flight: InFlight, worker: str, lease: float) -> None:
+        """Takes the rows that the worker holds, the name to claim in, and the seconds of a lease."""
+        self._in_flight = in_flight
+        self._worker = worker
+        self._lease = lease
+        self._jobs: list[Delivery] = []
+        self._put_off: list[Delivery] = []
+        """What the last claim has left for another, because payloads are large."""
+        self._may_have_claimed = False
+        """Whether a claim of these jobs got no answer."""
+        self.most = MOST_TAKEN
+        """As many rows as one claim may read: so many more are claimed ahead of the handlers as well."""
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether there is anything to claim."""
+        return bool(self._jobs)
+
+    def add(self, jobs: Iterable[Delivery]) -> None:
+        """Adds what was taken from Redis, which may have a job twice."""
+        self._jobs += dict.fromkeys(jobs)
+
+    def lost_answer(self) -> None:
+        """Takes note of an outage: what there is may have been claimed."""
+        self._may_have_claimed = bool(self._jobs)
+
+    def give_back_unanswered(self) -> None:
+        """Gives back, at the end, what may have been claimed and will not be handled."""
+        if self._may_have_claimed:
+            self._give_back(self._jobs)
+
+    def claim(self, connection: Connection) -> list[Claim]:
+        """Claims a batch of the jobs.
+
+        Raises:
+            psycopg.Error: Postgres is away; the jobs stay.
+        """
+        # What an earlier claim may have claimed is claimed again one by one: a lock that one of them meets must not
+        # keep the others waiting, which may be running in this worker's name already.
+        batch = self._jobs[:1] if self._may_have_claimed else self._jobs.copy()
+        claims = self._claim(connection, batch)
+        self.most = max(1, len(claims)) if self._put_off else min(MOST_TAKEN, 2 * self.most)
+        del self._jobs[: len(batch)]
+        if self._may_have_claimed and not claims:
+            self._give_back(batch)
+        self._may_have_claimed = self._may_have_claimed and bool(self._jobs)
+        if self._put_off:
+            self._jobs += self._claimable(claims)
+        return claims
+
+    def _claim(self, connection: Connection, jobs: list[Delivery]) -> list[Claim]:
+        """Claims jobs; where that is refused, those that can be claimed without waiting and by themselves.
+
+        What somebody else has locked is left to the sweep, which hands it over again once it is free.
+        """
+        given = (self._worker, self._lease, self._in_flight.deliveries())
+        self._put_off = []
+        try:
+            return claim(connection, jobs, *given, put_off=self._put_off)
+        except psycopg.Error as error:
+            _raise_outage(connection, error)
+            refusal = error
+        claims: list[Claim] = []
+        refused: list[tuple[Delivery, Exception]] = []
+        try:
+            claims, refused = claim_free(connection, jobs, *given)
+        except psycopg.Error as error:
+            _raise_outage(connection, error)
+        if left := len(jobs) - len(claims) - len(refused):
+            is_lock = isinstance(refusal, psycopg.errors.LockNotAvailable)
+            event = "claim timed out waiting for a row lock" if is_lock else "claim refused"
+            logs.get().warning(event, error=one_line(refusal), jobs=left)
+        if refused:
+            rows, why = sorted(delivery.row_id for delivery, _ in refused), refused[0][1]
+            logs.get().error("rows cannot be claimed", rows=rows, error=one_line(why))
+        return claims
+
+    def _claimable(self, claims: list[Claim]) -> list[Delivery]:
+        """Returns what was put off, unless too much waits for handlers already; then the sweep hands it over again."""
+        if sum(len(held.payload) for held in [*self._in_flight.unended(), *claims]) < MOST_CHARACTERS:
+            return self._put_off
+        why = f"the payloads of rows that were claimed have over {MOST_CHARACTERS:,} characters"
+        logs.get().warning("claim refused", error=why, jobs=len(self._put_off))
+        return []
+
+    def _give_back(self, jobs: Iterable[Delivery]) -> None:
+        held = self._in_flight.deliveries()
+        for delivery in jobs:
+            if delivery not in held:  # else it runs, and this is a copy of its job
+                self._in_flight.put(unanswered(delivery))
+
+
+def _raise_outage(connection: Connection, error: psycopg.Error) -> None:
+    if postgres.is_outage(error) or connection.closed:
+        raise error

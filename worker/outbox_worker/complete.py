@@ -1,0 +1,223 @@
+"""Completing rows: a thread that writes the outcomes of attempts and renews leases."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
+import psycopg
+
+from outbox import logs, postgres
+from outbox.backoff import reconnect_delay
+from outbox.jobs import Delivery
+from outbox.outage import one_line
+from outbox.postgres import Connection
+from outbox.queries import query
+from outbox_worker.errors import NoThreadsError, ThreadEndedError
+from outbox_worker.in_flight import InFlight
+from outbox_worker.leases import Leases
+from outbox_worker.outcomes import Outcomes
+
+_GATHERING = 0.005
+"""Seconds between two writes on a busy system: each costs Postgres a commit, and the handlers the interpreter."""
+_PAUSE = 0.05
+"""Seconds between two writes that wait for a lock of the whole table: such a wait may end at once."""
+_LOOK = 0.2
+"""Seconds between two tries at rows that somebody else has locked, and between two looks whether to end."""
+
+SHORTEST_ANSWER_LIMIT = 5.0
+"""Seconds that a statement may take, however short the lease: a busy Postgres is not away."""
+
+MOST_REFUSED = 100
+"""Outcomes that Postgres refuses, one by one, at which the worker takes no more rows: it is hardly the rows' fault."""
+
+
+class Completer:
+    """A thread with a connection of its own that writes outcomes in batches and renews the leases of rows in flight.
+
+    While Postgres is away it keeps the outcomes and writes them when it is back; if a row was handed over again
+    meanwhile, the fence decides, and the late outcome is dropped.
+    """
+
+    def __init__(
+        self,
+        database_url: str,
+        in_flight: InFlight,
+        worker: str,
+        lease: float,
+        *,
+        pooled: bool = False,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Makes the thread.
+
+        Args:
+            database_url: where to.
+            in_flight: the rows whose outcomes will come.
+            worker: the name that they are claimed in.
+            lease: seconds that a renewal is good for.
+            pooled: whether the URL leads through a pooler in transaction mode.
+            on_end: called in the thread should it end without having been asked to.
+        """
+        self._database_url = database_url
+        self.in_flight = in_flight
+        self._lease = lease
+        self._pooled = pooled
+        self._on_end = on_end
+        self._leases = Leases(in_flight, worker, lease)
+        self._outcomes = Outcomes(in_flight, worker)
+        self._failures = 0
+        self._closing = Event()
+        self._connected = Event()
+        self._is_blocked = False
+        """Whether the last statement was refused for what is no row's fault: a lock of the whole table, a full disk."""
+        self._asked_at: float | None = None
+        """When the statements began that have not been answered."""
+        self._thread = Thread(target=self._run, name="completer", daemon=True)
+        self._is_started = False
+        self._failure: BaseException | None = None
+        """What has ended the thread."""
+
+    def start(self) -> None:
+        """Starts the thread, unless it was started before.
+
+        Raises:
+            NoThreadsError: the system lets this process start none.
+        """
+        if not self._is_started:
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise NoThreadsError(f"no thread can be started to write outcomes: {one_line(error)}") from error
+            self._is_started = True
+
+    def check(self) -> None:
+        """Checks that the thread lives, if it was started: without it, nothing is completed and no lease is renewed.
+
+        Raises:
+            ThreadEndedError: it has ended.
+        """
+        if self._failure is not None:
+            raise ThreadEndedError(
+                f"the thread that writes outcomes ended ({one_line(self._failure)}): start another worker"
+            ) from self._failure
+
+    def is_healthy(self, timeout: float) -> bool:
+        """Waits up to `timeout` seconds until outcomes can be written and leases renewed, and returns whether they can.
+
+        As far as is known: a Postgres that has not answered for a third of a lease may let the leases run out.
+        """
+        deadline = time.monotonic() + timeout
+        while not (self._connected.wait(max(0.0, deadline - time.monotonic())) and self._is_writing()):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _is_writing(self) -> bool:
+        asked_at = self._asked_at
+        is_answered = asked_at is None or time.monotonic() - asked_at < self._lease / 3
+        return is_answered and not self._is_blocked and len(self._outcomes.refused) < MOST_REFUSED
+
+    def close(self, timeout: float) -> list[Delivery]:
+        """Writes what is there and ends the thread, in `timeout` seconds; returns what could not be written by then."""
+        self._closing.set()
+        if self._is_started:
+            self._thread.join(timeout)
+        is_done = not self._thread.is_alive() and self._failure is None
+        return self._outcomes.refused if is_done else sorted(self.in_flight.deliveries())
+
+    def _run(self) -> None:
+        try:
+            self._write_until_closed()
+        except BaseException as error:  # noqa: BLE001 - whatever ends this thread ends the worker
+            self._failure = error
+            self._on_end()
+        finally:
+            self._connected.clear()
+
+    def _write_until_closed(self) -> None:
+        while not self._is_over():
+            try:
+                with postgres.connect(
+                    self._database_url,
+                    "outbox worker outcomes",
+                    pooled=self._pooled,
+                    answer_limit=min(postgres.ANSWER_LIMIT, max(SHORTEST_ANSWER_LIMIT, self._lease / 3)),
+                ) as connection:
+                    if not self._pooled:
+                        connection.execute(query("limit_lock_wait"))
+                    self._serve(connection)
+                    return
+            except postgres.AWAY as error:
+                if self._failures == 0:
+                    kept = self._outcomes.kept
+                    logs.get().warning("outcomes wait for Postgres", error=one_line(error), unwritten=kept)
+            except Exception as error:  # noqa: BLE001 - short of memory, say: it may pass, and outcomes are kept
+                if self._failures == 0:
+                    logs.get().error("writing outcomes failed", error=one_line(error), exc_info=error)
+            self._connected.clear()
+            self._failures += 1
+            time.sleep(reconnect_delay(self._failures))
+            self._collect(0.0)
+
+    def _is_over(self) -> bool:
+        return self._closing.is_set() and not self._outcomes.kept and not self.in_flight.has_outcomes
+
+    def _serve(self, connection: Connection) -> None:
+        renew_at = try_again_at = 0.0
+        while not self._is_over():
+            now = time.monotonic()
+            try:
+                if now >= renew_at:
+                    self._renew(connection)
+                    renew_at = now + self._lease / 3
+                    self._outcomes.retry_refused()
+                if now >= try_again_at:
+                    self._outcomes.retry_locked()
+                    with self._asking():
+                        self._leases.renew_missed(connection)
+                    try_again_at = now + _LOOK
+                self._collect(0.0 if self._outcomes.ready else min(max(renew_at - time.monotonic(), 0.001), _LOOK))
+                if self._outcomes.ready:
+                    self._write(connection)
+                self._is_blocked = False
+                self._connected.set()  # not before: what lets us in may refuse to write
+            except postgres.AWAY as error:
+                if postgres.is_outage(error) or connection.closed:
+                    raise
+                self._wait_refused(error)
+
+    def _collect(self, timeout: float) -> None:
+        self._outcomes.add(self.in_flight.collect(timeout))
+
+    def _renew(self, connection: Connection) -> None:
+        with self._asking():
+            has_asked = self._leases.renew(connection)
+        if has_asked and not self._outcomes.ready:
+            self._failures = 0
+
+    def _write(self, connection: Connection) -> None:
+        is_alone = self._outcomes.ready == 1
+        with self._asking():
+            self._outcomes.write(connection)
+        self._failures = 0
+        if not is_alone and not self._closing.is_set():
+            time.sleep(_GATHERING)
+
+    def _wait_refused(self, error: psycopg.Error) -> None:
+        is_lock = isinstance(error, psycopg.errors.LockNotAvailable)
+        if not self._is_blocked and is_lock:  # of the whole table: single rows are passed over
+            logs.get().warning("outcomes wait for a lock", rows="all")
+        elif not self._is_blocked:
+            logs.get().warning("outcomes refused", error=one_line(error), unwritten=self._outcomes.kept)
+        self._is_blocked = True
+        time.sleep(_PAUSE if is_lock else _LOOK)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self._asked_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._asked_at = None

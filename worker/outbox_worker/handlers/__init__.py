@@ -1,0 +1,14 @@
+"""The handlers that a worker has: the verification mail's, and those of `OUTBOX_HANDLERS`."""
+
+from outbox.registry import Registry, load_registry
+from outbox.settings import WorkerSettings
+from outbox_worker.handlers.send_verify_email import verification_mail
+
+
+def registry(settings: WorkerSettings) -> Registry:
+    """Returns all handlers by task name.
+
+    Raises:
+        TaskError: a module cannot be imported, or two handlers claim one task.
+    """
+    return load_registry(settings.handlers, own=[verification_mail(settings)])

@@ -1,0 +1,211 @@
+"""The rows that a worker holds, from the claim until their outcome is written."""
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Condition
+
+from outbox.jobs import Delivery
+from outbox_worker.claim import Claim
+from outbox_worker.outcome import Outcome, given_back
+
+OVERTIME = 5.0
+"""Seconds past its time limit after which an attempt is overdue: its handler is not expected to end any more."""
+_LOOK = 0.01
+"""Seconds between two looks at how many handlers have ended, while there is no room for more rows."""
+PATIENCE = 1.0
+"""Seconds after which rows that no thread has begun are given back: handlers have become slow, and another worker may
+have threads to spare."""
+
+
+@dataclass(slots=True, eq=False)
+class HeldRow:
+    """A row that this worker holds. Each field has one thread that writes it."""
+
+    claim: Claim
+    queued_at: float
+    """When it was given to the handler threads, by the monotonic clock."""
+    begun_at: float | None = None
+    """When its handler began. Written by its handler thread."""
+    outcome: Outcome | None = None
+    """What its handler thread made of it. Written by that thread."""
+    given_up: Outcome | None = None
+    """What is written if the handler does not end before the worker. Written by the main thread."""
+    collected: Outcome | None = None
+    """Which of the two the completer has. Written by its thread."""
+
+
+class InFlight:
+    """Owns the rows that a worker holds, and knows of each how far it is.
+
+    The main thread adds rows after a claim, a handler thread takes one and ends it, and the completer's thread collects
+    the outcomes and removes what is written. One lock guards the rows, and it is taken once per batch. Handler threads
+    take no lock: they take a row out of one queue and put it into another, and write to the row in their hands alone. A
+    thread that loses the interpreter while it holds a lock makes all others wait, and from then on at every row.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[Delivery, HeldRow] = {}
+        self._waiting: SimpleQueue[HeldRow] = SimpleQueue()
+        self._ended: SimpleQueue[HeldRow | Outcome] = SimpleQueue()
+        self._collected = 0
+        """How many of the rows have an outcome that the completer has, and has not written."""
+        self._handled = 0
+        """How many rows handlers have ended so far."""
+        self._changed = Condition()
+
+    # The main thread.
+
+    def hold(self, claims: Iterable[Claim]) -> None:
+        """Adds rows: their leases are renewed from now on, until they are released."""
+        now = time.monotonic()
+        with self._changed:
+            for claim in claims:
+                self._rows[claim.delivery] = HeldRow(claim, now)
+
+    def queue(self, claims: Iterable[Claim]) -> None:
+        """Offers held rows to the handler threads, in this order; each once, however often it is named."""
+        for delivery in dict.fromkeys(claim.delivery for claim in claims):
+            self._waiting.put(self._rows[delivery])
+
+    def give_back(self, claims: Iterable[Claim]) -> None:
+        """Returns held rows that are not queued to Postgres, without counting an attempt."""
+        for claim in claims:
+            self._end(self._rows[claim.delivery], given_back(claim))
+
+    def give_back_waiting(self) -> None:
+        """Returns to Postgres all rows that no handler thread has begun."""
+        try:
+            while True:
+                row = self._waiting.get_nowait()
+                self._end(row, given_back(row.claim))
+        except Empty:
+            return
+
+    def put(self, outcome: Outcome) -> None:
+        """Has the outcome written of a row that may not be held: its claim got no answer."""
+        self._ended.put(outcome)
+
+    def wait_until(self, unended: int, timeout: float) -> int:
+        """Waits up to `timeout` seconds until no more than `unended` rows lack an outcome; returns how many do."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            # While the completer writes it collects nothing, and handlers end rows all the same.
+            while (count := self._count_unended()) > unended and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(min(left, _LOOK))
+            return count
+
+    def _count_unended(self) -> int:
+        return max(0, len(self._rows) - self._collected - self._ended.qsize())
+
+    @property
+    def handled(self) -> int:
+        """How many rows handlers have ended so far, as far as the completer has collected their outcomes."""
+        return self._handled
+
+    def is_stuck(self) -> bool:
+        """Whether the row that waits longest for a handler thread has waited for more than `PATIENCE`."""
+        if self._waiting.empty():
+            return False
+        with self._changed:
+            waiting = next((row for row in self._rows.values() if row.begun_at is None and row.outcome is None), None)
+        return waiting is not None and time.monotonic() - waiting.queued_at > PATIENCE
+
+    def unended(self) -> list[Claim]:
+        """Returns the rows whose handlers have not ended, in the order of their claims."""
+        with self._changed:
+            return [row.claim for row in self._rows.values() if row.outcome is None]
+
+    def overdue(self) -> list[Claim]:
+        """Returns the rows whose handlers run for longer than their time limit and `OVERTIME`."""
+        now = time.monotonic()
+        with self._changed:
+            return [
+                row.claim
+                for row in self._rows.values()
+                if row.begun_at is not None
+                and row.outcome is None
+                and now - row.begun_at > row.claim.timeout + OVERTIME
+            ]
+
+    def give_up(self, outcome_of: Callable[[Claim], Outcome]) -> list[Claim]:
+        """Has an outcome written for every row whose handler has not ended, and returns these rows.
+
+        The outcome of a handler that ends later replaces it, unless it is written by then.
+        """
+        with self._changed:
+            rows = [row for row in self._rows.values() if row.collected is None]
+        given_up = [row for row in rows if row.outcome is None]
+        for row in given_up:
+            row.given_up = outcome_of(row.claim)
+        for row in rows:  # all of them: a thread may have ended between its outcome and the queue
+            self._ended.put(row)
+        return [row.claim for row in given_up]
+
+    # The handler threads.
+
+    def begin(self) -> HeldRow:
+        """Waits for a row that no other thread has, and returns it."""
+        row = self._waiting.get()
+        row.begun_at = time.monotonic()
+        return row
+
+    def end(self, row: HeldRow, outcome: Outcome) -> None:
+        """Has the outcome of a row written."""
+        row.outcome = outcome
+        self._ended.put(row)
+
+    _end = end
+
+    # The completer's thread.
+
+    def collect(self, timeout: float) -> list[Outcome]:
+        """Waits up to `timeout` seconds for an outcome, and returns all that there are.
+
+        Where a row has two, as its handler ended after it was given up, the handler's counts.
+        """
+        ended: list[HeldRow | Outcome] = []
+        try:
+            ended.append(self._ended.get(timeout=timeout) if timeout > 0 else self._ended.get_nowait())
+            while True:
+                ended.append(self._ended.get_nowait())
+        except Empty:
+            if not ended:
+                return []
+        outcomes: list[Outcome] = []
+        with self._changed:
+            for item in ended:
+                if isinstance(item, Outcome):
+                    outcomes.append(item)
+                    continue
+                outcome = item.outcome or item.given_up
+                if outcome is None or outcome is item.collected:
+                    continue
+                if item.collected is None:
+                    self._collected += 1
+                    self._handled += item.begun_at is not None
+                item.collected = outcome
+                outcomes.append(outcome)
+            self._changed.notify()
+        return outcomes
+
+    @property
+    def has_outcomes(self) -> bool:
+        """Whether there are outcomes to collect."""
+        return not self._ended.empty()
+
+    def release(self, deliveries: Iterable[Delivery]) -> None:
+        """Forgets rows whose outcome is written, or which are no longer this worker's to write."""
+        with self._changed:
+            for delivery in deliveries:
+                row = self._rows.pop(delivery, None)
+                if row is not None and row.collected is not None:
+                    self._collected -= 1
+
+    # The main thread, and the completer's.
+
+    def deliveries(self) -> Collection[Delivery]:
+        """Returns all rows that are held: their leases are to be renewed, and none of them may be claimed again."""
+        with self._changed:
+            return set(self._rows)

@@ -1,0 +1,78 @@
+"""Renewing the leases of the rows that a worker holds."""
+
+from collections.abc import Collection, Sequence
+
+from outbox import logs
+from outbox.batch import BatchSize
+from outbox.halving import write_by_halves
+from outbox.jobs import Delivery
+from outbox.outage import one_line
+from outbox.postgres import Connection
+from outbox.queries import query
+from outbox.row import named
+from outbox_worker.in_flight import InFlight
+
+MOST_RENEWED = 10_000
+"""Rows in one renewal, unless it was cut for the time that it took; more than a worker holds by default."""
+
+
+class Leases:
+    """Renews the leases of all rows in flight. Used by the completer's thread alone.
+
+    A row is held until its outcome is written, however long its handler takes: while this worker lives and reaches
+    Postgres, no other begins the row.
+    """
+
+    def __init__(self, in_flight: InFlight, worker: str, seconds: float) -> None:
+        """Takes the rows, the name that they are claimed in, and the seconds that a renewal is good for."""
+        self._in_flight = in_flight
+        self._worker = worker
+        self._seconds = seconds
+        self._size = BatchSize(MOST_RENEWED)
+        self._missed: set[Delivery] = set()
+        """What the last renewal has passed over: somebody has the row locked, or it is no longer ours."""
+        self._refused: set[Delivery] = set()
+        """Rows whose renewal Postgres has refused, as by a trigger, and the log has named."""
+
+    def renew(self, connection: Connection) -> bool:
+        """Renews all leases, and returns whether there are any."""
+        held = self._in_flight.deliveries()
+        self._refused.intersection_update(held)
+        self._renew(connection, held)
+        return bool(held)
+
+    def renew_missed(self, connection: Connection) -> None:
+        """Renews what the last renewal has passed over.
+
+        At once, and not when it is all leases' turn: that may be too late for a row that somebody had locked.
+        """
+        if self._missed:
+            self._renew(connection, self._missed.intersection(self._in_flight.deliveries()))
+
+    def _renew(self, connection: Connection, deliveries: Collection[Delivery]) -> None:
+        self._missed = set(deliveries)
+        cursor = connection.cursor(row_factory=named(Delivery))
+
+        def renew(some: Sequence[Delivery]) -> None:
+            cursor.execute(query("renew_leases"), {**columns(some), "lease": self._seconds, "worker": self._worker})
+            self._missed.difference_update(cursor)
+
+        waiting = list(deliveries)
+        refused: dict[Delivery, Exception] = {}
+        while waiting:
+            with self._size.trial(len(waiting)) as most:
+                refused.update(write_by_halves(waiting[:most], renew))
+            del waiting[:most]
+        self._missed -= refused.keys()  # their turn comes with the next renewal of all
+        if new := refused.keys() - self._refused:
+            rows, error = sorted(delivery.row_id for delivery in new), next(iter(refused.values()))
+            logs.get().error("leases cannot be renewed", rows=rows, error=one_line(error))
+            self._refused |= new
+
+
+def columns(deliveries: Collection[Delivery]) -> dict[str, list[int]]:
+    """Returns deliveries as statements take them."""
+    return {
+        "ids": [delivery.row_id for delivery in deliveries],
+        "deliveries": [delivery.number for delivery in deliveries],
+    }

@@ -1,0 +1,48 @@
+"""`outbox worker`: one worker, configured by the environment, stopped by SIGTERM."""
+
+import logging
+import os
+import traceback
+
+from outbox import encryption, logs, open_files, redis_url, start
+from outbox.errors import SettingsError, TaskError
+from outbox.settings import WorkerSettings
+from outbox.stop import Stop
+from outbox_worker.handlers import registry
+from outbox_worker.worker import Worker
+
+_RESERVE = 40
+"""Descriptors for the worker's own connections to Postgres and Redis, the log, and what handlers open."""
+
+
+def main() -> None:
+    """Runs a worker until SIGTERM, SIGINT or RQ's shutdown command; a second one ends it at once."""
+    settings = WorkerSettings.from_environment()
+    redis_url.check(settings.redis_url)
+    logs.configure("worker", settings.log_level, settings.log_format)
+    encryption.tell_of_plain_text(settings.database_url, redis_url=settings.redis_url, smtp_server=settings.smtp_server)
+    try:
+        handlers = registry(settings)
+    except TaskError as error:
+        raise SettingsError(f"OUTBOX_HANDLERS is wrong: {error}") from error
+    open_files.provide(
+        # A statement of a handler is cancelled over a connection of its own.
+        2 * settings.handler_connections + settings.mail_connections,
+        _RESERVE,
+        "OUTBOX_HANDLER_CONNECTIONS and OUTBOX_MAIL_CONNECTIONS",
+    )
+    stop = Stop()
+    stop.listen()
+    worker = Worker(settings, handlers, stop)
+    try:
+        start.run(worker.run)
+    except BaseException as error:
+        if not worker.has_unended:
+            raise
+        if not isinstance(error, SystemExit):
+            start.write_to_stderr(traceback.format_exc())
+        logging.shutdown()
+        os._exit(start.EXIT_FAILED)
+    if worker.has_unended:
+        logging.shutdown()
+        os._exit(0)  # a handler's thread cannot be stopped; its row was given back, and the fence shuts it out

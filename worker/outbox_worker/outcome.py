@@ -1,0 +1,57 @@
+"""What becomes of an attempt, as it is written to the row."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from outbox.jobs import Delivery
+from outbox.row import Status
+from outbox_worker.claim import Claim
+
+
+class Outcome(NamedTuple):
+    """What became of an attempt, as it is written to the row."""
+
+    delivery: Delivery
+    status: Status
+    """Done, pending or dead."""
+    attempts: int | None
+    """How many count from now on; None: one less, as the last has not begun."""
+    delay: float = 0.0
+    """Seconds until another attempt may begin."""
+    error: str | None = None
+    unhandled: bool = False
+    """Whether the worker cannot handle the row, and another may."""
+
+
+class Attempted(NamedTuple):
+    """An attempt that has ended."""
+
+    outcome: Outcome
+    report: Callable[[], None] | None
+    """Logs it, if there is anything to log. To be called once the outcome is on its way: a log may fail."""
+
+
+def given_back(claim: Claim) -> Outcome:
+    """Returns the outcome of a row whose handler has not begun: another worker may have it, and no attempt counts."""
+    return Outcome(claim.delivery, Status.PENDING, claim.attempt - 1)
+
+
+def unanswered(delivery: Delivery) -> Outcome:
+    """Returns the outcome of a row that this worker may have claimed, as its claim got no answer, and did not begin."""
+    return Outcome(delivery, Status.PENDING, None)
+
+
+def cut_short(claim: Claim, error: str, leaving: float, backoff: float = 0.0) -> Outcome:
+    """Returns the outcome of a row whose handler has begun and will not end before its worker does.
+
+    The attempt counts, or a row whose handler never ends would be tried for ever.
+
+    Args:
+        claim: the row.
+        error: why it was cut short.
+        leaving: seconds until the handler is gone with its process, before which an operator's retry may not begin.
+        backoff: seconds more until the next attempt, if there is one.
+    """
+    if claim.attempt > claim.max_retries:
+        return Outcome(claim.delivery, Status.DEAD, claim.attempt, leaving, error)
+    return Outcome(claim.delivery, Status.PENDING, claim.attempt, leaving + backoff, error)
