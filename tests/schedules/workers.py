@@ -124,12 +124,13 @@ class Worker:
 class Part(Actor):
     """One of a worker's two threads."""
 
-    def __init__(self, name: str, worker: Worker) -> None:
+    def __init__(self, name: str, worker: Worker, draws: str) -> None:
+        """Takes its name, its worker, and what seeds its draws: that decides which schedules catch which mutant."""
         setting = worker.setting
-        super().__init__(name, setting.arrived, setting.note)
+        super().__init__(f"{worker.name}.{name}", setting.arrived, setting.note)
         self.worker = worker
         self.setting = setting
-        self.draw = Random(f"{setting.seed} {name}")
+        self.draw = Random(f"{setting.seed} {worker.name}.{draws}")
 
     def work(self) -> None:
         """Serves on one connection after the other."""
@@ -153,7 +154,7 @@ class Claims(Part):
     begins_at_once = False  # between its pop and its claim a job is nowhere
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__(f"{worker.name}.claims", worker)
+        super().__init__("claims", worker, "claims")
         self._taken: list[Delivery] = []
 
     @property
@@ -195,7 +196,7 @@ class Completes(Part):
     """Writes outcomes and renews leases, with the product's own parts but for its thread and its waits."""
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__(f"{worker.name}.completes", worker)
+        super().__init__("completes", worker, "marks")
 
     @property
     def has_outcomes(self) -> bool:
