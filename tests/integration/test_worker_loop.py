@@ -60,6 +60,10 @@ def noted(payload: Note, context: Context) -> None:
         Path(payload.path).touch()
         while not Path(payload.path + ".go").exists():
             threading.Event().wait(0.02)
+    if payload.does == "waits for a thread":
+        with ThreadPoolExecutor(1) as pool:
+            Path(payload.path).touch()
+            pool.submit(threading.Event().wait).result()
     with context.database.connection() as connection:
         connection.execute("SELECT 1")
 '''
@@ -206,11 +210,17 @@ def test_cut_connections_cost_no_attempt(stack: Stack, connection: Connection, r
 
 
 def waiting(
-    stack: Stack, connection: Connection, client: redis.Redis, *, module: str = "worker", **environment: str
+    stack: Stack,
+    connection: Connection,
+    client: redis.Redis,
+    *,
+    module: str = "worker",
+    does: str = "waits",
+    **environment: str,
 ) -> tuple[Process, Any, Path]:
-    """Starts a worker with a handler that waits for a file."""
+    """Starts a worker with a handler that waits for a file, or for ever."""
     flag = stack.folder / "begun"
-    row = add_row(connection, payload=f'{{"does": "waits", "path": "{flag}"}}')
+    row = add_row(connection, payload=f'{{"does": "{does}", "path": "{flag}"}}')
     offer(client, row.job_id)
     worker = stack.run(module, **environment)
     eventually(flag.exists, 10, "the handler has begun")
@@ -466,6 +476,17 @@ def test_a_second_sigterm_gives_the_row_back(stack: Stack, connection: Connectio
     assert (now["status"], now["attempts"], now["lease"]) == ("pending", 1, None)
     assert LEAVING_TIME - (time.monotonic() - asked) < now["waits"] <= LEAVING_TIME
     assert now["last_error"] == "the worker was stopped before the attempt ended"
+
+
+def test_a_handler_that_outlives_the_grace_holds_up_no_end(
+    stack: Stack, connection: Connection, redis_client: redis.Redis
+) -> None:
+    """It has started a thread that the interpreter would wait for as it shuts down, after the row was given back."""
+    worker, row, _ = waiting(stack, connection, redis_client, does="waits for a thread", OUTBOX_GRACE="0.1")
+    worker.send(signal.SIGTERM)
+    eventually(lambda: worker.events("stopped"), 10)
+    assert read_row(connection, row)["status"] == "pending"
+    assert worker.wait(5) == 0
 
 
 def test_rows_are_given_back_where_no_thread_can_be_started(

@@ -225,6 +225,17 @@ def test_of_two_outcomes_that_wait_the_handlers_counts() -> None:
     assert in_flight.collect(0) == []
 
 
+def test_a_handler_that_was_given_up_has_not_ended(crew: Crew) -> None:
+    """Also once the row is released: the process must not wait for it."""
+    crew.begin(1)
+    eventually(lambda: crew.begun, 5)
+    crew.in_flight.give_up(lambda claim: Outcome(claim.delivery, Status.PENDING, 0))
+    eventually(lambda: not crew.in_flight.deliveries(), 5)
+    assert crew.in_flight.has_unended()
+    crew.may_end.set()
+    eventually(lambda: not crew.in_flight.has_unended(), 5)
+
+
 def test_a_row_is_held_until_its_outcome_is_written() -> None:
     """Its lease is renewed, and there is room for another as soon as its handler has ended."""
     in_flight = InFlight()

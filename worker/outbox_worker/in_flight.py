@@ -53,6 +53,8 @@ class InFlight:
         """How many of the rows have an outcome that the completer has, and has not written."""
         self._handled = 0
         """How many rows handlers have ended so far."""
+        self._given_up: list[HeldRow] = []
+        """Rows that were given up, including those that are released: their handlers may still run."""
         self._changed = Condition()
 
     # The main thread.
@@ -117,6 +119,11 @@ class InFlight:
         with self._changed:
             return [row.claim for row in self._rows.values() if row.outcome is None]
 
+    def has_unended(self) -> bool:
+        """Whether a handler has not ended, be it of a row that was given up and is released."""
+        with self._changed:
+            return any(row.outcome is None for row in [*self._rows.values(), *self._given_up])
+
     def overdue(self) -> list[Claim]:
         """Returns the rows whose handlers run for longer than their time limit and `OVERTIME`."""
         now = time.monotonic()
@@ -136,7 +143,7 @@ class InFlight:
         """
         with self._changed:
             rows = [row for row in self._rows.values() if row.collected is None]
-        given_up = [row for row in rows if row.outcome is None]
+        self._given_up = given_up = [row for row in rows if row.outcome is None]
         for row in given_up:
             row.given_up = outcome_of(row.claim)
         for row in rows:  # all of them: a thread may have ended between its outcome and the queue

@@ -101,8 +101,8 @@ class Worker:
 
     @property
     def has_unended(self) -> bool:
-        """Whether a handler has not ended. After `run` it outlived the grace, and the process should exit hard."""
-        return bool(self._in_flight.unended())
+        """Whether a handler has not ended. After `run` it has outlived the grace, and the process should exit hard."""
+        return self._in_flight.has_unended()
 
     def _work(self) -> None:
         while not self._stop.is_requested():
