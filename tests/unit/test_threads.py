@@ -13,7 +13,7 @@ from outbox_worker.claim import Claim
 from outbox_worker.errors import NoThreadsError, ThreadEndedError
 from outbox_worker.in_flight import PATIENCE, HeldRow, InFlight
 from outbox_worker.lookahead import MOST_AHEAD
-from outbox_worker.outcome import Attempted, Outcome, given_back
+from outbox_worker.outcome import Attempted, Outcome, given_back, unanswered
 from outbox_worker.threads import HandlerThreads
 from tests.support.waiting import eventually
 
@@ -249,6 +249,31 @@ def test_a_row_is_held_until_its_outcome_is_written() -> None:
     assert in_flight.wait_until(1, 0) == 1
     assert in_flight.deliveries() == {Delivery(2, 1)}
     assert in_flight.handled == 1
+
+
+def test_the_outcome_of_a_row_that_is_not_held_makes_no_room() -> None:
+    """While Postgres is away, it waits to be collected: a handler runs all the same, and a wait for it is a wait."""
+    in_flight = InFlight()
+    in_flight.hold([claim_of(1)])
+    in_flight.queue([claim_of(1)])
+    row = in_flight.begin()
+    in_flight.put(unanswered(Delivery(2, 1)))
+    assert in_flight.wait_until(0, 0) == 1
+    in_flight.collect(0)
+    assert in_flight.wait_until(0, 0) == 1
+    in_flight.end(row, Outcome(Delivery(1, 1), Status.DONE, 1))
+    assert in_flight.wait_until(0, 0) == 0
+
+
+def test_a_row_whose_return_is_not_written_is_not_begun() -> None:
+    """Redis may have its job twice: the row would be given back while its handler runs."""
+    in_flight = InFlight()
+    in_flight.put(unanswered(Delivery(1, 1)))
+    assert in_flight.deliveries() == {Delivery(1, 1)}
+    in_flight.collect(0)
+    assert in_flight.deliveries() == {Delivery(1, 1)}
+    in_flight.release([Delivery(1, 1)])
+    assert not in_flight.deliveries()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), SystemExit(1), ValueError("a fault of ours")])

@@ -49,6 +49,10 @@ class InFlight:
         self._rows: dict[Delivery, HeldRow] = {}
         self._waiting: SimpleQueue[HeldRow] = SimpleQueue()
         self._ended: SimpleQueue[HeldRow | Outcome] = SimpleQueue()
+        self._unanswered: set[Delivery] = set()
+        """Rows that are not held, whose outcome is not written: their claim got no answer."""
+        self._uncounted = 0
+        """How many outcomes of such rows the completer does not have: they wait among those of held rows."""
         self._collected = 0
         """How many of the rows have an outcome that the completer has, and has not written."""
         self._handled = 0
@@ -86,7 +90,13 @@ class InFlight:
             return
 
     def put(self, outcome: Outcome) -> None:
-        """Has the outcome written of a row that may not be held: its claim got no answer."""
+        """Has the outcome written of a row that is not held: its claim got no answer.
+
+        Until then it cannot be claimed: a copy of its job would begin it before it is given back.
+        """
+        with self._changed:
+            self._unanswered.add(outcome.delivery)
+            self._uncounted += 1
         self._ended.put(outcome)
 
     def wait_until(self, unended: int, timeout: float) -> int:
@@ -99,7 +109,7 @@ class InFlight:
             return count
 
     def _count_unended(self) -> int:
-        return max(0, len(self._rows) - self._collected - self._ended.qsize())
+        return max(0, len(self._rows) - self._collected - (self._ended.qsize() - self._uncounted))
 
     @property
     def handled(self) -> int:
@@ -184,6 +194,7 @@ class InFlight:
         with self._changed:
             for item in ended:
                 if isinstance(item, Outcome):
+                    self._uncounted -= 1
                     outcomes.append(item)
                     continue
                 outcome = item.outcome or item.given_up
@@ -209,10 +220,11 @@ class InFlight:
                 row = self._rows.pop(delivery, None)
                 if row is not None and row.collected is not None:
                     self._collected -= 1
+                self._unanswered.discard(delivery)
 
     # The main thread, and the completer's.
 
     def deliveries(self) -> Collection[Delivery]:
-        """Returns all rows that are held: their leases are to be renewed, and none of them may be claimed again."""
+        """Returns all rows whose outcome is not written: their leases are renewed, and none of them may be claimed."""
         with self._changed:
-            return set(self._rows)
+            return self._unanswered.union(self._rows)
