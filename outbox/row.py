@@ -1,4 +1,4 @@
-"""What an outbox row is: its states, and the rows of statements as types."""
+"""The states of outbox rows, and rows of statements as types."""
 
 from enum import StrEnum
 from operator import itemgetter
@@ -11,13 +11,13 @@ class Status(StrEnum):
     """The states of a row; docs/design.md has the transitions."""
 
     PENDING = "pending"
-    """Waits for the relay."""
+    """Waits for the relay to hand it over."""
     ENQUEUED = "enqueued"
-    """Redis has a job for it."""
+    """It was handed over: Redis has a job for it."""
     RUNNING = "running"
     """A worker holds its lease."""
     DONE = "done"
-    """Its handler has returned."""
+    """Its handler has succeeded."""
     DEAD = "dead"
     """Given up until an operator decides."""
 
@@ -26,12 +26,12 @@ R = TypeVar("R", bound=tuple[Any, ...])
 
 
 def named(kind: type[R]) -> RowFactory[R]:
-    """Returns a row factory for psycopg that makes rows NamedTuples, each field of the column of its name.
+    """Returns a row factory for psycopg that makes a NamedTuple of each row; a field is the column of the same name.
 
-    It costs little more than a tuple: the columns are looked up once per statement.
+    A row costs little more than a tuple: the columns are looked up once per statement.
 
     Args:
-        kind: a NamedTuple of two fields at least, with a column for each.
+        kind: a NamedTuple with at least two fields.
     """
     fields, make = kind._fields, kind._make  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""A request to stop a process, and a second one to hurry."""
+"""Requests to stop a process, and to hurry."""
 
 import signal
 import time
@@ -8,14 +8,14 @@ from threading import Event, Thread
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 AGAIN = 0.5
-"""Seconds within which signals are one request: one Ctrl-C may arrive twice, from the terminal and from the process
-that has started this one."""
+"""Seconds within which two signals are one request: a Ctrl-C may arrive twice, from the terminal and from the parent
+process."""
 
 
 class Stop:
-    """Whether this process is to stop, and whether to hurry. Safe to share between threads.
+    """Whether a stop is requested, and whether to hurry. Safe to share between threads.
 
-    It may be requested before anything waits for it, many times, and in the middle of a wait.
+    A stop may be requested before anything waits for it, more than once, and during a wait.
     """
 
     def __init__(self) -> None:
@@ -23,16 +23,16 @@ class Stop:
         self._hurried = Event()
         self._signalled_at: float | None = None
         self.requested_at: float | None = None
-        """When it was first requested, by the monotonic clock."""
+        """When a stop was first requested, by the monotonic clock."""
 
     def request(self) -> None:
-        """Asks for a stop: take nothing new, and end what runs."""
+        """Requests a stop: the process takes no new work and ends what runs."""
         if self.requested_at is None:
             self.requested_at = time.monotonic()
         self._requested.set()
 
     def hurry(self) -> None:
-        """Asks not to wait for what runs."""
+        """Requests not to wait for what runs."""
         self._hurried.set()
 
     def is_requested(self) -> bool:
@@ -40,15 +40,15 @@ class Stop:
         return self._requested.is_set()
 
     def is_hurried(self) -> bool:
-        """Whether nothing is to be waited for."""
+        """Whether not to wait for what runs."""
         return self._hurried.is_set()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Waits for the request, up to `seconds` if given, and returns whether it is there."""
+        """Waits until a stop is requested, up to `seconds` if given, and returns whether it is."""
         return self._requested.wait(seconds)
 
     def signalled(self) -> None:
-        """Requests a stop as a signal does: the second, later than `AGAIN`, hurries."""
+        """Records a signal: the first requests a stop, one more than `AGAIN` seconds later hurries."""
         now = time.monotonic()
         if self._signalled_at is None:
             self._signalled_at = now
@@ -57,9 +57,9 @@ class Stop:
         self.request()
 
     def listen(self, then: Callable[[], object] = lambda: None, *, signals: Iterable[signal.Signals] = SIGNALS) -> None:
-        """Has signals request a stop, and call `then` each time. To be called in the main thread.
+        """Installs signal handlers that request a stop and call `then`. To be called in the main thread.
 
-        It is done in a thread of its own: a signal may strike while the main thread holds the lock that it needs.
+        Each signal gets a thread: the main thread may hold, when it is interrupted, the lock that the request needs.
         """
 
         def request() -> None:
@@ -77,9 +77,9 @@ class Stop:
 
 
 def ignore_signals() -> None:
-    """Has SIGTERM and SIGINT change nothing any more.
+    """Ignores SIGTERM and SIGINT from now on.
 
-    While the interpreter shuts down, they would kill the process, and the exit code would tell of a failure.
+    They would kill a process whose interpreter shuts down, and its exit code would be that of a failure.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

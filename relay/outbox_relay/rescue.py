@@ -32,8 +32,6 @@ IMPOSSIBLE_LEASE = LONGEST_LEASE + 60.0
 REFUSED_PAUSE = 60.0
 """Seconds until a row is tried again whose rescue Postgres has refused."""
 
-_VANISHED = "the worker {} vanished: it did not renew its lease in time"
-
 _MARGIN = 0.05
 """Seconds by which the second look may come early."""
 

@@ -1,4 +1,4 @@
-"""Claiming what was taken from Redis, also where claims are refused, their answers get lost, or payloads are large."""
+"""Claims the rows of the jobs taken from Redis, also if claims are refused or get no answer, or payloads are large."""
 
 from collections.abc import Iterable
 
@@ -13,30 +13,36 @@ from outbox_worker.in_flight import InFlight
 from outbox_worker.outcome import unanswered
 
 MOST_TAKEN = 4096
-"""Upper bound of rows taken at a time, where their payloads are small: more than there is room for by default."""
+"""Upper bound of jobs taken at a time: more than there is room for by default."""
 
 MOST_CHARACTERS = 64_000_000
-"""Characters of payloads that a worker holds at which it claims nothing of what it has put off."""
+"""Characters of payloads of running and waiting rows at which a worker claims none of the jobs that it has put off."""
 
 
 class Claimer:
-    """The jobs between Redis and the claim. Used by the main thread alone.
+    """The jobs that are taken from Redis and not claimed yet. Used by the main thread alone.
 
     A claim that got no answer is repeated, so that no row waits for its lease to pass.
     """
 
     def __init__(self, in_flight: InFlight, worker: str, lease: float) -> None:
-        """Takes the rows that the worker holds, the name to claim in, and the seconds of a lease."""
+        """Begins with no jobs.
+
+        Args:
+            in_flight: the rows that the worker holds.
+            worker: the name to claim in.
+            lease: seconds of a lease.
+        """
         self._in_flight = in_flight
         self._worker = worker
         self._lease = lease
         self._jobs: list[Delivery] = []
         self._put_off: list[Delivery] = []
-        """What the last claim has left for another, because payloads are large."""
+        """Jobs that the last claim left for the next one, because payloads are large."""
         self._may_have_claimed = False
         """Whether a claim of these jobs got no answer."""
         self.most = MOST_TAKEN
-        """As many rows as one claim may read: so many more are claimed ahead of the handlers as well."""
+        """Upper bound of jobs to take: the rows of the last claim if payloads are large, else doubled at each claim."""
 
     @property
     def has_jobs(self) -> bool:
@@ -48,11 +54,11 @@ class Claimer:
         self._jobs += dict.fromkeys(jobs)
 
     def lost_answer(self) -> None:
-        """Takes note of an outage: what there is may have been claimed."""
+        """Records an outage: the jobs may have been claimed."""
         self._may_have_claimed = bool(self._jobs)
 
     def give_back_unanswered(self) -> None:
-        """Gives back, at the end, what may have been claimed and will not be handled."""
+        """Gives back, when the worker stops, the rows that may have been claimed and will not be handled."""
         if self._may_have_claimed:
             self._give_back(self._jobs)
 
@@ -62,8 +68,8 @@ class Claimer:
         Raises:
             psycopg.Error: Postgres is away; the jobs stay.
         """
-        # What an earlier claim may have claimed is claimed again one by one: a lock that one of them meets must not
-        # keep the others waiting, which may be running in this worker's name already.
+        # After a lost answer, jobs are claimed one by one: if one of the rows is locked, the others, which may be
+        # running in this worker's name already, must not wait for it.
         batch = self._jobs[:1] if self._may_have_claimed else self._jobs.copy()
         claims = self._claim(connection, batch)
         self.most = max(1, len(claims)) if self._put_off else min(MOST_TAKEN, 2 * self.most)
@@ -76,9 +82,9 @@ class Claimer:
         return claims
 
     def _claim(self, connection: Connection, jobs: list[Delivery]) -> list[Claim]:
-        """Claims jobs; where that is refused, those that can be claimed without waiting and by themselves.
+        """Claims jobs; if that is refused, those whose rows are not locked, one by one if need be.
 
-        What somebody else has locked is left to the sweep, which hands it over again once it is free.
+        Rows that another session has locked are left to the sweep, which hands them over again.
         """
         given = (self._worker, self._lease, self._in_flight.deliveries())
         self._put_off = []
@@ -103,7 +109,7 @@ class Claimer:
         return claims
 
     def _claimable(self, claims: list[Claim]) -> list[Delivery]:
-        """Returns what was put off, unless too much waits for handlers already; then the sweep hands it over again."""
+        """Returns the jobs that were put off; none if the payloads in memory are too large: the sweep returns those."""
         if sum(len(held.payload) for held in [*self._in_flight.unended(), *claims]) < MOST_CHARACTERS:
             return self._put_off
         why = f"the payloads of rows that were claimed have over {MOST_CHARACTERS:,} characters"

@@ -1,4 +1,4 @@
-"""Completing rows: a thread that writes the outcomes of attempts and renews leases."""
+"""The thread that completes rows: it writes the outcomes of attempts and renews leases."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -19,17 +19,18 @@ from outbox_worker.leases import Leases
 from outbox_worker.outcomes import Outcomes
 
 _GATHERING = 0.005
-"""Seconds between two writes on a busy system: each costs Postgres a commit, and the handlers the interpreter."""
+"""Seconds between two writes under load: each costs Postgres a commit, and takes the interpreter from handlers."""
 _PAUSE = 0.05
-"""Seconds between two writes that wait for a lock of the whole table: such a wait may end at once."""
+"""Seconds between two tries while the whole table is locked: such a lock may be gone at once."""
 _LOOK = 0.2
-"""Seconds between two tries at rows that somebody else has locked, and between two looks whether to end."""
+"""Seconds between two tries at rows that another session has locked, and between two checks whether to end."""
 
 SHORTEST_ANSWER_LIMIT = 5.0
 """Seconds that a statement may take, however short the lease: a busy Postgres is not away."""
 
 MOST_REFUSED = 100
-"""Outcomes that Postgres refuses, one by one, at which the worker takes no more rows: it is hardly the rows' fault."""
+"""Outcomes that Postgres refuses by themselves at which the worker takes no more rows: so many are hardly the rows'
+fault."""
 
 
 class Completer:
@@ -52,12 +53,12 @@ class Completer:
         """Makes the thread.
 
         Args:
-            database_url: where to.
-            in_flight: the rows whose outcomes will come.
+            database_url: of the database with the rows.
+            in_flight: the rows that the worker holds.
             worker: the name that they are claimed in.
             lease: seconds that a renewal is good for.
             pooled: whether the URL leads through a pooler in transaction mode.
-            on_end: called in the thread should it end without having been asked to.
+            on_end: called in the thread if an error ends it.
         """
         self._database_url = database_url
         self.in_flight = in_flight
@@ -70,13 +71,13 @@ class Completer:
         self._closing = Event()
         self._connected = Event()
         self._is_blocked = False
-        """Whether the last statement was refused for what is no row's fault: a lock of the whole table, a full disk."""
+        """Whether the last statement was refused for a reason that is not in the rows: a locked table, a full disk."""
         self._asked_at: float | None = None
-        """When the statements began that have not been answered."""
+        """When the statements began that are not answered yet; None if all are."""
         self._thread = Thread(target=self._run, name="completer", daemon=True)
         self._is_started = False
         self._failure: BaseException | None = None
-        """What has ended the thread."""
+        """The error that ended the thread."""
 
     def start(self) -> None:
         """Starts the thread, unless it was started before.
@@ -92,7 +93,7 @@ class Completer:
             self._is_started = True
 
     def check(self) -> None:
-        """Checks that the thread lives, if it was started: without it, nothing is completed and no lease is renewed.
+        """Checks that no error has ended the thread: without it, nothing is completed and no lease is renewed.
 
         Raises:
             ThreadEndedError: it has ended.
@@ -105,7 +106,7 @@ class Completer:
     def is_healthy(self, timeout: float) -> bool:
         """Waits up to `timeout` seconds until outcomes can be written and leases renewed, and returns whether they can.
 
-        As far as is known: a Postgres that has not answered for a third of a lease may let the leases run out.
+        They cannot if Postgres has not answered for a third of a lease: leases may run out.
         """
         deadline = time.monotonic() + timeout
         while not (self._connected.wait(max(0.0, deadline - time.monotonic())) and self._is_writing()):
@@ -120,7 +121,7 @@ class Completer:
         return is_answered and not self._is_blocked and len(self._outcomes.refused) < MOST_REFUSED
 
     def close(self, timeout: float) -> list[Delivery]:
-        """Writes what is there and ends the thread, in `timeout` seconds; returns what could not be written by then."""
+        """Writes all outcomes and ends the thread, in `timeout` seconds; returns the rows that are not written then."""
         self._closing.set()
         if self._is_started:
             self._thread.join(timeout)
@@ -182,7 +183,7 @@ class Completer:
                 if self._outcomes.ready:
                     self._write(connection)
                 self._is_blocked = False
-                self._connected.set()  # not before: what lets us in may refuse to write
+                self._connected.set()  # not before: a server may accept the connection and refuse to write
             except postgres.AWAY as error:
                 if postgres.is_outage(error) or connection.closed:
                     raise
@@ -207,7 +208,7 @@ class Completer:
 
     def _wait_refused(self, error: psycopg.Error) -> None:
         is_lock = isinstance(error, psycopg.errors.LockNotAvailable)
-        if not self._is_blocked and is_lock:  # of the whole table: single rows are passed over
+        if not self._is_blocked and is_lock:  # of the whole table: statements skip single rows that are locked
             logs.get().warning("outcomes wait for a lock", rows="all")
         elif not self._is_blocked:
             logs.get().warning("outcomes refused", error=one_line(error), unwritten=self._outcomes.kept)

@@ -11,17 +11,17 @@ from outbox_worker.claim import Claim
 from outbox_worker.outcome import Outcome, given_back
 
 OVERTIME = 5.0
-"""Seconds past its time limit after which an attempt is overdue: its handler is not expected to end any more."""
+"""Seconds past its time limit after which an attempt is overdue: its handler is not expected to end."""
 _LOOK = 0.01
-"""Seconds between two looks at how many handlers have ended, while there is no room for more rows."""
+"""Seconds between two counts of running handlers, while there is no room for more rows."""
 PATIENCE = 1.0
-"""Seconds after which rows that no thread has begun are given back: handlers have become slow, and another worker may
-have threads to spare."""
+"""Seconds that a row waits for a handler thread; then all waiting rows are given back, as another worker may have free
+threads."""
 
 
 @dataclass(slots=True, eq=False)
 class HeldRow:
-    """A row that this worker holds. Each field has one thread that writes it."""
+    """A row that this worker holds. At any time, one thread writes to a field."""
 
     claim: Claim
     queued_at: float
@@ -29,20 +29,21 @@ class HeldRow:
     begun_at: float | None = None
     """When its handler began. Written by its handler thread."""
     outcome: Outcome | None = None
-    """What its handler thread made of it. Written by that thread."""
+    """The outcome of its handler, written by the handler thread; or of giving it back, written by the main thread while
+    no handler thread has the row."""
     given_up: Outcome | None = None
-    """What is written if the handler does not end before the worker. Written by the main thread."""
+    """The outcome if the handler does not end before the worker. Written by the main thread."""
     collected: Outcome | None = None
-    """Which of the two the completer has. Written by its thread."""
+    """Which of the two the completer has collected. Written by the completer's thread."""
 
 
 class InFlight:
-    """Owns the rows that a worker holds, and knows of each how far it is.
+    """Owns the rows that a worker holds, and the state of each.
 
-    The main thread adds rows after a claim, a handler thread takes one and ends it, and the completer's thread collects
-    the outcomes and removes what is written. One lock guards the rows, and it is taken once per batch. Handler threads
-    take no lock: they take a row out of one queue and put it into another, and write to the row in their hands alone. A
-    thread that loses the interpreter while it holds a lock makes all others wait, and from then on at every row.
+    The main thread adds rows after a claim. A handler thread takes one and ends it. The completer's thread collects the
+    outcomes and releases the rows whose outcome is written. One lock guards the rows, and is taken once per batch.
+    Handler threads take no lock: each moves a row from one queue to another and writes to that row alone. If a handler
+    thread lost the interpreter while it held a lock, all others would wait for it, and from then on at every row.
     """
 
     def __init__(self) -> None:
@@ -52,9 +53,9 @@ class InFlight:
         self._unanswered: set[Delivery] = set()
         """Rows that are not held, whose outcome is not written: their claim got no answer."""
         self._uncounted = 0
-        """How many outcomes of such rows the completer does not have: they wait among those of held rows."""
+        """How many of these outcomes are not collected: they are in `_ended` beside held rows."""
         self._collected = 0
-        """How many of the rows have an outcome that the completer has, and has not written."""
+        """How many held rows have an outcome that is collected and not written."""
         self._handled = 0
         """How many rows handlers have ended so far."""
         self._given_up: list[HeldRow] = []
@@ -71,28 +72,28 @@ class InFlight:
                 self._rows[claim.delivery] = HeldRow(claim, now)
 
     def queue(self, claims: Iterable[Claim]) -> None:
-        """Offers held rows to the handler threads, in this order; each once, however often it is named."""
+        """Queues held rows for the handler threads, in this order; each once, also if it is named twice."""
         for delivery in dict.fromkeys(claim.delivery for claim in claims):
             self._waiting.put(self._rows[delivery])
 
     def give_back(self, claims: Iterable[Claim]) -> None:
-        """Returns held rows that are not queued to Postgres, without counting an attempt."""
+        """Gives back held rows that are not queued: they become pending, and no attempt counts."""
         for claim in claims:
-            self._end(self._rows[claim.delivery], given_back(claim))
+            self.end(self._rows[claim.delivery], given_back(claim))
 
     def give_back_waiting(self) -> None:
-        """Returns to Postgres all rows that no handler thread has begun."""
+        """Gives back all rows that no handler thread has begun."""
         try:
             while True:
                 row = self._waiting.get_nowait()
-                self._end(row, given_back(row.claim))
+                self.end(row, given_back(row.claim))
         except Empty:
             return
 
     def put(self, outcome: Outcome) -> None:
-        """Has the outcome written of a row that is not held: its claim got no answer.
+        """Offers the outcome of a row that is not held, because its claim got no answer.
 
-        Until then it cannot be claimed: a copy of its job would begin it before it is given back.
+        Until it is written, the row cannot be claimed: a copy of its job could begin it just before it is given back.
         """
         with self._changed:
             self._unanswered.add(outcome.delivery)
@@ -103,7 +104,7 @@ class InFlight:
         """Waits up to `timeout` seconds until no more than `unended` rows lack an outcome; returns how many do."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            # While the completer writes it collects nothing, and handlers end rows all the same.
+            # Not by the notification alone: while the completer writes, it collects nothing, and handlers end.
             while (count := self._count_unended()) > unended and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(min(left, _LOOK))
             return count
@@ -113,7 +114,7 @@ class InFlight:
 
     @property
     def handled(self) -> int:
-        """How many rows handlers have ended so far, as far as the completer has collected their outcomes."""
+        """How many rows handlers have ended so far and the completer has collected."""
         return self._handled
 
     def is_stuck(self) -> bool:
@@ -147,16 +148,16 @@ class InFlight:
             ]
 
     def give_up(self, outcome_of: Callable[[Claim], Outcome]) -> list[Claim]:
-        """Has an outcome written for every row whose handler has not ended, and returns these rows.
+        """Offers an outcome for every row whose handler has not ended, and returns these rows.
 
-        The outcome of a handler that ends later replaces it, unless it is written by then.
+        If a handler ends later, its own outcome replaces this one, unless this one is written already.
         """
         with self._changed:
             rows = [row for row in self._rows.values() if row.collected is None]
         self._given_up = given_up = [row for row in rows if row.outcome is None]
         for row in given_up:
             row.given_up = outcome_of(row.claim)
-        for row in rows:  # all of them: a thread may have ended between its outcome and the queue
+        for row in rows:  # all of them: a thread may have died after it set the outcome and before it queued the row
             self._ended.put(row)
         return [row.claim for row in given_up]
 
@@ -169,18 +170,16 @@ class InFlight:
         return row
 
     def end(self, row: HeldRow, outcome: Outcome) -> None:
-        """Has the outcome of a row written."""
+        """Offers the outcome of a row to the completer."""
         row.outcome = outcome
         self._ended.put(row)
-
-    _end = end
 
     # The completer's thread.
 
     def collect(self, timeout: float) -> list[Outcome]:
-        """Waits up to `timeout` seconds for an outcome, and returns all that there are.
+        """Waits up to `timeout` seconds for an outcome, and returns all that have come.
 
-        Where a row has two, as its handler ended after it was given up, the handler's counts.
+        A row has two if its handler ended after it was given up: then the handler's counts.
         """
         ended: list[HeldRow | Outcome] = []
         try:
@@ -214,7 +213,7 @@ class InFlight:
         return not self._ended.empty()
 
     def release(self, deliveries: Iterable[Delivery]) -> None:
-        """Forgets rows whose outcome is written, or which are no longer this worker's to write."""
+        """Removes rows whose outcome is written, or that another process has taken from this worker."""
         with self._changed:
             for delivery in deliveries:
                 row = self._rows.pop(delivery, None)

@@ -13,26 +13,32 @@ from outbox.row import named
 from outbox_worker.in_flight import InFlight
 
 MOST_RENEWED = 10_000
-"""Rows in one renewal, unless it was cut for the time that it took; more than a worker holds by default."""
+"""Upper bound of rows in one statement, which is cut if it takes long; more than a worker holds by default."""
 
 
 class Leases:
     """Renews the leases of all rows in flight. Used by the completer's thread alone.
 
-    A row is held until its outcome is written, however long its handler takes: while this worker lives and reaches
-    Postgres, no other begins the row.
+    A lease is renewed until the row's outcome is written, however long its handler takes: while this worker lives and
+    reaches Postgres, no other worker begins the row.
     """
 
     def __init__(self, in_flight: InFlight, worker: str, seconds: float) -> None:
-        """Takes the rows, the name that they are claimed in, and the seconds that a renewal is good for."""
+        """Begins with nothing missed or refused.
+
+        Args:
+            in_flight: the rows that the worker holds.
+            worker: the name that they are claimed in.
+            seconds: of a lease, from its renewal.
+        """
         self._in_flight = in_flight
         self._worker = worker
         self._seconds = seconds
         self._size = BatchSize(MOST_RENEWED)
         self._missed: set[Delivery] = set()
-        """What the last renewal has passed over: somebody has the row locked, or it is no longer ours."""
+        """Rows that the last renewal did not renew: they are locked, or another process has taken them."""
         self._refused: set[Delivery] = set()
-        """Rows whose renewal Postgres has refused, as by a trigger, and the log has named."""
+        """Rows whose renewal Postgres has refused, because of a trigger for example, and which are logged."""
 
     def renew(self, connection: Connection) -> bool:
         """Renews all leases, and returns whether there are any."""
@@ -42,9 +48,9 @@ class Leases:
         return bool(held)
 
     def renew_missed(self, connection: Connection) -> None:
-        """Renews what the last renewal has passed over.
+        """Renews the leases that the last renewal missed.
 
-        At once, and not when it is all leases' turn: that may be too late for a row that somebody had locked.
+        The next renewal of all leases may be too late for a row that was locked at the last.
         """
         if self._missed:
             self._renew(connection, self._missed.intersection(self._in_flight.deliveries()))
@@ -63,7 +69,7 @@ class Leases:
             with self._size.trial(len(waiting)) as most:
                 refused.update(write_by_halves(waiting[:most], renew))
             del waiting[:most]
-        self._missed -= refused.keys()  # their turn comes with the next renewal of all
+        self._missed -= refused.keys()  # they are tried again at the next renewal of all leases
         if new := refused.keys() - self._refused:
             rows, error = sorted(delivery.row_id for delivery in new), next(iter(refused.values()))
             logs.get().error("leases cannot be renewed", rows=rows, error=one_line(error))
@@ -71,7 +77,7 @@ class Leases:
 
 
 def columns(deliveries: Collection[Delivery]) -> dict[str, list[int]]:
-    """Returns deliveries as statements take them."""
+    """Returns deliveries as the two arrays that statements take."""
     return {
         "ids": [delivery.row_id for delivery in deliveries],
         "deliveries": [delivery.number for delivery in deliveries],

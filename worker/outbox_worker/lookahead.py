@@ -3,24 +3,24 @@
 import time
 
 LOOKAHEAD = 0.2
-"""Seconds of work that are claimed ahead, at the recent completion rate: no thread should be idle while the next claim
-is under way. Where handlers take long, that is no row at all."""
+"""Seconds of work that are claimed ahead, at the recent completion rate, so that no thread is idle during the next
+claim. If handlers take long, that is no row."""
 MOST_AHEAD = 2000
 """Upper bound of rows claimed ahead."""
 
 
 class Lookahead:
-    """The completion rate of the handlers, and what follows from it."""
+    """Measures the handlers' completion rate, and how many rows to claim ahead at that rate."""
 
     def __init__(self, threads: int) -> None:
-        """Takes how many rows are handled at a time."""
+        """Takes the number of handler threads."""
         self._threads = threads
         self._looked_at = time.monotonic()
         self._handled = 0
         self._ahead = 0
 
     def rows(self, handled: int) -> int:
-        """Returns how many rows will be handled in the next `LOOKAHEAD` seconds.
+        """Returns how many rows will be handled in the next `LOOKAHEAD` seconds, up to `MOST_AHEAD`.
 
         Args:
             handled: how many have been handled so far.

@@ -16,7 +16,7 @@ _RESERVE = 40
 
 
 def main() -> None:
-    """Runs a worker until SIGTERM, SIGINT or RQ's shutdown command; a second one ends it at once."""
+    """Runs a worker until SIGTERM, SIGINT or RQ's shutdown command; a second signal gives up the handlers that run."""
     settings = WorkerSettings.from_environment()
     redis_url.check(settings.redis_url)
     logs.configure("worker", settings.log_level, settings.log_format)
@@ -45,4 +45,4 @@ def main() -> None:
         os._exit(start.EXIT_FAILED)
     if worker.has_unended:
         logging.shutdown()
-        os._exit(0)  # a handler's thread cannot be stopped; its row was given back, and the fence shuts it out
+        os._exit(0)  # the interpreter's shutdown would wait for threads that the handler has started

@@ -1,4 +1,4 @@
-"""What becomes of an attempt, as it is written to the row."""
+"""Outcomes of attempts, and those of attempts that did not begin or did not end."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +15,12 @@ class Outcome(NamedTuple):
     status: Status
     """Done, pending or dead."""
     attempts: int | None
-    """How many count from now on; None: one less, as the last has not begun."""
+    """How many attempts count from now on; None: one less than the row has, as the last did not begin."""
     delay: float = 0.0
-    """Seconds until another attempt may begin."""
+    """Seconds until the next attempt may begin."""
     error: str | None = None
     unhandled: bool = False
-    """Whether the worker cannot handle the row, and another may."""
+    """Whether this worker cannot handle the row; another worker may."""
 
 
 class Attempted(NamedTuple):
@@ -28,16 +28,16 @@ class Attempted(NamedTuple):
 
     outcome: Outcome
     report: Callable[[], None] | None
-    """Logs it, if there is anything to log. To be called once the outcome is on its way: a log may fail."""
+    """Logs it, if there is anything to log. To be called after the outcome is offered: logging may fail."""
 
 
 def given_back(claim: Claim) -> Outcome:
-    """Returns the outcome of a row whose handler has not begun: another worker may have it, and no attempt counts."""
+    """Returns the outcome of a row whose handler has not begun: it becomes pending, and no attempt counts."""
     return Outcome(claim.delivery, Status.PENDING, claim.attempt - 1)
 
 
 def unanswered(delivery: Delivery) -> Outcome:
-    """Returns the outcome of a row that this worker may have claimed, as its claim got no answer, and did not begin."""
+    """Returns the outcome of a row that this worker did not begin and may have claimed: its claim got no answer."""
     return Outcome(delivery, Status.PENDING, None)
 
 

@@ -1,4 +1,4 @@
-"""Writing outcomes to their rows, in batches, and keeping those that cannot be written now."""
+"""Writes outcomes to their rows in batches, and keeps those that cannot be written now."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -20,10 +20,10 @@ from outbox_worker.leases import columns
 from outbox_worker.outcome import Outcome
 
 BATCH = 1000
-"""Outcomes in one statement, at most."""
+"""Upper bound of outcomes in one statement."""
 
 UNSTORABLE = "the text of the error cannot be stored"
-"""The error of an outcome whose own text Postgres, or its encoding, refuses."""
+"""The error of an outcome whose own error text cannot be encoded or is refused by Postgres."""
 
 
 class _NotWritten(NamedTuple):
@@ -37,25 +37,25 @@ class _NotWritten(NamedTuple):
 class Outcomes:
     """Outcomes that are not written yet. Used by the completer's thread alone.
 
-    Each is ready, or waits for a lock on its row, or was refused by Postgres. A row whose outcome is written, or is no
-    longer this worker's to write, is released.
+    Each is ready, or waits for a lock on its row, or was refused by Postgres. A row is released when its outcome is
+    written, or when the row turns out to be taken from this worker.
     """
 
     def __init__(self, in_flight: InFlight, worker: str) -> None:
-        """Takes the rows, and the name that they are claimed in."""
+        """Takes the rows in flight, and the name that they are claimed in."""
         self._in_flight = in_flight
         self._worker = worker
         self._size = BatchSize(BATCH)
         self._ready: dict[Delivery, Outcome] = {}
-        """The latest of each row: a handler may have ended after all when its row was already given up."""
+        """The latest outcome of each row: a handler may end after its row was given up."""
         self._locked: dict[Delivery, Outcome] = {}
-        """Outcomes whose rows somebody else had locked at the last try."""
+        """Outcomes whose rows another session had locked at the last try."""
         self._refused: dict[Delivery, Outcome] = {}
-        """Outcomes that Postgres refuses for a reason of its own, a trigger for one."""
+        """Outcomes that Postgres refuses by themselves, because of a trigger for example."""
         self._logged: set[Delivery] = set()
-        """Locked rows that the log has named."""
+        """Locked rows that are logged."""
         self._unanswered: set[Delivery] = set()
-        """Rows whose outcome was sent, and no answer came: it may have been written."""
+        """Rows whose outcome was sent and got no answer: it may have been written."""
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Adds outcomes that are ready to be written."""
@@ -63,32 +63,32 @@ class Outcomes:
 
     @property
     def ready(self) -> int:
-        """How many may be written now."""
+        """How many outcomes are ready to be written."""
         return len(self._ready)
 
     @property
     def kept(self) -> int:
-        """How many are not written, but for those that Postgres refuses."""
+        """How many outcomes are ready or wait for a lock."""
         return len(self._ready) + len(self._locked)
 
     @property
     def refused(self) -> list[Delivery]:
-        """The rows of those that Postgres refuses."""
+        """The rows whose outcomes Postgres refuses."""
         return sorted(self._refused)
 
     def retry_refused(self) -> None:
-        """Makes ready what Postgres has refused, unless the row has another outcome since."""
+        """Makes refused outcomes ready, except where a newer outcome of the row is."""
         self._ready = {**self._refused, **self._ready}
 
     def retry_locked(self) -> None:
-        """Makes ready what somebody else had locked, before all that came since."""
+        """Makes outcomes of locked rows ready, ahead of newer ones, except where a newer outcome of the row is."""
         self._ready, self._locked = {**self._locked, **self._ready}, {}
 
     def write(self, connection: Connection) -> None:
-        """Writes a batch of what is ready.
+        """Writes a batch of ready outcomes.
 
         Raises:
-            psycopg.Error: Postgres is away, or refuses for what is no row's fault; all is kept.
+            psycopg.Error: Postgres is away, or refuses for a reason that is not in the rows; all outcomes are kept.
         """
         cursor = connection.cursor(row_factory=named(Delivery))
 
@@ -131,16 +131,16 @@ class Outcomes:
         self._in_flight.release(deliveries)
         for delivery in deliveries:
             self._ready.pop(delivery, None)
-        # Nearly always empty, and each look for a row in them costs as much as one in the others.
+        # Nearly always empty: without this check, each of them costs as much as the dictionary above.
         if self._logged or self._unanswered or self._refused:
             self._logged -= deliveries
             self._unanswered -= deliveries
             self._refused = {delivery: kept for delivery, kept in self._refused.items() if delivery not in deliveries}
 
     def _sort_out(self, cursor: Cursor[Delivery], outcomes: Sequence[Outcome]) -> None:
-        """Puts off what could not be written because somebody has the row locked, and drops what is no longer ours.
+        """Puts off outcomes whose rows are locked, and drops those whose rows were taken from this worker.
 
-        What an earlier try has written, though its answer was lost, is neither.
+        Logs none that an earlier statement has written, whose answer was lost.
         """
         found = cursor.connection.cursor(row_factory=named(_NotWritten)).execute(
             query("not_completed"), {**columns([outcome.delivery for outcome in outcomes]), "worker": self._worker}
@@ -173,7 +173,7 @@ class Outcomes:
         self._release({outcome.delivery for outcome in over})
 
     def _refuse(self, refused: Mapping[Outcome, Exception]) -> None:
-        """Keeps outcomes, and the rows' leases: given to another worker, the rows would be done again in vain."""
+        """Keeps outcomes, and with them the rows' leases: another worker's outcomes would be refused too."""
         by_delivery = {outcome.delivery: outcome for outcome in refused}
         if new := by_delivery.keys() - self._refused.keys():
             rows, error = sorted(delivery.row_id for delivery in new), next(iter(refused.values()))

@@ -1,4 +1,4 @@
-"""Watching for handlers that run for longer than their time limit and do not end."""
+"""The watch for handlers that run past their time limit and do not end."""
 
 import time
 
@@ -10,15 +10,13 @@ from outbox_worker.errors import OverdueError
 from outbox_worker.in_flight import InFlight
 
 CONFIRMED_AFTER = 1.0
-"""Seconds between two looks that confirm it: at the first this process may just have been paused, and the handler be
-about to end."""
+"""Seconds that a handler has to be overdue for: if this process was paused, the handler may be about to end."""
 
 
 class OverdueWatch:
     """The rows whose handlers are overdue. Used by the main thread alone.
 
-    A thread cannot be ended, so only the end of the process makes sure that no attempt of the row begins while this one
-    runs.
+    No thread can be ended from outside. So the process has to end before the next attempt at the row may begin.
     """
 
     def __init__(self, in_flight: InFlight, stop: Stop) -> None:
@@ -28,7 +26,7 @@ class OverdueWatch:
         self._logged: set[Delivery] = set()
 
     def look(self) -> bool:
-        """Returns whether a handler is overdue: then nothing new is to be taken, and the others are to end.
+        """Returns whether a handler is overdue; then the worker takes nothing new and lets the others end.
 
         Raises:
             OverdueError: only overdue handlers are left.
@@ -47,7 +45,7 @@ class OverdueWatch:
                 self._logged.add(claim.delivery)
         self._in_flight.give_back_waiting()
         if confirmed and {claim.delivery for claim in self._in_flight.unended()} <= self._logged & self._seen_at.keys():
-            self._stop.hurry()  # there is nothing to wait for
+            self._stop.hurry()  # no other handler runs
             rows = ", ".join(str(claim.delivery.row_id) for claim in confirmed)
             raise OverdueError(f"the handlers of rows {rows} do not end: start another worker")
         return True

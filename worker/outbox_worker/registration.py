@@ -1,4 +1,4 @@
-"""What makes a worker an RQ worker to the outside: its entry in RQ's list, and RQ's commands."""
+"""A worker's entry in RQ's list, and RQ's commands to it."""
 
 import json
 import os
@@ -30,14 +30,14 @@ from outbox.stop import Stop
 HEARTBEAT_INTERVAL = 15.0
 """Seconds between two registrations in Redis."""
 LONGEST_COMMAND = 1000
-"""Bytes: more than a command of RQ's has. Read as JSON, a longer message would take many times its size."""
+"""Bytes: more than a command of RQ's has. A longer message is not parsed: as JSON it takes many times its size."""
 
 
 class Registration:
     """A worker in RQ's list: `rq info` shows it with its queues, and RQ's shutdown command stops it.
 
-    Of RQ's own worker nothing else is used. Its bookkeeping of jobs (registries, executions, results, retries) would be
-    a second truth beside the rows.
+    Nothing else of RQ's own worker is used. Its bookkeeping of jobs (registries, executions, results, retries) would
+    duplicate what the rows say.
     """
 
     def __init__(self, client: redis.Redis, queues: Iterable[str], stop: Stop) -> None:
@@ -99,14 +99,14 @@ class Registration:
             pipeline.hset(self.key, mapping=entry)
             pipeline.expire(self.key, DEFAULT_WORKER_TTL)
             for failure in pipeline.execute(raise_on_error=False):
-                if isinstance(failure, Exception):  # a foreign key: the relay mends it, and work goes on unlisted
+                if isinstance(failure, Exception):  # a key of a wrong type: the relay deletes it; the worker goes on
                     logs.get().warning("registered in part", error=one_line(failure))
 
     def _lists(self) -> list[str]:
         return [REDIS_WORKER_KEYS, *(WORKERS_BY_QUEUE_KEY % name for name in self._queues)]
 
     def forget(self) -> None:
-        """Drops all connections, and makes the next beat a registration: Redis was away, or may be another by now."""
+        """Drops all connections and makes the next beat register anew: Redis was away, or may be another server."""
         outbox_redis.drop_connections(self._client)
         if self._commands is not None:
             self._commands.stop()  # it closes its own connection within a second
@@ -119,9 +119,9 @@ class Registration:
         self._commands = listener.run_in_thread(sleep_time=1.0, daemon=True, exception_handler=_stop_listening)
 
     def obey(self, message: Mapping[str, Any]) -> None:
-        """Obeys RQ's shutdown command, however often it comes: whoever can write to Redis must not end handlers.
+        """Requests a stop at RQ's shutdown command; a second does not hurry: no client of Redis may cut handlers short.
 
-        The other commands speak of forks that this worker does not have.
+        RQ's other commands are for processes that it forks, which this worker does not have.
         """
         try:
             command = json.loads(message["data"])["command"] if len(message["data"]) <= LONGEST_COMMAND else None
@@ -136,7 +136,7 @@ class Registration:
         """Takes the worker off RQ's list and closes the connection."""
         if self._commands is not None:
             self._commands.stop()
-        with suppress(*outbox_redis.AWAY), self._client.pipeline() as pipeline:  # if it is away, the entry runs out
+        with suppress(*outbox_redis.AWAY), self._client.pipeline() as pipeline:  # if it is away, the entry expires
             for key in self._lists():
                 pipeline.srem(key, self.key)
             pipeline.hset(self.key, "death", utcformat(rq_now()))

@@ -14,38 +14,44 @@ from outbox_worker.lookahead import Lookahead
 from outbox_worker.outcome import Attempted, cut_short, given_back
 
 LONGEST_WAIT = 5.0
-"""Seconds after which a row that was claimed is not begun any more. Less than a lease."""
+"""Seconds in the queue after which a row is given back instead of begun. Shorter than a lease."""
 BROKEN_DELAY = 15.0
-"""Seconds until a row is tried again whose attempt failed in our own code."""
+"""Seconds until the next attempt at a row whose attempt failed in this worker's own code."""
 
 
 class HandlerThreads:
-    """As many threads as there may be handlers at once, started as they are needed."""
+    """The handler threads: as many as handlers may run at once, started as needed."""
 
     def __init__(self, count: int, in_flight: InFlight, execute: Callable[[Claim], Attempted]) -> None:
-        """Takes the rows to handle, and what runs an attempt at one."""
+        """Starts no thread yet.
+
+        Args:
+            count: upper bound of threads.
+            in_flight: the rows that they handle.
+            execute: runs one attempt.
+        """
         self._count = count
         self._in_flight = in_flight
         self._execute = execute
         self._threads: list[Thread] = []
         self._lookahead = Lookahead(count)
         self._last_chances = False
-        """Whether there was a row at its last attempt among the last: then only as many are claimed as can begin."""
+        """Whether the last claim had a row at its last attempt: then no rows are claimed ahead."""
 
     def wait_for_room(self, timeout: float) -> int:
-        """Waits up to `timeout` seconds until a claim is worth while, and returns how many rows there is room for."""
+        """Waits up to `timeout` seconds until a claim is worthwhile, and returns how many rows there is room for."""
         ahead = 0 if self._last_chances else self._lookahead.rows(self._in_flight.handled)
         unended = self._in_flight.wait_until(self._count + ahead - max(1, ahead // 2), timeout)
         return max(0, self._count + ahead - unended)
 
     def begin(self, claims: Sequence[Claim]) -> None:
-        """Holds claimed rows and has them handled, those at their last attempt first.
+        """Holds claimed rows and queues them for the threads, those at their last attempt first.
 
-        Of these, only as many as there are free threads: one that is claimed ahead would be dead without having begun
-        if this worker were killed. The others are given back.
+        It takes only as many rows at their last attempt as there are free threads, and gives back the others: if this
+        worker were killed, a row that waits would be dead although its last attempt never began.
 
         Raises:
-            NoThreadsError: there is no thread to run them, and none can be started.
+            NoThreadsError: no thread is running and none can be started.
         """
         last_chances = [claim for claim in claims if claim.attempt > claim.max_retries]
         self._last_chances = bool(last_chances)
@@ -87,12 +93,12 @@ class HandlerThreads:
         while True:
             row = self._in_flight.begin()
             try:
-                # One that has waited for so long may be another worker's by now: this process was paused, say.
+                # A row that has waited for so long may be another worker's: this process may have been paused.
                 if time.monotonic() - row.queued_at > LONGEST_WAIT:
                     attempted = Attempted(given_back(row.claim), None)
                 else:
                     attempted = self._execute(row.claim)
-            except BaseException as error:  # noqa: BLE001 - out of memory, say: the thread goes on, the row is retried
+            except BaseException as error:  # noqa: BLE001 - such as out of memory: the row is retried, the thread lives
                 attempted = _broken(row.claim, error)
             self._in_flight.end(row, attempted.outcome)
             if attempted.report is not None:

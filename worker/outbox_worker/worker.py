@@ -34,13 +34,13 @@ from outbox_worker.take import Queues, Suspended
 from outbox_worker.threads import HandlerThreads
 
 COMPLETING_TIME = 5.0
-"""Seconds that the last outcomes may take to be written when the worker stops, even if its grace is over."""
+"""Seconds in which the last outcomes are written when the worker stops, even if its grace is over."""
 
 CANCELLING_TIME = 1.0
-"""Seconds that it may take to cancel the statements of handlers that do not end."""
+"""Seconds in which the statements of handlers that do not end are cancelled."""
 
 SIGNING_OFF_TIME = 1.0
-"""Seconds that Redis may take to hear that the worker is gone; if it does not, the registration runs out by itself."""
+"""Seconds in which the worker is taken off RQ's list; after that, its entry expires."""
 
 LEAVING_TIME = SIGNING_OFF_TIME + COMPLETING_TIME + CANCELLING_TIME + 2 * DRAINING_TIME + 2
 """Seconds after which a row whose attempt was cut short may be handed over again: by then the last outcomes and log
@@ -77,16 +77,17 @@ class Worker:
         )
 
     def run(self) -> None:
-        """Works until it is told to stop, through outages of either server.
+        """Works until a stop is requested, and waits for Postgres and Redis while they are away.
 
         Raises:
             UnsupportedDatabaseError: the database is not in UTF-8.
-            NotMigratedError: it lacks migrations.
+            NotMigratedError: the database lacks migrations.
             SettingsError: a pooler in transaction mode stands before Postgres, and the settings do not say so.
-            UnsupportedRedisError: Redis is one that cannot serve.
-            SharedRedisError: another installation uses it.
-            OverdueError: a handler does not end any more.
-            NoThreadsError, ThreadEndedError: it has no threads to work with.
+            UnsupportedRedisError: Redis is too old, or not a single server.
+            SharedRedisError: another installation uses this Redis.
+            OverdueError: a handler does not end.
+            NoThreadsError: no thread can be started.
+            ThreadEndedError: a handler thread or the completer has died.
         """
         self._database.open()
         logs.get().info("started", worker=self.name, queues=self._settings.queues, tasks=sorted(self._registry))
@@ -94,7 +95,7 @@ class Worker:
             self._work()
             self._completer.check()
         except ThreadEndedError:
-            self._stop.hurry()  # what ends now could not be written, and no lease is renewed
+            self._stop.hurry()  # without the completer, no outcome is written and no lease renewed
             raise
         finally:
             self._finish()
@@ -136,11 +137,11 @@ class Worker:
                 self._threads.begin(self._claimer.claim(connection))
 
     def _wait_for_overdue(self) -> None:
-        """Takes nothing new while a handler is overdue, and lets the others end."""
+        """Waits while a handler is overdue, until a stop is requested: nothing new is taken meanwhile."""
         while self._overdue.look() and not self._stop.is_requested():
             self._completer.check()
             try:
-                self._registration.beat(busy=True)  # the other handlers may take hours
+                self._registration.beat(busy=True)  # the entry must not expire: the other handlers may take hours
             except outbox_redis.AWAY as error:
                 self._registration.forget()
                 self._redis.away(error)
@@ -151,7 +152,7 @@ class Worker:
         if self._in_flight.is_stuck():
             self._in_flight.give_back_waiting()
         self._completer.check()
-        # Without outcomes and renewed leases, what is done here would be done again elsewhere.
+        # If outcomes cannot be written and leases renewed, another worker would do these rows again.
         if not self._completer.is_healthy(1):
             return []
         if not (room := min(self._threads.wait_for_room(1), self._claimer.most)):
@@ -203,20 +204,20 @@ class Worker:
         return attempted
 
     def _finish(self) -> None:
-        """Lets handlers end, signs off, gives up what did not end, and writes the last outcomes."""
+        """Lets handlers end, signs off, gives up the rows of those that did not, and writes the last outcomes."""
         deadline = (self._stop.requested_at or time.monotonic()) + self._settings.grace
         self._in_flight.give_back_waiting()
         while self.has_unended and not self._stop.is_hurried() and time.monotonic() < deadline:
             self._in_flight.wait_until(0, 0.2)
         self._sign_off_in_time()
-        # Last, so that a handler that is given up has no time left to end all the same while its row is another's.
+        # As late as possible: while a row is given up and this process lives, its handler may still run.
         overdue = {claim.delivery for claim in self._in_flight.overdue()}
         given_up = self._in_flight.give_up(lambda claim: _cut_short(claim, is_overdue=claim.delivery in overdue))
         time_left = COMPLETING_TIME if given_up else max(COMPLETING_TIME, deadline - time.monotonic())
         if lost := self._completer.close(time_left):
-            # Their leases run out, and they are done again.
+            # Their leases expire, and other workers do them again.
             logs.get().warning("outcomes lost at shutdown", rows=[delivery.row_id for delivery in lost])
-        if given_up:  # there is an exit to hurry to
+        if given_up:  # this process has to exit before their delay is over
             self._database.cancel(CANCELLING_TIME)
         else:
             self._database.close(timeout=1)
@@ -225,7 +226,7 @@ class Worker:
 
     def _sign_off_in_time(self) -> None:
         signing_off = Thread(target=self._registration.close, daemon=True)
-        with suppress(RuntimeError):  # no thread can be started: the registration runs out by itself
+        with suppress(RuntimeError):  # no thread can be started: the entry expires
             signing_off.start()
             signing_off.join(SIGNING_OFF_TIME)
 
