@@ -19,7 +19,8 @@ from outbox_worker.claim import Claim, claim
 from outbox_worker.complete import MOST_REFUSED, Completer
 from outbox_worker.errors import ThreadEndedError
 from outbox_worker.in_flight import InFlight
-from outbox_worker.outcome import Outcome
+from outbox_worker.outcome import Outcome, unanswered
+from outbox_worker.outcomes import Outcomes
 from tests.conftest import Connection
 from tests.support.processes import frozen, take_down
 from tests.support.rows import add_row, read_row
@@ -524,6 +525,43 @@ def test_a_row_that_postgres_refuses_costs_the_others_neither_lease_nor_mark(
     assert [(line["event"], line["rows"]) for line in lines] == [
         ("leases cannot be renewed", [claims[2].delivery.row_id])
     ]
+
+
+def test_a_shortage_of_memory_loses_no_outcome(
+    connection: Connection, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It strikes once outcomes are collected: they are written all the same, and no lease is renewed for ever."""
+    completer = Completer(database_url, InFlight(), "me", 1)
+    claims = claimed(connection, 3)
+    in_flight = completer.in_flight
+    in_flight.hold(claims[:2])
+    in_flight.queue(claims[:2])
+    add = Outcomes.add
+
+    calls: list[int] = []
+
+    def fail(_: Outcomes, outcomes: list[Outcome]) -> None:
+        calls.append(len(outcomes))
+        if outcomes:
+            monkeypatch.setattr(Outcomes, "add", add)
+            raise MemoryError
+
+    completer.start()
+    eventually(lambda: completer.is_healthy(0), 5)
+    monkeypatch.setattr(Outcomes, "add", fail)
+    eventually(lambda: calls, 5, "it is the one that is called")
+    with capture_logs() as lines:
+        row = in_flight.begin()
+        in_flight.end(row, Outcome(row.claim.delivery, Status.DONE, 1))
+        in_flight.put(unanswered(claims[2].delivery))
+        eventually(lambda: [line for line in lines if line["event"] == "writing outcomes failed"], 5)
+        eventually(lambda: in_flight.deliveries() == {claims[1].delivery}, 5, "what was collected is written")
+    assert read_row(connection, claims[0].delivery)["status"] == "done"
+    assert in_flight.wait_until(0, 0) == 1
+    assert in_flight.handled == 1
+    in_flight.give_back_waiting()
+    assert completer.close(5) == []
+    assert [line["event"] for line in lines] == ["writing outcomes failed"]
 
 
 def test_the_cause_of_a_failure_outlives_a_refusal(connection: Connection, database_url: str) -> None:

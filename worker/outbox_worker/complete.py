@@ -160,13 +160,13 @@ class Completer:
             self._connected.clear()
             self._failures += 1
             time.sleep(reconnect_delay(self._failures))
-            self._collect(0.0)
 
     def _is_over(self) -> bool:
         return self._closing.is_set() and not self._outcomes.kept and not self.in_flight.has_outcomes
 
     def _serve(self, connection: Connection) -> None:
         renew_at = try_again_at = 0.0
+        self._outcomes.add(self.in_flight.collect_again())  # what ended the last connection may have struck in between
         while not self._is_over():
             now = time.monotonic()
             try:

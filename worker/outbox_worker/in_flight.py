@@ -50,8 +50,8 @@ class InFlight:
         self._rows: dict[Delivery, HeldRow] = {}
         self._waiting: SimpleQueue[HeldRow] = SimpleQueue()
         self._ended: SimpleQueue[HeldRow | Outcome] = SimpleQueue()
-        self._unanswered: set[Delivery] = set()
-        """Rows that are not held, whose outcome is not written: their claim got no answer."""
+        self._unanswered: dict[Delivery, Outcome] = {}
+        """Outcomes that are not written, of rows that are not held: their claim got no answer."""
         self._uncounted = 0
         """How many of these outcomes are not collected: they are in `_ended` beside held rows."""
         self._collected = 0
@@ -96,7 +96,7 @@ class InFlight:
         Until it is written, the row cannot be claimed: a copy of its job could begin it just before it is given back.
         """
         with self._changed:
-            self._unanswered.add(outcome.delivery)
+            self._unanswered[outcome.delivery] = outcome
             self._uncounted += 1
         self._ended.put(outcome)
 
@@ -195,17 +195,28 @@ class InFlight:
                 if isinstance(item, Outcome):
                     self._uncounted -= 1
                     outcomes.append(item)
-                    continue
-                outcome = item.outcome or item.given_up
-                if outcome is None or outcome is item.collected:
-                    continue
-                if item.collected is None:
-                    self._collected += 1
-                    self._handled += item.begun_at is not None
-                item.collected = outcome
-                outcomes.append(outcome)
+                elif outcome := self._collect(item):
+                    outcomes.append(outcome)
             self._changed.notify()
         return outcomes
+
+    def collect_again(self) -> list[Outcome]:
+        """Returns all outcomes that are not written: an error may have struck after they were collected."""
+        with self._changed:
+            for row in self._rows.values():
+                self._collect(row)
+            collected = [row.collected for row in self._rows.values() if row.collected is not None]
+            return [*self._unanswered.values(), *collected]
+
+    def _collect(self, row: HeldRow) -> Outcome | None:
+        outcome = row.outcome or row.given_up
+        if outcome is None or outcome is row.collected:
+            return None
+        if row.collected is None:
+            self._collected += 1
+            self._handled += row.begun_at is not None
+        row.collected = outcome
+        return outcome
 
     @property
     def has_outcomes(self) -> bool:
@@ -219,11 +230,11 @@ class InFlight:
                 row = self._rows.pop(delivery, None)
                 if row is not None and row.collected is not None:
                     self._collected -= 1
-                self._unanswered.discard(delivery)
+                self._unanswered.pop(delivery, None)
 
     # The main thread, and the completer's.
 
     def deliveries(self) -> Collection[Delivery]:
         """Returns all rows whose outcome is not written: their leases are renewed, and none of them may be claimed."""
         with self._changed:
-            return self._unanswered.union(self._rows)
+            return self._unanswered.keys() | self._rows.keys()
