@@ -1,4 +1,4 @@
-"""How long a log line may be: fields come from rows, from Redis and from requests, and may be as long as they like."""
+"""Limits of a log line's length: fields come from rows, from Redis and from requests, and may be of any length."""
 
 from pydantic_core import to_json
 from structlog.typing import EventDict
@@ -14,7 +14,7 @@ LONGEST_LINE = 100_000
 
 
 def cut(event: EventDict) -> EventDict:
-    """Returns a line's fields, with the beginning of the text of each that is long; a traceback has its own limit."""
+    """Returns a line's fields, each cut to `FIELD_LIMIT` characters; a traceback has its own limit."""
     short: EventDict = {}
     for name, value in event.items():
         text = value if isinstance(value, str) else _text(value)
@@ -24,7 +24,7 @@ def cut(event: EventDict) -> EventDict:
 
 
 def _text(value: object) -> str:
-    """Returns a field as JSON has it, or as Python does where there is no JSON of it."""
+    """Returns a field as JSON, or as Python's `repr` if JSON cannot hold it."""
     try:
         return to_json(value, fallback=str, inf_nan_mode="strings").decode()
     except ValueError:  # lone surrogates

@@ -1,4 +1,4 @@
-"""How many files, connections among them, a process may have open at once."""
+"""The limit of open files, which include connections."""
 
 import resource
 from contextlib import suppress
@@ -7,14 +7,14 @@ from outbox import logs
 
 
 def provide(wanted: int, reserve: int, settings: str) -> int:
-    """Raises this process' own limit of open files as far as it needs and may, and warns where that is not enough.
+    """Raises this process' limit of open files as far as needed and allowed, and warns if that is not enough.
 
-    Only the soft limit can be raised. It is low by default for the sake of programs that call `select`.
+    Only the soft limit can be raised. It is low by default for programs that call `select`.
 
     Args:
         wanted: connections that the settings allow for.
-        reserve: descriptors that the process needs for all else.
-        settings: the variables that say how many are wanted.
+        reserve: descriptors that the process needs for everything else.
+        settings: the variables that set `wanted`, for the warning.
 
     Returns:
         How many of the wanted connections there are descriptors for, 1 at least.

@@ -18,12 +18,12 @@ BLOCK = 1.0
 """Seconds that a blocking command may block: also how long a signal may wait to be seen."""
 
 LIFETIME = 60.0
-"""Seconds after which a process connects anew, should nothing have failed: the address may lead to another server now,
-and the old one may still answer whoever is connected."""
+"""Seconds after which a process connects anew even if nothing has failed: the address may lead to another server now,
+while the old one still answers on open connections."""
 
 
 LONGEST_ELEMENT = 16_000_000
-"""Bytes of one element of a reply, be it in a list of many: an id has 30 at most. Redis itself allows 512 MB."""
+"""Upper bound of bytes of one element of a reply: an id has 30 at most, and Redis allows 512 MB."""
 
 
 class TooLongError(redis.InvalidResponse):
@@ -31,13 +31,13 @@ class TooLongError(redis.InvalidResponse):
 
 
 class _Parser(DefaultParser):  # type: ignore[misc, valid-type]  # redis-py chooses it by what is installed
-    """Reads replies as redis-py does, and never more of an element than may be."""
+    """Reads replies as redis-py does, and refuses elements over `LONGEST_ELEMENT`."""
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
         """Reads what has arrived.
 
         Raises:
-            TooLongError: what has arrived of one element is too long already. The connection is closed then.
+            TooLongError: what has arrived of one element is too long; redis-py closes the connection.
         """
         has_read: bool = super().read_from_socket(*args, **kwargs)
         if self._reader is not None and self._reader.len() > LONGEST_ELEMENT:

@@ -1,4 +1,4 @@
-"""Folders that are this user's alone, and their files: nothing is opened that somebody else may have put there."""
+"""Private folders of this user and their files: opens nothing that another user may have put there."""
 
 import os
 import pwd
@@ -22,7 +22,7 @@ LOCK = "lock"
 
 
 class PrivateFolder:
-    """A folder of this user's, held open, so that nobody can exchange it for another."""
+    """A private folder of this user, held open, so that no other user can replace it."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -34,14 +34,14 @@ class PrivateFolder:
 
         Args:
             name: without a folder.
-            flags: as of `os.open`, but for O_TRUNC, which would strike before the file is looked at.
+            flags: as of `os.open`, without O_TRUNC, which would empty the file before it is checked.
 
         Raises:
             StartError: it cannot be opened, is another user's, or leads elsewhere; or it is to be read, and
                 everybody may have written to it.
         """
         try:
-            # O_NONBLOCK: a planted pipe is not waited for; plain files know no difference.
+            # O_NONBLOCK: does not wait for a planted pipe, and makes no difference to plain files.
             descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=self.descriptor)
         except OSError as error:
             if status := _status(name, self.descriptor):
@@ -68,7 +68,7 @@ class PrivateFolder:
         return os.fdopen(descriptor, "r+b", buffering=0)
 
     def has(self, name: str) -> bool:
-        """Returns whether there is something of that name, be it a link that leads nowhere."""
+        """Returns whether the name exists, also as a dangling link."""
         return _status(name, self.descriptor) is not None
 
     def rename(self, old: str, new: str) -> None:
@@ -171,7 +171,7 @@ def walk(path: Path, mode: int | None = None) -> Iterator[list[tuple[Path, int]]
         Every folder without links, and a descriptor to pass through it, until the block is left.
 
     Raises:
-        StartError: there is a link that somebody else could have made, or everybody could exchange what is to be made.
+        StartError: another user could have made one of the links, or could replace a folder that is to be made.
         OSError: a folder is missing or cannot be opened or made.
     """
     with ExitStack() as opened:

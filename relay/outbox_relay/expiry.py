@@ -1,4 +1,4 @@
-"""Deleting users who have not verified their address in time, where that is wanted."""
+"""Deletes users who have not verified their address in time, if `OUTBOX_UNVERIFIED_RETENTION` is set."""
 
 from functools import partial
 
@@ -8,18 +8,19 @@ from outbox.queries import query
 from outbox_relay.batches import Batches
 
 BATCH = 200
-"""To delete so many takes some 20 ms, in which the relay hands nothing over."""
+"""Users in one batch. Deleting them takes some 20 ms, in which the relay hands nothing over."""
 PAUSE = 0.05
 """Seconds between two batches, for the relay's other work."""
 INTERVAL = 60.0
 """Seconds between two rounds through all users who have not verified their address in time."""
 SMALLER_PAUSE = 0.5
-"""Seconds until a smaller batch is tried after one that was refused: each may have waited for a lock."""
+"""Seconds from a refused batch to the next, smaller one: each may wait for a lock."""
 LEFT_OUT = 60.0
-"""Seconds until a user is tried again who cannot be deleted."""
+"""Seconds until the next try to delete a user who could not be deleted."""
 
 INDEX = "CREATE INDEX CONCURRENTLY users_unverified ON users (created_at, username) WHERE NOT is_email_verified"
-"""What finds them. No migration makes it: large tables would keep sign-ups waiting, and verifications pay for it."""
+"""The index that finds them. No migration creates it: on a large table that would block sign-ups, and every
+verification would cost more."""
 
 _START = {"after": "-infinity", "after_username": ""}
 
@@ -27,21 +28,22 @@ _START = {"after": "-infinity", "after_username": ""}
 class Expiry:
     """One relay's expiry of users.
 
-    It goes through them by age and looks at each once: those who must stay, as their mail is not out, keep no other.
+    A round goes through them by age and looks at each once, so users who must stay, because their mail is not out, do
+    not keep it from the others.
     """
 
     def __init__(self, retention: float) -> None:
-        """Takes the seconds that a user has."""
+        """Takes the seconds that users have to verify their address."""
         self._retention = retention
         self._batches = Batches[str](BATCH, "unverified users cannot be deleted", LEFT_OUT, field="users")
         self._place = _START
         """The last user that was looked at."""
 
     def step(self, connection: Connection) -> float:
-        """Looks at one batch, deletes those who may go, and returns the seconds until the next.
+        """Looks at one batch, deletes the users who have expired, and returns the seconds until the next batch.
 
         Raises:
-            psycopg.Error: Postgres is away, or refuses for what is no user's fault: the role has no right to, say.
+            psycopg.Error: Postgres is away, or refuses for a reason that is not in the users, such as a missing right.
         """
         found = connection.execute(query("has_index_of_unverified")).fetchone()
         assert found is not None
@@ -57,7 +59,7 @@ class Expiry:
         return INTERVAL
 
     def _delete(self, connection: Connection, most: int) -> int:
-        """Locks users and judges them after: a worker that opens a link, or a click on one, comes first or too late."""
+        """Locks users, then judges them: no worker opens a verification, and no click uses one, in between."""
         with connection.transaction():
             connection.execute(query("limit_wait"))
             users = connection.execute(
@@ -72,7 +74,7 @@ class Expiry:
             if not users:
                 return 0
             names = self._batches.tried = [user["username"] for user in users]
-            # In a statement of its own: it sees what those have written whose locks were let go since.
+            # A statement of its own sees what was committed before the locks were granted.
             deleted = connection.execute(query("delete_expired_users"), {"usernames": names}).fetchall()
             if rows := [row for user in deleted for row in user["rows"]]:
                 connection.execute(query("delete_rows"), {"ids": rows})

@@ -22,17 +22,16 @@ _FOLDED = re.compile(rb"\n[ \t]")
 class FramedConnection(h11.Connection):
     """h11's connection, which refuses what two servers in a row may understand differently.
 
-    h11 follows RFC 9112, and takes what that permits: a length beside `Transfer-Encoding: chunked`, lines that end in a
-    bare LF, folded headers. A proxy before us that reads one of them otherwise would take the answer to one client's
-    request for another's.
+    h11 accepts what RFC 9112 permits: a length beside `Transfer-Encoding: chunked`, lines that end in a bare LF, folded
+    headers. A proxy that reads one of them differently would give the answer to one client's request to another client.
     """
 
     refusal: h11.RemoteProtocolError | None = None
-    """Why what the client has sent is no request."""
+    """Why the client's request was refused."""
     _chunks = 0
-    """Of the request that is being read."""
+    """Chunks so far of the request that is being read."""
     _lines = 0
-    """Of its body, and of what follows that has arrived already."""
+    """Lines that have arrived since its head, of its body and of later requests."""
     _is_chunked = False
 
     def receive_data(self, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection: how long the service waits for a client, and how many it lets in."""
+"""HTTP/1.1 on one connection, with limits for how long the service waits and for the number of connections."""
 
 import asyncio
 import json
@@ -31,9 +31,9 @@ _tally = Tally()
 
 
 class Crowd:
-    """The connections of one service, of which there may be so many.
+    """The open connections of one service, up to a limit.
 
-    Where one too many comes, the one that has kept the service waiting for longest makes room: a client that sends
+    At the limit, a new connection replaces the one that has kept the service waiting for longest: clients that send
     nothing cannot keep others out.
     """
 
@@ -41,7 +41,7 @@ class Crowd:
         self.most = most
         self.open: set[Protocol] = set()
         self.awaited: dict[Protocol, None] = {}
-        """Connections whose client it is that has to send something, the one that has been so for longest first."""
+        """Connections that wait for their client, the one that has waited for longest first."""
 
     def admit(self, protocol: "Protocol") -> bool:
         """Returns whether there is room for one more connection, or room could be made."""
@@ -61,7 +61,7 @@ class Crowd:
 
 
 def limited_protocol(most: int) -> type[asyncio.Protocol]:
-    """Returns what uvicorn makes of each connection, of which there may be so many at a time."""
+    """Returns the protocol factory for uvicorn, for up to `most` connections at a time."""
     return cast("type[asyncio.Protocol]", partial(Protocol, Crowd(most)))
 
 
@@ -75,20 +75,20 @@ class Protocol(H11Protocol):
         self.conn = FramedConnection(h11.SERVER, MAX_HEAD)
         self._crowd = crowd
         self._awaited = ""
-        """What the client is to send."""
+        """What the connection waits for the client to do; empty if it does not."""
         self._limit: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for a request."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # any byte that the client leaves with us pauses writing
+        transport.set_write_buffer_limits(high=0)  # writing pauses until the client has taken every byte
         if self._crowd.admit(self):
             self._await("request", IDLE_TIME)
         else:
             self._refuse(503, "the service has too many connections: try again in a moment")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Waits for nothing any more."""
+        """Stops waiting for the client."""
         self._await()
         self._crowd.leave(self)
         super().connection_lost(exc)

@@ -19,7 +19,7 @@ from outbox.redis import BLOCK, TooLongError
 # taken in the same order. The jobs' hashes go with their ids: what they say is in Postgres too, and truer there.
 # An id of RQ's has 36 bytes; one of over 1,000 is not looked up: it may have some hundred million.
 # A foreign job goes to a list of its own, where its owner finds it; if that fails, the others are taken all the same.
-# A stranger's key where a queue belongs would fail every take, so it goes; the sweep restores what the queue held.
+# A key of another type under a queue's name would fail every take, so it is deleted; the sweep restores the jobs.
 _TAKE = """
 if redis.call('EXISTS', unpack(KEYS)) == 0 then return {0, {}, {}, {}, {}} end
 if redis.call('EXISTS', KEYS[1]) == 1 then return {1, {}, {}, {}, {}} end
