@@ -1,7 +1,7 @@
 """Claiming rows: from "Redis says so" to "this worker holds the lease"."""
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from outbox import logs
 from outbox.halving import write_by_halves
@@ -39,10 +39,11 @@ class _Found(NamedTuple):
     id: int
     delivery: int
     task: str
-    payload: str
-    """Empty where the row is not claimed."""
+    payload: Any
+    """JSON; None where the row is not claimed."""
     queue: str
-    attempt: int
+    attempt: Any
+    """A number; None where the row is not claimed."""
     max_retries: int
     timeout: int
     request_id: str | None

@@ -114,8 +114,9 @@ class InFlight:
 
     @property
     def handled(self) -> int:
-        """How many rows handlers have ended so far and the completer has collected."""
-        return self._handled
+        """How many rows handlers have ended so far, including those whose outcome the completer does not have yet."""
+        with self._changed:
+            return self._handled + max(0, self._ended.qsize() - self._uncounted)
 
     def is_stuck(self) -> bool:
         """Whether the row that waits longest for a handler thread has waited for more than `PATIENCE`."""

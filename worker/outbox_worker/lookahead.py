@@ -29,6 +29,6 @@ class Lookahead:
         elapsed = now - self._looked_at
         has_seen_all = handled - self._handled >= self._threads and elapsed > LOOKAHEAD / 10
         if has_seen_all or elapsed > LOOKAHEAD / 2:
-            self._ahead = min(MOST_AHEAD, int((handled - self._handled) / elapsed * LOOKAHEAD))
+            self._ahead = max(0, min(MOST_AHEAD, int((handled - self._handled) / elapsed * LOOKAHEAD)))
             self._looked_at, self._handled = now, handled
         return self._ahead
