@@ -12,7 +12,7 @@ from outbox_worker.outcome import Outcome, given_back
 
 OVERTIME = 5.0
 """Seconds past its time limit after which an attempt is overdue: its handler is not expected to end."""
-_LOOK = 0.01
+_LOOK = 0.05
 """Seconds between two counts of running handlers, while there is no room for more rows."""
 PATIENCE = 1.0
 """Seconds that a row waits for a handler thread; then all waiting rows are given back, as another worker may have free
@@ -61,6 +61,8 @@ class InFlight:
         self._given_up: list[HeldRow] = []
         """Rows that were given up, including those that are released: their handlers may still run."""
         self._changed = Condition()
+        self._awaited = -1
+        """As many rows without an outcome as the main thread waits for."""
 
     # The main thread.
 
@@ -106,7 +108,9 @@ class InFlight:
         with self._changed:
             # Not by the notification alone: while the completer writes, it collects nothing, and handlers end.
             while (count := self._count_unended()) > unended and (left := deadline - time.monotonic()) > 0:
+                self._awaited = unended
                 self._changed.wait(min(left, _LOOK))
+            self._awaited = -1
             return count
 
     def _count_unended(self) -> int:
@@ -198,7 +202,8 @@ class InFlight:
                     outcomes.append(item)
                 elif outcome := self._collect(item):
                     outcomes.append(outcome)
-            self._changed.notify()
+            if self._count_unended() <= self._awaited:  # each wake-up costs the handlers the interpreter
+                self._changed.notify()
         return outcomes
 
     def collect_again(self) -> list[Outcome]:
