@@ -109,7 +109,7 @@ def retry(ids: tuple[int, ...], task: str | None, *, every: bool, as_json: bool)
     with _database() as connection:
         wanted = letters.ids(connection, task) if every else sorted(set(ids))
         retried = letters.retry(connection, wanted)
-        # What somebody else has retried or discarded since --all looked is no mistake of this operator's.
+        # Rows that another operator has retried or discarded since --all looked are no mistake of this one's.
         others = {} if every else _others(connection, wanted, retried)
     if every and not retried and not as_json:
         click.echo(_none(task))

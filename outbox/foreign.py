@@ -17,7 +17,7 @@ def aside_key(key: str) -> str:
 
 
 class ForeignJobs:
-    """Tells of foreign jobs: once per process and key, and with what to do about them.
+    """Logs foreign jobs: once per process and key, with the remedy.
 
     A job is foreign if its id is not of our form and a hash of its own shows that it is a job of RQ's. An id without
     such a hash means nothing to RQ either, and is dropped.

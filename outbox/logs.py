@@ -26,7 +26,7 @@ Logger = FilteringBoundLogger
 
 _LIBRARIES = {
     **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler"), logging.WARNING),
-    "uvicorn": logging.ERROR,  # it warns of every stranger who does not speak HTTP
+    "uvicorn": logging.ERROR,  # it warns of every client that does not speak HTTP
     "psycopg": logging.ERROR,  # it warns of every connection and every try of an outage, which we log once
 }
 
@@ -62,7 +62,7 @@ class _Handler(logging.Handler):
 
 
 FLOODING = frozenset({"deleted key", "dropped job", "ignored an RQ command"})
-"""Events of which whoever can write to Redis can cause any number, one for a few bytes."""
+"""Events that any client of Redis can cause in any number, one for a few bytes."""
 MOST_OF_A_FLOOD = 100
 """Lines of one of these that are logged in `FLOOD_TIME`."""
 FLOOD_TIME = 60.0
@@ -254,13 +254,13 @@ _writers: list[LogWriter] = []
 
 
 def bind(**fields: object) -> None:
-    """Adds fields to every line that is logged in the current context from now on, whoever logs it."""
+    """Adds fields to every line that is logged in the current context from now on."""
     _bound.set({**_bound.get(), **fields})
 
 
 @contextmanager
 def bound(**fields: object) -> Iterator[None]:
-    """Adds fields to every line that this thread or task logs inside the block, whoever logs it."""
+    """Adds fields to every line that this thread or task logs inside the block."""
     token = _bound.set({**_bound.get(), **fields})
     try:
         yield

@@ -1,8 +1,8 @@
 """Applies `sql/migrations`: each one and its record in one transaction, one process at a time.
 
 The records are in the tables of yoyo, which applied them before. It wrote a migration and its record in two
-transactions and looked up names of host and user in between: whoever was killed there left a database that no later run
-could migrate. Earlier versions can still read these tables, and be used again.
+transactions and looked up names of host and user in between: a run that was killed there left a database that no later
+run could migrate. Earlier versions can still read these tables, and be used again.
 """
 
 import time
@@ -65,7 +65,7 @@ def migrate(database_url: str) -> list[str]:
 def _connect(database_url: str) -> Connection:
     """Opens a connection that a pooler may stand in, and whose statements may take any time."""
     connection = psycopg.connect(database_url, row_factory=dict_row, **postgres.options("outbox migrate", pooled=True))
-    # Whoever has waited for another process must see what that one has applied.
+    # After a wait for another process, the statements must see what that one has applied.
     connection.isolation_level = IsolationLevel.READ_COMMITTED
     return connection
 
@@ -92,7 +92,7 @@ def _create_records(connection: Connection, name: str) -> bool:
     """Makes the tables in which migrations are recorded, where they are not there."""
     with connection.transaction():
         connection.execute(query("unlimit_transaction"))
-        # Whoever may create in our schema could hold a name of these for ever, in a transaction that never ends.
+        # A role that may create in our schema could hold one of these names in a transaction that never ends.
         connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
         connection.execute((sql_folder() / f"{name}.sql").read_bytes())
         _check_owners(connection)  # again: one that was planted meanwhile is visible now that the names are taken

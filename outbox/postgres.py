@@ -62,7 +62,7 @@ LIMITS: dict[str, Any] = {
 
 RECONNECT_TIMEOUT = 1.0
 """Seconds of psycopg_pool's own backoff, which doubles: left at its 300, a pool sleeps for up to 2 minutes after
-Postgres is back. When it gives up, whoever wants a connection next makes it try anew."""
+Postgres is back. When it gives up, the next request for a connection makes it try again."""
 
 
 ANSWER_LIMIT = 20.0

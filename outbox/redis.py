@@ -90,7 +90,7 @@ def check_supported(client: redis.Redis) -> None:
 
 
 def check_server(version: str, mode: str) -> None:
-    """Checks what INFO tells of a server.
+    """Checks the answer of a server to INFO.
 
     Args:
         version: `redis_version`.

@@ -1,4 +1,4 @@
-"""How every process starts and ends: a mistake of whoever set it up is a sentence on stderr and an exit code."""
+"""How every process starts and ends: an operator's mistake becomes a sentence on stderr and an exit code."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ def fail(sentence: str, code: int) -> None:
 
 
 def write_to_stderr(text: str) -> None:
-    """Writes a text, and waits no longer for somebody to read it than for log lines: the process must end."""
+    """Writes a text. Waits for its reader no longer than for the reader of the log: the process must end."""
     writer = LogWriter(sys.stderr)
     writer.write(text)
     writer.drain()

@@ -6,7 +6,7 @@ from threading import Lock
 INTERVAL = 60.0
 """Seconds between two lines of one kind."""
 MOST_KINDS = 1000
-"""Kinds at which all are forgotten: a kind may hold what somebody else has made up."""
+"""Kinds at which all are forgotten: a kind may contain text that another client has made up."""
 
 
 class Tally:

@@ -1,4 +1,4 @@
-"""What a task is: one definition, known to whoever adds rows and to the worker."""
+"""What a task is: one definition, shared by code that adds rows and by the worker."""
 
 import json
 import math

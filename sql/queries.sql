@@ -29,8 +29,8 @@ LISTEN outbox;
 -- name: pin_session
 -- Gives a session the settings that our statements rely on, whatever the database, the role or the environment says; not
 -- for handlers' sessions, whose statements are not ours. Those that a version of Postgres does not know are left out.
--- Whoever vanishes in the middle of a transaction must not hold its locks until TCP notices, and whoever waits for them
--- must not wait for ever. No other limit may end a session of ours; a statement may take longer than we wait for it.
+-- A client that vanishes in the middle of a transaction must not hold its locks until TCP notices, and others must not
+-- wait for them for ever. No other limit may end a session of ours; a statement may take longer than we wait for it.
 -- A claim must see what the transaction that it has waited for has committed.
 -- Times are read and shown in one format; a float has all its digits, and a null in an array is no text.
 -- A plan that is kept, made for a table of a few pages, reads all of it for each id after a bulk insert, until the next
@@ -62,7 +62,7 @@ SELECT pg_catalog.set_config('idle_in_transaction_session_timeout', '30s', false
 
 
 -- name: is_read_only
--- Whether a session may not write: at a standby, or where somebody keeps writes out with default_transaction_read_only.
+-- Whether a session may not write: at a standby, or where an operator keeps writes out with default_transaction_read_only.
 SELECT pg_catalog.current_setting('transaction_read_only')::boolean AS is_read_only;
 
 
@@ -120,7 +120,7 @@ SELECT migration_id FROM _yoyo_migration;
 
 
 -- name: first_migration
--- Whether the tables of the first migration are there, each known by a rule that hardly anybody else's has. The columns of
+-- Whether the tables of the first migration are there, each known by a rule that hardly any other has. The columns of
 -- information_schema have types of its own, which no operator of Postgres' is made for.
 SELECT pg_catalog.count(*) = 3 AS is_applied
 FROM information_schema.table_constraints
@@ -319,7 +319,7 @@ SELECT pg_catalog.set_config('lock_timeout', '100ms', true);
 
 -- name: expired
 -- Rows whose lease has passed, locked until the end of the rescue's transaction. A row that is being renewed or completed
--- at this moment, or that anybody else has locked, is passed over, as are those that Postgres has refused lately.
+-- at this moment, or that another session has locked, is passed over, as are those that Postgres has refused lately.
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
 FROM outbox
 WHERE status = 'running'
@@ -371,7 +371,7 @@ SELECT EXISTS (
 
 
 -- name: unverified_users
--- The next users, by age, who have not verified their address in time, locked to be judged. One whom somebody has locked,
+-- The next users, by age, who have not verified their address in time, locked to be judged. One that is locked already,
 -- as to verify an address or to send a mail, is passed over until the next round.
 SELECT username, created_at::text AS signed_up_at
 FROM users
@@ -486,7 +486,7 @@ FROM locked LEFT JOIN claimed USING (id);
 
 
 -- name: lock_free
--- Locks those rows that nobody else has locked, until the end of the transaction: a claim that was refused is repeated
+-- Locks those rows that no other session has locked, until the end of the transaction: a claim that was refused is repeated
 -- with these.
 SELECT id FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED;
 
@@ -494,7 +494,7 @@ SELECT id FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKI
 -- name: renew_leases
 -- Keeps the leases of all that a worker runs. As in every statement that is given ids, the rows are found by their ids
 -- alone and judged once they are locked: a planner that believes that hardly any row is running would else read all
--- running rows for every id. A row that somebody else has locked waits for the next time, and holds up no other.
+-- running rows for every id. A row that another session has locked waits for the next time, and holds up no other.
 -- The delivery alone does not name an attempt: after a restore of the table it comes again, in another worker.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, status, worker FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
@@ -511,7 +511,7 @@ RETURNING id AS row_id, delivery AS number;
 
 -- name: complete
 -- Writes the outcomes of a batch of attempts; returns the rows that were still this worker's to write, under this
--- delivery, and that nobody else had locked.
+-- delivery, and that no other session had locked.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, status AS before, worker
     FROM outbox
@@ -651,12 +651,12 @@ SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 
 
 -- name: open_verifications
--- Whom verification mails go to, and the verification of each outbox row unless its user needs none any more: the same
+-- The recipients of verification mails, and the verification of each outbox row unless its user needs none any more: the same
 -- one at every attempt, open for its full time from the latest. And Postgres' time, which the mails bear.
 -- Ids of outbox rows come again, after a restore for one: a verification that is found under one is taken only if it is
 -- this user's, for the address that the user has now, and not used. Else the row gets none here.
 -- OFFSET 0 has each user looked up by name: for some hundred names, the planner would read all users.
--- A user whom somebody has locked is found without an email, and waits for another time: the foreign key's check would
+-- A user that another transaction has locked is found without an email, and waits for another time: the foreign key's check would
 -- wait for this lock, and all others' mails with it. Other locks are waited for no longer than a quarter of a second.
 WITH recipient AS MATERIALIZED (
     SELECT outbox_id, username, full_name, email, is_email_verified
@@ -699,8 +699,8 @@ UPDATE verify_emails SET outbox_id = NULL WHERE id = ANY (ARRAY(SELECT id FROM s
 
 
 -- name: find_verification
--- The verification whose link was opened; and whether it is for the address that its user has. It locks nothing: anybody
--- may ask for any id.
+-- The verification whose link was opened; and whether it is for the address that its user has. It locks nothing: any
+-- client may ask for any id.
 SELECT verification.id, username, verification.email, is_used, expired_at <= pg_catalog.now() AS is_expired,
        verification.email = users.email AS is_current
 FROM verify_emails AS verification JOIN users USING (username)

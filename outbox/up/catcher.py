@@ -102,7 +102,7 @@ def link(mail: EmailMessage) -> str | None:
 def _keep(folder: PrivateFolder, recipient: str, content: bytes) -> Path:
     name = re.sub(r"[^A-Za-z0-9@._+-]", "_", recipient)[:100]
     stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{name}"
-    # Whoever watches the folder sees whole mails only.
+    # A program that watches the folder sees only whole mails.
     unfinished, file = f"{stem}.unfinished", f"{stem}.eml"
     with os.fdopen(folder.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as output:
         output.write(content)

@@ -47,7 +47,7 @@ def spawn(
         command: the program and its arguments: strings and paths.
         output: takes standard output and standard error.
         environment: its environment; the parent's unless given.
-        user: `subprocess.Popen`'s arguments that make it run as somebody else, or with another umask.
+        user: `subprocess.Popen`'s arguments that make it run as another user, or with another umask.
 
     Raises:
         StartError: the system refuses to run the program.

@@ -67,7 +67,7 @@ def embedded_postgres(
         folder: where its data is, or comes to be; made if need be. One server at a time per folder.
         settings: parameters as in `fsync=off`.
         environment: of the server; the parent's unless given.
-        supervisor: whom to tell about its processes, and who may cut waits short.
+        supervisor: notes its processes, and may cut waits short.
 
     Yields:
         The server, once it answers.
@@ -110,7 +110,7 @@ def embedded_redis(
     Args:
         folder: where its socket and log are; made if need be. One server at a time per folder.
         settings: lines as in `redis.conf`, such as `maxmemory 100mb`.
-        supervisor: whom to tell about its process, and who may cut waits short.
+        supervisor: notes its process, and may cut waits short.
 
     Yields:
         The server, once it answers.

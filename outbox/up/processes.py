@@ -59,7 +59,7 @@ class Program:
         Raises:
             StartError: the system refuses to run Python.
         """
-        # The current folder may hold somebody else's `outbox`; only handlers of one's own are imported from there.
+        # The current folder may hold another `outbox`; only the user's own handlers are imported from there.
         has_handlers = self.name == "worker" and self._environment.get("OUTBOX_HANDLERS")
         command = [sys.executable, *([] if has_handlers else ["-P"]), "-m", "outbox", self.name]
         self.process = spawn(self._supervisor, self.name, command, subprocess.PIPE, environment=self._environment)

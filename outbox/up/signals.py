@@ -8,7 +8,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818 - it says what was asked for, and is no error
-    """Somebody asked this process to stop."""
+    """This process was asked to stop."""
 
 
 def wait_unless_stopped(stop: Stop, seconds: float) -> None:

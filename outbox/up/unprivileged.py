@@ -1,4 +1,4 @@
-"""Postgres refuses to run as root: as whom it runs then, and what that user must be able to reach."""
+"""Postgres refuses to run as root: the user that it runs as then, and what that user must be able to reach."""
 
 import os
 import pwd
@@ -21,7 +21,7 @@ def is_root() -> bool:
 
 
 def make_own(folder: Path) -> Mapping[str, Any]:
-    """Says as whom Postgres runs on a data folder, and hands the folder over where it is root's.
+    """Returns the user that Postgres runs as on a data folder, and gives that user the folder if it is root's.
 
     Args:
         folder: an existing folder.

@@ -25,7 +25,7 @@ _NO_ROWS_FAULT = ("42501", "53", "58")
 class LeftOut(Generic[K]):
     """Rows that Postgres has refused by themselves. A duty leaves them out for a while, and does it for the others.
 
-    So may be refused what a trigger raises for, what somebody's foreign key holds, or what meets a lock each time.
+    A trigger may raise for them, a foreign key may hold them, or each try may meet a lock.
     """
 
     def __init__(self, event: str, seconds: float, *, field: str = "rows") -> None:

@@ -40,7 +40,7 @@ is offered again."""
 TOGETHER = 0.1
 """Seconds that a look may come early for a poll, so that one look serves all that are due about now."""
 REPAIR_INTERVAL = 10.0
-"""Seconds between two looks for strangers' keys; whatever one of them makes fail, repairs at once."""
+"""Seconds between two looks for foreign keys. A duty that fails because of one repairs at once."""
 TELL_INTERVAL = 60.0
 """Seconds between two looks for rows that nobody will hand over, or take from Redis."""
 

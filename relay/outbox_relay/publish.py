@@ -22,7 +22,7 @@ HASH_TTL = 86_400
 """Seconds that a job's hash may outlive its id. Only ids matter to us; this keeps lost ones from filling Redis."""
 
 TEMPLATE = "outbox:template"
-"""The key of a job that others are copied from, for the time of a script. Not among RQ's: it may be somebody's job."""
+"""The key of a job that others are copied from, for the time of a script. Not among RQ's: a foreign job may have it."""
 
 _SLICE = 1000
 """Rows that one run of the script writes: Redis does nothing else meanwhile."""
@@ -30,7 +30,7 @@ _SLICE = 1000
 _OWN_FIELDS = frozenset({"data", "description", "timeout", "status"})
 
 # All jobs of a slice are copies of one, with its time to live, and then get the fields that are their own. A copy
-# replaces whatever a stranger keeps under the job's name. RQ reads data that is not compressed as well.
+# replaces a foreign key with the job's name. RQ reads data that is not compressed as well.
 _WRITE = """
 local queues, queue, schedule, template = unpack(KEYS)
 local prefix, ttl, called, shared = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])

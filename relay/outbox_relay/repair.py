@@ -1,4 +1,4 @@
-"""Making sure that Redis can serve: it takes writes, and no stranger's key stands where one of ours belongs."""
+"""Makes sure that Redis can serve: it takes writes, and no foreign key has the name of one of ours."""
 
 import redis
 from rq.queue import Queue

@@ -24,11 +24,11 @@ POPPING_LIMIT = 300.0
 """Seconds after its hand-over for which a job may be on a stock RQ worker's intermediate list; then that one died."""
 
 LATENESS = 1.0
-"""Seconds that a job may be scheduled after its row's time; a stranger may have put it off for ever."""
+"""Seconds that a job may be scheduled after its row's time; another client may have put it off for ever."""
 
 MOVING_LIMIT = 60.0
 """Seconds after its row's time, and its hand-over, for which a job may be scheduled: a relay that serves its queue has
-moved it by then, unless a stranger has changed which queue that is."""
+moved it by then, unless another client has changed its queue."""
 
 CLOCK_ERROR = 60.0
 """Seconds ahead at which no row can have been handed over: the server's clock was set back since."""

@@ -81,7 +81,7 @@ async def open_verification_link(
     wants_json = _wants_json(request)
     found, username, email = await store.verify(email_id, secret_code, use=wants_json)
     if found is Verification.VALID and not wants_json:
-        # Somebody else may have signed up with the reader's address.
+        # Another person may have signed up with the reader's address.
         text = f"One click, and the account {username} gets the confirmed address {email}."
         text += " If you did not sign up, close this page: somebody else has the account's password."
         return page("Verify your email address", text, with_button=True)

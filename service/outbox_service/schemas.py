@@ -64,7 +64,7 @@ def _in_utc(time: datetime) -> datetime:
 
 
 class User(BaseModel):
-    """A user, as the API tells of one: never with the password's hash."""
+    """A user as the API shows it: without the password's hash."""
 
     username: str
     full_name: str

@@ -36,7 +36,7 @@ class Addresses:
         self._host = host
         self._port = port
         self._known: list[Address] = []
-        """The latest answer; one that comes too late for whoever asked is there for the next."""
+        """The latest answer; one that comes too late for its caller serves the next."""
         self._asked: Future[list[Address]] | None = None
         self._works: Address | None = None
         self._failures: dict[Address, int] = {}
@@ -100,7 +100,7 @@ class OwnName:
     """What this machine calls itself to a mail server. Safe to share between threads."""
 
     def __init__(self, given: str | None) -> None:
-        """Takes the name, if somebody has set it; else it is looked up, once."""
+        """Takes the name if it is set; else it is looked up, once."""
         self._given = given
         self._found: Future[str] | None = None
         self._patience = OWN_NAME_LIMIT

@@ -68,7 +68,7 @@ def _attempt(claim: Claim, registry: Registry, context: Context, unhandled_grace
         # A payload or a mail server may have made the text long, or put into it what Postgres cannot store.
         return _dead(claim, _sentence(error), error)
     except NotNowError as error:
-        # No line: whoever finds a server away says so once, and each of its rows would say it again.
+        # No line: the outage is logged once, and each of its rows would log it again.
         return Attempted(Outcome(claim.delivery, Status.PENDING, claim.attempt - 1, NOT_NOW_DELAY, _text(error)), None)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler must end neither the thread nor the row
         return _failed(claim, error)

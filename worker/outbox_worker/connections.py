@@ -50,7 +50,7 @@ class Connections:
         """Why the server is away, if it is."""
         self._try_at = 0.0
         self._is_tried = False
-        """Whether somebody tries a server that is away."""
+        """Whether a thread tries a server that is away."""
         self._refusals = 0
         """How often in a row it was tried and has refused us with 5xx."""
         self._lock = Lock()
@@ -126,7 +126,7 @@ class Connections:
         return opened
 
     def _wait(self, waiting: "_Waiting", gives_up_at: float) -> Smtp | None:
-        """Returns a connection that somebody has put back, or nothing where it is worth another look."""
+        """Returns a connection that another thread has put back, or None where it is worth another look."""
         if not waiting.wait(max(0.0, gives_up_at - time.monotonic())):
             with self._lock:
                 if not waiting.is_over:
@@ -154,7 +154,7 @@ class Connections:
         if self._away is None or self._is_tried:  # else it has failed along with others
             is_refusal = error.reply.startswith("5")
             self._refusals += is_refusal
-            if is_refusal and self._refusals == 1:  # nothing that a retry alone would mend: somebody must look
+            if is_refusal and self._refusals == 1:  # a retry alone does not help: an operator must look
                 logs.get().error("mail server refuses us", refused=error.refused, reply=error.reply)
             backoff = min(LONGEST_BACKOFF, 2 ** max(0, self._refusals - 1))
             self._try_at = time.monotonic() + self._outage.away(error) * backoff
@@ -213,7 +213,7 @@ class Connections:
 
 
 class _Waiting:
-    """Somebody who waits for a connection, on a bare lock: an `Event` costs several times as much."""
+    """A thread that waits for a connection, on a bare lock: an `Event` costs several times as much."""
 
     def __init__(self) -> None:
         self.is_over = False

@@ -112,7 +112,7 @@ class Mailer:
                 raise failed
 
     def _offer(self, smtp: Smtp, recipient: str) -> Reply:
-        """Says whom the mail is from, and returns the answer.
+        """Sends the sender's address, and returns the answer.
 
         Where the server lets us, it says in the same breath what `_transfer` would say next, and finds answered
         there: of a mail's four waits for the server, two are left (RFC 2920).

@@ -121,7 +121,7 @@ def refusal(refused: Refused, code: int, text: bytes | str) -> MailError:
     if fault_of(refused, code, text if isinstance(text, bytes) else text.encode()) == "server":
         return MailServerError(sentence, refused, reply)
     if code >= 500:
-        # Nothing that a retry alone would mend, and nothing that says it is the recipient's fault: somebody must look.
+        # A retry alone does not help, and the recipient is not at fault: an operator must look.
         logs.get().error("mail server refuses us", refused=refused, reply=reply)
     return MailError(sentence)
 

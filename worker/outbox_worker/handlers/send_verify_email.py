@@ -36,7 +36,7 @@ class VerificationError(OutboxError):
 
 
 class Recipient(NamedTuple):
-    """Whom a row wants to send the mail to."""
+    """The user whom a row's mail goes to."""
 
     row_id: int
     username: str
@@ -76,7 +76,7 @@ class _VerificationMail:
         Raises:
             SkipRetry: the user is gone, or the mail server says that the mailbox will never do.
             VerificationError: another row has taken this one's verification.
-            NotNowError: somebody has the user locked, or Postgres cannot open the verification now.
+            NotNowError: another transaction has the user locked, or Postgres cannot open the verification now.
             MailError: the mail server does not take the mail now.
         """
         found = self._open(Recipient(context.row_id, payload.username), context)
@@ -162,7 +162,7 @@ def compose(
 ) -> Message:
     """Returns the mail. No line break gets into a header, and the name is in the body alone.
 
-    It says which account a click confirms: whoever has signed up with somebody else's address knows its password.
+    It says which account a click confirms: a person who signs up with another's address knows its password.
 
     Args:
         settings: for the sender, the service's host and the link's lifetime.
