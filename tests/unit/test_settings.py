@@ -385,7 +385,7 @@ def test_a_key_needs_its_password(password: str, certificate: str, environment: 
 def test_the_service_does_not_import_redis() -> None:
     """It never talks to Redis, and reads its settings without the client's memory and time."""
     code = (
-        "import sys, service.__main__, outbox.settings as s; s.ServiceSettings.from_environment();"
+        "import sys, outbox_service.main, outbox.settings as s; s.ServiceSettings.from_environment();"
         "sys.exit('redis' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
