@@ -80,11 +80,11 @@ migrate: setup
 
 # Run Postgres alone, and print the DATABASE_URL to export
 postgres: setup
-    @{{ bin }}/python -m outbox.up.alone postgres
+    @{{ bin }}/python -m outbox.devstack.single_server postgres
 
 # Run Redis alone, and print the REDIS_URL to export
 redis: setup
-    @{{ bin }}/python -m outbox.up.alone redis
+    @{{ bin }}/python -m outbox.devstack.single_server redis
 
 # Pin the newest versions that pyproject.toml allows, with hashes, for every platform
 lock: setup

@@ -16,7 +16,7 @@ from bench.measure import Figure
 from bench.results import load_average, results
 from bench.stage import Bench, open_bench
 from bench.table import tables
-from outbox import logs
+from outbox.runtime import logs
 
 PARTS = ("relay", "schedule", "noop", "sleep", "mails", "wait", "api", "idle", "scale")
 _ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
 from typing import Any
 
 import outbox
-from outbox import start
+from outbox.runtime import process
 from outbox_service.main import main
 from outbox_service.wakeup import Wakeup
 
@@ -20,7 +20,7 @@ def bare() -> None:
     """Runs the service."""
     outbox.add = _add_nothing  # type: ignore[assignment]
     Wakeup.hint = _hint_nobody  # type: ignore[method-assign, assignment]
-    start.run(main)
+    process.run(main)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from html import escape
 import redis
 from rq import SimpleWorker
 
-from outbox.settings import WorkerSettings
+from outbox.runtime.settings import WorkerSettings
 
 QUEUE = "plain"
 

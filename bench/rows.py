@@ -16,10 +16,9 @@ from rq_scheduler import Scheduler
 
 from bench.process import Process
 from bench.stage import Bench
-from outbox import postgres
-from outbox import redis as outbox_redis
-from outbox.jobs import queue_key
-from outbox.settings import RelaySettings
+from outbox.rq_jobs import queue_key
+from outbox.runtime import postgres, redis_connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 
 QUEUE = "default"
@@ -71,7 +70,7 @@ def hand_over(bench: Bench, queue: str = QUEUE) -> None:
     settings = RelaySettings(database_url=bench.database_url, redis_url=bench.redis_url, window=AMPLE_WINDOW)
     with (
         postgres.connect(bench.database_url, "bench") as connection,
-        outbox_redis.connect(bench.redis_url, "bench") as client,
+        redis_connection.connect(bench.redis_url, "bench") as client,
     ):
         while publish(connection, client, queue, settings):
             pass

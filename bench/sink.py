@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from outbox.up.unprivileged import is_root
+from outbox.devstack.unprivileged import is_root
 from tests.support.mailbox import free_port
 
 _START_LIMIT = 10.0

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from bench.measure import Figure
 from bench.process import Process
-from outbox.migrate import migrate
-from outbox.up.embedded import embedded_postgres, embedded_redis
+from outbox.devstack.embedded import embedded_postgres, embedded_redis
+from outbox.runtime.migrations import migrate
 
 _OURS = ("OUTBOX_", "DATABASE_URL", "REDIS_URL", "SMTP_", "MAIL_", "HTTP_SERVER", "PUBLIC_URL", "VERIFY_", "LOG_")
 _PEER_LIMIT = 180.0

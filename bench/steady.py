@@ -18,7 +18,7 @@ from rich.console import Console
 
 from bench.handlers import NOOP
 from bench.stage import Bench, open_bench
-from outbox import logs
+from outbox.runtime import logs
 
 _ADD_EVERY = 0.1
 _LOOK_EVERY = 5.0

@@ -3,7 +3,7 @@
 from outbox.add import add
 from outbox.context import Context
 from outbox.errors import OptionError, OutboxError, PayloadError, SkipRetry, TaskError
-from outbox.registry import Handler, handler
+from outbox.handler import Handler, handler
 from outbox.task import Task
 
 __all__ = [

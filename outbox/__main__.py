@@ -2,7 +2,7 @@
 
 import sys
 
-from outbox.start import PROCESSES, run, run_process
+from outbox.runtime.process import PROCESSES, run, run_process
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
         run_process(name, arguments)
         return
     # Not before: a process needs none of it in its memory.
-    from outbox.commands import outbox  # noqa: PLC0415
+    from outbox.cli.commands import outbox  # noqa: PLC0415
 
     run(outbox.main)
 

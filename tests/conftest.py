@@ -12,11 +12,10 @@ import psycopg.sql
 import pytest
 import redis
 
-from outbox import postgres
-from outbox import redis as outbox_redis
-from outbox.migrate import migrate
-from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
-from outbox.up.embedded import EmbeddedServer, embedded_postgres, embedded_redis
+from outbox.devstack.embedded import EmbeddedServer, embedded_postgres, embedded_redis
+from outbox.runtime import postgres, redis_connection
+from outbox.runtime.migrations import migrate
+from outbox.runtime.settings import RelaySettings, ServiceSettings, WorkerSettings
 from tests.support import faked_clock
 from tests.support.databases import Databases
 from tests.support.mailbox import Mailbox, serve_mailbox
@@ -132,7 +131,7 @@ def connection(database_url: str) -> Iterator[Connection]:
 @pytest.fixture
 def redis_url(session_redis_url: str) -> str:
     """An emptied Redis."""
-    with outbox_redis.connect(session_redis_url, "test") as client:
+    with redis_connection.connect(session_redis_url, "test") as client:
         client.flushdb()
         client.delete("rq:suspended")
     return session_redis_url
@@ -141,7 +140,7 @@ def redis_url(session_redis_url: str) -> str:
 @pytest.fixture
 def redis_client(redis_url: str) -> Iterator[redis.Redis]:
     """A client of it."""
-    with outbox_redis.connect(redis_url, "test") as client:
+    with redis_connection.connect(redis_url, "test") as client:
         yield client
 
 

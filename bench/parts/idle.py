@@ -22,8 +22,8 @@ import redis
 
 from bench.measure import OURS, Figure
 from bench.stage import Bench
-from outbox.migrate import migrate
-from outbox.up.embedded import embedded_postgres
+from outbox.devstack.embedded import embedded_postgres
+from outbox.runtime.migrations import migrate
 from tests.support.mailbox import free_port
 
 _MODULES = ("service", "relay", "worker")

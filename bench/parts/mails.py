@@ -12,7 +12,7 @@ from bench.measure import OURS, Figure
 from bench.rows import hand_over, seconds_to_work_off
 from bench.sink import open_sink
 from bench.stage import Bench
-from outbox.tasks import SEND_VERIFY_EMAIL
+from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL
 from tests.support.processes import add_users
 
 _ONE, _TWO = "one worker", "two workers"

@@ -32,7 +32,7 @@ from bench.plain_rq import QUEUE, send
 from bench.process import Process
 from bench.stage import Bench
 from outbox.queries import query
-from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox_service.wakeup import DEBOUNCE
 
 POLLING, PLAIN = "polling alone", "RQ after the commit"

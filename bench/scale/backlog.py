@@ -7,9 +7,8 @@ from bench.fill import add_pending
 from bench.measure import Figure
 from bench.scale.lives import QUEUE, batches_of_a_window, live, settings_of
 from bench.stage import Bench
-from outbox import postgres
-from outbox import redis as outbox_redis
-from outbox.migrate import migrate
+from outbox.runtime import postgres, redis_connection
+from outbox.runtime.migrations import migrate
 
 _PARTS = (50, 5)
 """How many times smaller than the longest the others are."""
@@ -30,7 +29,7 @@ def of_backlogs(bench: Bench, longest: str, length: int) -> Figure:
     databases[length] = longest
     names = {rows: f"{rows:,} pending rows" for rows in databases}
     with ExitStack() as stack:
-        client = stack.enter_context(outbox_redis.connect(bench.redis_url, "bench"))
+        client = stack.enter_context(redis_connection.connect(bench.redis_url, "bench"))
         connections = {rows: stack.enter_context(postgres.connect(url, "bench")) for rows, url in databases.items()}
 
         def one_run(rows: int) -> Callable[[], float]:

@@ -9,9 +9,8 @@ import outbox
 from bench.measure import OURS, Figure
 from bench.scale.lives import live, settings_of
 from bench.stage import Bench
-from outbox import postgres
-from outbox import redis as outbox_redis
-from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox.runtime import postgres, redis_connection
+from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
 
 _WAL = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
 _SIZES = "SELECT pg_table_size('outbox'), pg_indexes_size('outbox')"
@@ -42,7 +41,7 @@ def _bytes(bench: Bench) -> tuple[float, float, float]:
     rows = batches * settings.batch
     with (
         postgres.connect(bench.database_url, "bench") as connection,
-        outbox_redis.connect(bench.redis_url, "bench") as client,
+        redis_connection.connect(bench.redis_url, "bench") as client,
     ):
         connection.execute("ALTER TABLE outbox SET (autovacuum_enabled = false)")
         connection.execute("CHECKPOINT")

@@ -19,9 +19,9 @@ from bench.process import Process
 from bench.rows import add_rows, seconds_to_do
 from bench.scale.lives import settings_of
 from bench.stage import Bench
-from outbox.jobs import queue_key
-from outbox.migrate import migrate
 from outbox.queries import query
+from outbox.rq_jobs import queue_key
+from outbox.runtime.migrations import migrate
 
 _QUEUES = ("critical", "default")
 _NUMBERS = (1, 2, 4)

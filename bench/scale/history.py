@@ -10,9 +10,8 @@ from bench.fill import add_done, add_pending, clone
 from bench.measure import Figure
 from bench.scale.lives import CLAIMED_AT_ONCE, batches_of_a_window, live, settings_of
 from bench.stage import Bench
-from outbox import postgres
-from outbox import redis as outbox_redis
-from outbox.migrate import migrate
+from outbox.runtime import postgres, redis_connection
+from outbox.runtime.migrations import migrate
 
 
 def histories(bench: Bench, million: int) -> dict[int, str]:
@@ -40,7 +39,7 @@ def of_histories(bench: Bench, databases: dict[int, str]) -> list[Figure]:
         connections = {
             millions: stack.enter_context(postgres.connect(url, "bench")) for millions, url in databases.items()
         }
-        client = stack.enter_context(outbox_redis.connect(bench.redis_url, "bench"))
+        client = stack.enter_context(redis_connection.connect(bench.redis_url, "bench"))
 
         def one_run(millions: int) -> Callable[[], float]:
             def run() -> float:

@@ -8,10 +8,10 @@ from typing import Any
 import redis
 
 from bench.stage import Bench
-from outbox.jobs import Delivery
-from outbox.postgres import Connection
 from outbox.queries import query
-from outbox.settings import RelaySettings
+from outbox.rq_jobs import Delivery
+from outbox.runtime.postgres import Connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 from outbox_worker.claim import claim
 

@@ -6,10 +6,10 @@ from typing import Generic, TypeVar
 
 import psycopg
 
-from outbox import logs, postgres
-from outbox.batch import BatchSize
-from outbox.outage import one_line
-from outbox.postgres import Connection
+from outbox.runtime import logs, postgres
+from outbox.runtime.batch_size import BatchSize
+from outbox.runtime.postgres import Connection
+from outbox.runtime.redaction import one_line
 
 T = TypeVar("T")
 K = TypeVar("K", int, str)

@@ -10,10 +10,10 @@ from typing import Self
 import psycopg
 import redis
 
-from outbox import postgres
-from outbox.postgres import Connection
 from outbox.queries import query
-from outbox.settings import RelaySettings
+from outbox.runtime import postgres
+from outbox.runtime.postgres import Connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 
 SPELL = 0.25

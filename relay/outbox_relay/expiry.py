@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from outbox import logs
-from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.runtime import logs
+from outbox.runtime.postgres import Connection
 from outbox_relay.batches import Batches
 
 BATCH = 200

@@ -5,8 +5,8 @@ from functools import partial
 
 import redis
 
-from outbox.postgres import Connection
-from outbox.settings import RelaySettings
+from outbox.runtime.postgres import Connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.batches import Batches
 from outbox_relay.drain import Drain
 from outbox_relay.publish import publish

@@ -10,15 +10,15 @@ from typing import Any
 
 import psycopg
 
-from outbox import logs, pooler, postgres
-from outbox import redis as outbox_redis
 from outbox.backoff import reconnect_delay
-from outbox.installation import Installation
-from outbox.outage import Outage, one_line
-from outbox.postgres import Connection
 from outbox.queries import query
-from outbox.settings import RelaySettings
-from outbox.stop import Stop
+from outbox.runtime import logs, pooler, postgres, redis_connection
+from outbox.runtime.installation import Installation
+from outbox.runtime.outage import Outage
+from outbox.runtime.postgres import Connection
+from outbox.runtime.redaction import one_line
+from outbox.runtime.settings import RelaySettings
+from outbox.runtime.stop import Stop
 from outbox_relay.clock import Clock
 from outbox_relay.drain import Drain
 from outbox_relay.expiry import Expiry
@@ -28,7 +28,7 @@ from outbox_relay.rescue import IMPOSSIBLE_LEASE, Rescue
 from outbox_relay.retention import Retention
 from outbox_relay.schedule import Schedule
 from outbox_relay.sweep import CLOCK_ERROR, Sweep
-from outbox_relay.unserved import tell_of_unserved_queues
+from outbox_relay.unserved_queues import tell_of_unserved_queues
 
 UNHEARD_INTERVAL = 1.0
 """Seconds between two polls, at most, where no hint can be heard."""
@@ -85,7 +85,7 @@ class Relay:
         self._redis = Outage("Redis")
         self._redis_retry_at = 0.0
         self._redis_checked = False
-        self._client = outbox_redis.connect(settings.redis_url, "outbox-relay")
+        self._client = redis_connection.connect(settings.redis_url, "outbox-relay")
         self._installation = Installation(self._client)
         self._schedule = Schedule(self._client, list(settings.queues))
         self._clock = Clock()
@@ -220,13 +220,13 @@ class Relay:
             return wait
         try:
             if not self._redis_checked:
-                outbox_redis.check_supported(self._client)
+                redis_connection.check_supported(self._client)
                 self._repair(connection)
                 self._redis_checked = True
             again = duty.step(connection)
-        except outbox_redis.AWAY as error:
+        except redis_connection.AWAY as error:
             self._redis_checked = False  # it may come back as another
-            outbox_redis.drop_connections(self._client)
+            redis_connection.drop_connections(self._client)
             delay = self._redis.away(error)
             self._redis_retry_at = time.monotonic() + delay
             return delay
@@ -297,8 +297,8 @@ class Relay:
         return REPAIR_INTERVAL
 
     def _reconnect(self, _: Connection) -> float:
-        outbox_redis.drop_connections(self._client)
-        return outbox_redis.LIFETIME
+        redis_connection.drop_connections(self._client)
+        return redis_connection.LIFETIME
 
     def _tell_of_unserved_queues(self, connection: Connection) -> float:
         tell_of_unserved_queues(connection, self._settings)

@@ -1,8 +1,8 @@
 """`outbox relay`: one relay, configured by the environment, stopped by SIGTERM."""
 
-from outbox import encryption, logs, redis_url
-from outbox.settings import RelaySettings
-from outbox.stop import Stop
+from outbox.runtime import encryption, logs, redis_url
+from outbox.runtime.settings import RelaySettings
+from outbox.runtime.stop import Stop
 from outbox_relay.loop import Relay
 
 

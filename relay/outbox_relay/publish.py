@@ -9,12 +9,12 @@ from rq.job import Job
 from rq.queue import Queue
 from rq.utils import now as rq_now
 
-from outbox import logs
-from outbox.jobs import OutboxJob, deliver, queue_key
-from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.row import named
-from outbox.settings import RelaySettings
+from outbox.rq_jobs import OutboxJob, deliver, queue_key
+from outbox.runtime import logs
+from outbox.runtime.postgres import Connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.repair import CANARY
 from outbox_relay.schedule import SCHEDULED_JOBS
 

@@ -4,8 +4,8 @@ import redis
 from rq.queue import Queue
 from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
-from outbox import installation, logs
-from outbox.jobs import intermediate_key, queue_key
+from outbox.rq_jobs import intermediate_key, queue_key
+from outbox.runtime import installation, logs
 from outbox_relay.schedule import SCHEDULED_JOBS
 
 CANARY = "outbox:canary"

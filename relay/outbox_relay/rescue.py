@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import psycopg
 
-from outbox import logs, postgres
 from outbox.backoff import retry_delay
 from outbox.errors import OutboxError
-from outbox.halving import write_by_halves
-from outbox.jobs import Delivery
-from outbox.outage import one_line
-from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.row import Status, named
-from outbox.settings import LONGEST_LEASE
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs, postgres
+from outbox.runtime.halving import write_by_halves
+from outbox.runtime.postgres import Connection
+from outbox.runtime.redaction import one_line
+from outbox.runtime.settings import LONGEST_LEASE
 
 BATCH = 1000
 SETTLING_TIME = 2.0

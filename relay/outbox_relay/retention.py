@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from outbox.postgres import Connection
 from outbox.queries import query
-from outbox.settings import RelaySettings
+from outbox.runtime.postgres import Connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.batches import Batches
 
 BATCH = 1000

@@ -5,8 +5,8 @@ from rq.job import Job
 from rq.queue import Queue
 from rq_scheduler import Scheduler
 
-from outbox.foreign import KEPT, ForeignJobs, aside_key
-from outbox.jobs import OutboxJob
+from outbox.rq_jobs import OutboxJob
+from outbox.runtime.foreign_jobs import KEPT, ForeignJobs, aside_key
 
 SCHEDULED_JOBS = Scheduler.scheduled_jobs_key
 

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import redis
 
-from outbox import logs
-from outbox.batch import BatchSize
-from outbox.halving import write_by_halves
-from outbox.jobs import Delivery, intermediate_key, queue_key
-from outbox.postgres import Connection
 from outbox.queries import query
-from outbox.redis import TooLongError
 from outbox.row import named
-from outbox.settings import RelaySettings
+from outbox.rq_jobs import Delivery, intermediate_key, queue_key
+from outbox.runtime import logs
+from outbox.runtime.batch_size import BatchSize
+from outbox.runtime.halving import write_by_halves
+from outbox.runtime.postgres import Connection
+from outbox.runtime.redis_connection import TooLongError
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.batches import LeftOut
 from outbox_relay.repair import CANARY, drop_long_ids
 from outbox_relay.schedule import SCHEDULED_JOBS

@@ -10,8 +10,8 @@ from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import RedocRenderPlugin
 
-from outbox.outage import Outage
-from outbox.settings import ServiceSettings
+from outbox.runtime.outage import Outage
+from outbox.runtime.settings import ServiceSettings
 from outbox_service import links, probes, problems, users
 from outbox_service.passwords import Passwords
 from outbox_service.pool import create_pool

@@ -1,10 +1,10 @@
 """`outbox service`: one API process, configured by the environment, stopped by SIGTERM."""
 
-from outbox import encryption, logs, pooler, postgres
-from outbox.endpoints import Address
-from outbox.outage import Outage
-from outbox.settings import ServiceSettings
-from outbox.stop import Stop
+from outbox.runtime import encryption, logs, pooler, postgres
+from outbox.runtime.endpoints import Address
+from outbox.runtime.outage import Outage
+from outbox.runtime.settings import ServiceSettings
+from outbox.runtime.stop import Stop
 from outbox_service.server import create_server, listen
 
 

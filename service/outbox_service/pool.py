@@ -9,10 +9,10 @@ from psycopg.abc import PQGen
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from outbox import postgres
-from outbox.outage import Outage
 from outbox.queries import query
-from outbox.settings import ServiceSettings
+from outbox.runtime import postgres
+from outbox.runtime.outage import Outage
+from outbox.runtime.settings import ServiceSettings
 
 T = TypeVar("T")
 

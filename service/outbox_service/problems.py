@@ -10,9 +10,9 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.types import ExceptionHandlersMap
 
-from outbox import logs, postgres
 from outbox.errors import NotMigratedError, OutboxError, UnsupportedDatabaseError
-from outbox.outage import one_line
+from outbox.runtime import logs, postgres
+from outbox.runtime.redaction import one_line
 from outbox_service.passwords import BusyError
 from outbox_service.schemas import MAX_BODY, CreateUser, Problem, Violation
 from outbox_service.store import TakenError

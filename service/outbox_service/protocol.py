@@ -11,11 +11,11 @@ from uuid import uuid4
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from outbox import logs
-from outbox.tally import Tally
+from outbox.runtime import logs
+from outbox.runtime.tally import Tally
 from outbox_service.framing import MAX_HEAD, FramedConnection
 from outbox_service.problems import MEDIA_TYPE, RETRY_AFTER, problem_content
-from outbox_service.requests import HEADER
+from outbox_service.request_log import HEADER
 
 HEAD_TIME = 10.0
 """Seconds from the first byte of a head to its end."""

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from outbox import open_files
-from outbox.endpoints import Address
 from outbox.errors import StartError
-from outbox.outage import Outage
-from outbox.settings import ServiceSettings
-from outbox.stop import Stop
+from outbox.runtime import open_files
+from outbox.runtime.endpoints import Address
+from outbox.runtime.outage import Outage
+from outbox.runtime.settings import ServiceSettings
+from outbox.runtime.stop import Stop
 from outbox_service.app import create_app
 from outbox_service.protocol import IDLE_TIME, limited_protocol
-from outbox_service.requests import RequestLog
+from outbox_service.request_log import RequestLog
 
 _RESERVE = 40
 """Descriptors for what is neither a client's nor Postgres': the log, the listener, the loop, and Python's own."""

@@ -10,13 +10,14 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool
 
 import outbox
-from outbox import logs, postgres
 from outbox.errors import OutboxError
-from outbox.outage import Outage, one_line
 from outbox.queries import query
-from outbox.settings import ServiceSettings
-from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
-from outbox.verification import is_secret_code
+from outbox.runtime import logs, postgres
+from outbox.runtime.outage import Outage
+from outbox.runtime.redaction import one_line
+from outbox.runtime.settings import ServiceSettings
+from outbox.signup.secret_code import is_secret_code
+from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox_service.pool import AsyncConnection, check_writable
 from outbox_service.schemas import CreateUser, User
 from outbox_service.wakeup import Wakeup

@@ -5,9 +5,9 @@ from typing import Any
 
 from psycopg_pool import AsyncConnectionPool
 
-from outbox import logs
-from outbox.outage import one_line
 from outbox.queries import query
+from outbox.runtime import logs
+from outbox.runtime.redaction import one_line
 
 DEBOUNCE = 0.005
 """Seconds between two hints of one process, at least."""

@@ -12,8 +12,8 @@ import psycopg.sql
 import pytest
 from aiosmtpd.smtp import AuthResult
 
-from outbox import redis as outbox_redis
-from outbox.up.embedded import EmbeddedServer, embedded_redis
+from outbox.devstack.embedded import EmbeddedServer, embedded_redis
+from outbox.runtime import redis_connection
 from tests.conftest import Connection
 from tests.support.mailbox import link_in, serve_mailbox
 from tests.support.processes import SECRET_KEY, Process, Stack
@@ -140,7 +140,7 @@ def login(connection: Connection, password: str) -> Iterator[str]:
 def test_no_log_holds_a_secret(stack: Stack, connection: Connection, own_redis: EmbeddedServer) -> None:
     """Neither passwords nor their hashes, nor the secret key, a URL's password or a link's code, even at `debug`."""
     hidden = {"user": "correct horse 1", "postgres": "pg-pass-2", "redis": "redis-pass-3", "smtp": "smtp-pass-4"}
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         client.config_set("requirepass", hidden["redis"])
     with (
         login(connection, hidden["postgres"]) as name,

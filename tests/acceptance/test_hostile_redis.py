@@ -20,8 +20,7 @@ from rq import Queue
 from rq.command import PUBSUB_CHANNEL_TEMPLATE
 from rq_scheduler import Scheduler
 
-from outbox import postgres
-from outbox import redis as outbox_redis
+from outbox.runtime import postgres, redis_connection
 from tests.conftest import Connection
 from tests.support.mailbox import Mailbox, serve_mailbox
 from tests.support.processes import QUICK, Process, Stack, add_users
@@ -106,7 +105,7 @@ def running(
     with (
         serve_mailbox() as mailbox,
         postgres.connect(url, "test") as connection,
-        outbox_redis.connect(session_redis_url, "test") as client,
+        redis_connection.connect(session_redis_url, "test") as client,
     ):
         client.flushall()
         stack = Stack(tmp_path_factory.mktemp("hostile"), url, session_redis_url, mailbox.url)

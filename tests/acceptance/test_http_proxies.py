@@ -14,7 +14,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from outbox.settings import ServiceSettings
+from outbox.runtime.settings import ServiceSettings
 from tests.support import http_proxies
 from tests.support.api import serve, user
 from tests.support.http_client import RawClient

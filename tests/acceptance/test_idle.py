@@ -8,9 +8,8 @@ import psutil
 import pytest
 import redis
 
-from outbox import postgres
-from outbox import redis as outbox_redis
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.runtime import postgres, redis_connection
 from tests.support.mailbox import Mailbox
 from tests.support.processes import Stack
 from tests.support.waiting import eventually
@@ -37,7 +36,7 @@ def test_idle_processes_cost_next_to_nothing(
     eventually(lambda: time.monotonic() > awaited_until, 5, "what follows the work is over")
 
     used = [psutil.Process(process.popen.pid) for process in processes]
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         commands = _Commands(client)
         log_size, busy = own_postgres.log.stat().st_size, [sum(process.cpu_times()[:2]) for process in used]
         watched_until = time.monotonic() + SECONDS

@@ -7,7 +7,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
 from tests.support.mailbox import Mailbox, link_in
 from tests.support.processes import Stack
 from tests.support.waiting import eventually

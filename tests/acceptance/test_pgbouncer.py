@@ -14,9 +14,9 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from structlog.testing import capture_logs
 
-from outbox import pooler, postgres
-from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
+from outbox.runtime import pooler, postgres
+from outbox.runtime.migrations import migrate
 from tests.conftest import Connection, short_folder
 from tests.support.mailbox import Mailbox, link_in
 from tests.support.pgbouncer import PROGRAM, pgbouncer

@@ -9,11 +9,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox import postgres
+from outbox.devstack.embedded import EmbeddedServer
 from outbox.errors import NotMigratedError
-from outbox.migrate import migrate
-from outbox.settings import ServiceSettings
-from outbox.up.embedded import EmbeddedServer
+from outbox.runtime import postgres
+from outbox.runtime.migrations import migrate
+from outbox.runtime.settings import ServiceSettings
 from outbox_worker.database import HandlerPool
 from tests.conftest import short_folder
 from tests.support.api import is_problem, serve

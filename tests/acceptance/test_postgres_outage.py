@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from outbox import postgres
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.runtime import postgres
 from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Stack, add_users, take_down
 from tests.support.waiting import eventually

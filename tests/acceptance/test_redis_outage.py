@@ -5,8 +5,8 @@ import time
 import pytest
 import redis
 
-from outbox import redis as outbox_redis
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.runtime import redis_connection
 from tests.conftest import Connection
 from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Stack, add_users, take_down
@@ -100,7 +100,7 @@ def test_flushall_while_jobs_wait(
     queued, scheduled = [f"queued_{n}" for n in range(20)], [f"scheduled_{n}" for n in range(20)]
     add_users(connection, queued)
     add_users(connection, scheduled, delay=3)
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         eventually(lambda: counts(client) == (20, 20), 10, "20 jobs in the queue and 20 in the set")
         client.flushall()
         assert counts(client) == (0, 0)

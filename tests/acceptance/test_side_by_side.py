@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 import outbox
-from outbox import redis as outbox_redis
+from outbox.runtime import redis_connection
 from tests.conftest import Connection
 from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Process, Stack, add_users
@@ -84,7 +84,7 @@ def _message_id(mail: bytes) -> bytes:
 def test_a_relay_is_killed_in_the_middle(stack: Stack, connection: Connection, redis_url: str) -> None:
     """SIGKILL strikes while batches are handed over; another relay goes on, and each row is handled once."""
     first = stack.run("relay", OUTBOX_BATCH="5")
-    with outbox_redis.connect(redis_url, "test") as client:
+    with redis_connection.connect(redis_url, "test") as client:
         with connection.transaction():
             for number in range(SOME):
                 outbox.add(connection, COUNT_ME, Number(number=number))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from outbox import redis as outbox_redis
+from outbox.runtime import redis_connection
 from tests.conftest import Connection
 from tests.support.mailbox import Mailbox
 from tests.support.processes import QUICK, Stack, add_users
@@ -74,7 +74,7 @@ def test_the_relay_stops_between_batches(stack: Stack, connection: Connection, r
     rows = 3000
     relay = stack.run("relay", OUTBOX_BATCH="5")
     add_users(connection, [f"user_{n}" for n in range(rows)])
-    with outbox_redis.connect(redis_url, "test") as client:
+    with redis_connection.connect(redis_url, "test") as client:
 
         def jobs() -> list[str]:
             return sorted(job_id.decode() for job_id in client.lrange("rq:queue:critical", 0, -1))

@@ -19,8 +19,8 @@ import psutil
 import pytest
 import redis
 
-from outbox.stop import AGAIN
-from outbox.up.unprivileged import is_root
+from outbox.devstack.unprivileged import is_root
+from outbox.runtime.stop import AGAIN
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
 
@@ -309,7 +309,7 @@ def test_two_at_once_in_two_folders(folder: Path) -> None:
 
 def test_one_server_alone(folder: Path) -> None:
     """`just redis` prints the URL of a Redis that answers, for as long as it runs."""
-    command = [sys.executable, "-m", "outbox.up.alone", "redis"]
+    command = [sys.executable, "-m", "outbox.devstack.single_server", "redis"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as alone:
         assert alone.stdout is not None
         url = re.fullmatch(r"export REDIS_URL='(.*)'\n", alone.stdout.readline())

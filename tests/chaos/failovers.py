@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from outbox.up.embedded import embedded_redis
+from outbox.devstack.embedded import embedded_redis
 from tests.chaos.faults import Act, Kind
 from tests.chaos.ports import free_port
 from tests.chaos.servers import Postgres, Redis

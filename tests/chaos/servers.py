@@ -13,7 +13,7 @@ import psutil
 import psycopg
 import redis.asyncio
 
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
 from tests.support.faked_clock import FakedClock
 
 OBSERVER = "chaos"

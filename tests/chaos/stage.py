@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from outbox.up.embedded import embedded_postgres, embedded_redis
+from outbox.devstack.embedded import embedded_postgres, embedded_redis
 from tests.chaos import handlers
 from tests.chaos.evidence import Attempt, ForeignJob
 from tests.chaos.mailserver import MailServer

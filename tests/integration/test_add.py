@@ -14,7 +14,7 @@ from psycopg.rows import dict_row
 from pydantic import BaseModel
 
 import outbox
-from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
 
 Connection = psycopg.Connection[dict[str, Any]]
 ALICE = SendVerifyEmail(username="alice")
@@ -185,7 +185,7 @@ FORGOTTEN = """
 from psycopg import AsyncConnection, Connection
 
 import outbox
-from outbox.tasks import SEND_VERIFY_EMAIL
+from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL
 
 
 async def order(connection: AsyncConnection, other: Connection) -> None:

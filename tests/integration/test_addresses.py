@@ -7,9 +7,9 @@ import psycopg
 import psycopg.sql
 import pytest
 
-from outbox import postgres
-from outbox.migrate import migrate
-from outbox.settings import ServiceSettings
+from outbox.runtime import postgres
+from outbox.runtime.migrations import migrate
+from outbox.runtime.settings import ServiceSettings
 from tests.support.api import Api, is_problem, serve
 from tests.support.servers import with_database
 

@@ -19,11 +19,12 @@ from pydantic import BaseModel, model_validator
 from structlog.testing import capture_logs
 
 import outbox
-from outbox import Context, Handler, SkipRetry, Task, logs
+from outbox import Context, Handler, SkipRetry, Task
 from outbox.errors import NotNowError, TimeLimitError
-from outbox.jobs import Delivery
 from outbox.row import Status
-from outbox.settings import WorkerSettings
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs
+from outbox.runtime.settings import WorkerSettings
 from outbox_worker.attempt import NOT_NOW_DELAY, attempt
 from outbox_worker.claim import Claim, claim
 from outbox_worker.complete import Completer

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from outbox import postgres
 from outbox.queries import query
+from outbox.runtime import postgres
 from tests.conftest import Connection
 from tests.support.processes import add_users
 from tests.support.statements import STATEMENTS

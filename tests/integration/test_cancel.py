@@ -7,11 +7,11 @@ import psycopg
 import pytest
 import redis
 
-from outbox import postgres
-from outbox.outage import Outage
+from outbox.devstack.embedded import EmbeddedServer
 from outbox.row import Status
-from outbox.settings import ServiceSettings
-from outbox.up.embedded import EmbeddedServer
+from outbox.runtime import postgres
+from outbox.runtime.outage import Outage
+from outbox.runtime.settings import ServiceSettings
 from outbox_service.pool import create_pool
 from outbox_worker.claim import claim
 from outbox_worker.complete import Completer

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from outbox.up.embedded import EmbeddedServer, embedded_redis
+from outbox.devstack.embedded import EmbeddedServer, embedded_redis
 from tests.chaos.servers import Spares
 
 

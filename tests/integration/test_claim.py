@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from outbox import postgres
-from outbox import redis as outbox_redis
-from outbox.jobs import Delivery
-from outbox.settings import RelaySettings
+from outbox.rq_jobs import Delivery
+from outbox.runtime import postgres, redis_connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 from outbox_worker.claim import Claim, claim
-from outbox_worker.take import Queues
+from outbox_worker.queues import Queues
 from tests.conftest import Connection
 from tests.support.rows import add_row, read_row
 from tests.support.waiting import eventually
@@ -43,7 +42,7 @@ def test_a_claim_waits_for_the_relay_to_commit(
     with (
         postgres.connect(database_url, "relay") as relaying,
         postgres.connect(database_url, "worker") as claiming,
-        outbox_redis.connect(redis_url, "test") as client,
+        redis_connection.connect(redis_url, "test") as client,
         ThreadPoolExecutor(1) as thread,
     ):
         with relaying.transaction():

@@ -11,9 +11,9 @@ import psycopg.sql
 import pytest
 from structlog.testing import capture_logs
 
-from outbox import postgres
+from outbox.devstack.embedded import EmbeddedServer
 from outbox.row import Status
-from outbox.up.embedded import EmbeddedServer
+from outbox.runtime import postgres
 from outbox_relay.rescue import SETTLING_TIME
 from outbox_worker.claim import Claim, claim
 from outbox_worker.complete import MOST_REFUSED, Completer
@@ -378,7 +378,9 @@ def test_a_write_that_is_repeated_knows_its_own(
 ) -> None:
     """Postgres took longer than its answer was waited for, and has committed: nobody has taken the row meanwhile."""
     monkeypatch.setattr("outbox_worker.complete.SHORTEST_ANSWER_LIMIT", 0.3)
-    monkeypatch.setattr("outbox.postgres.cancels", lambda _: False)  # as with an older libpq, which cannot in time
+    monkeypatch.setattr(
+        "outbox.runtime.postgres.cancels", lambda _: False
+    )  # as with an older libpq, which cannot in time
     completer = Completer(database_url, InFlight(), "me", 0.9)
     (one,) = claimed(connection)
     completer.in_flight.hold([one])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outbox.settings import ServiceSettings
+from outbox.runtime.settings import ServiceSettings
 from tests.conftest import Connection
 from tests.support.api import PASSWORD, Api, is_problem, serve, user
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from outbox import dead, postgres, start
-from outbox.commands import outbox
-from outbox.jobs import Delivery
+from outbox.cli import dead_letters
+from outbox.cli.commands import outbox
 from outbox.queries import query
+from outbox.rq_jobs import Delivery
+from outbox.runtime import postgres, process
 from outbox_worker.claim import claim
 from tests.conftest import Connection
 from tests.support.waiting import eventually
@@ -51,7 +52,7 @@ def run(database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     def run(*arguments: object) -> Ended:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            start.run(lambda: outbox.main(["dead", *map(str, arguments)], prog_name="outbox"))
+            process.run(lambda: outbox.main(["dead", *map(str, arguments)], prog_name="outbox"))
         code = ended.value.code
         assert isinstance(code, int)
         return Ended(code, *capsys.readouterr())
@@ -302,7 +303,7 @@ def test_retry_all_takes_every_dead_row_or_those_of_a_task(
     connection: Connection, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In as many batches as it takes; without any it says so, and that is no error."""
-    monkeypatch.setattr(dead, "BATCH", 2)
+    monkeypatch.setattr(dead_letters, "BATCH", 2)
     done = add_row(connection, status="done")
     rows = [add_row(connection) for _ in range(5)]
     others = [add_row(connection, task="other") for _ in range(3)]
@@ -327,13 +328,13 @@ def test_a_row_that_two_operators_retry_is_retried_once(connection: Connection, 
         ThreadPoolExecutor(1) as thread,
     ):
         with first.transaction():
-            assert dead.retry(first, [row]) == [row]
-            waiting = thread.submit(dead.retry, second, [row])
+            assert dead_letters.retry(first, [row]) == [row]
+            waiting = thread.submit(dead_letters.retry, second, [row])
             _waits_for_a_lock(connection, "second")
         assert waiting.result(10) == []
 
 
-@pytest.mark.parametrize(("command", "becomes"), [(dead.retry, "pending"), (dead.discard, None)])
+@pytest.mark.parametrize(("command", "becomes"), [(dead_letters.retry, "pending"), (dead_letters.discard, None)])
 def test_many_rows_are_locked_a_batch_at_a_time(
     connection: Connection,
     database_url: str,
@@ -342,7 +343,7 @@ def test_many_rows_are_locked_a_batch_at_a_time(
     becomes: str | None,
 ) -> None:
     """While the last batch still waits for somebody's lock, the ones before it are committed."""
-    monkeypatch.setattr(dead, "BATCH", 2)
+    monkeypatch.setattr(dead_letters, "BATCH", 2)
     rows = [add_row(connection) for _ in range(5)]
     with (
         postgres.connect(database_url, "other") as other,
@@ -373,7 +374,7 @@ def test_rows_that_no_worker_can_handle_are_given_up(
     connection: Connection, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of a task, or all; rows that workers handle are left alone, and so is one that a worker holds."""
-    monkeypatch.setattr(dead, "BATCH", 2)
+    monkeypatch.setattr(dead_letters, "BATCH", 2)
     statuses = ["pending", "pending", "enqueued", "running"]
     rows = [add_row(connection, task="new", status=status, last_error="no handler") for status in statuses]
     other = add_row(connection, task="other", status="pending")

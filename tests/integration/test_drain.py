@@ -8,7 +8,7 @@ import psycopg
 import pytest
 import redis
 
-from outbox.settings import RelaySettings
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.drain import Drain
 from tests.conftest import Connection
 

@@ -14,12 +14,12 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import postgres
+from outbox.devstack.embedded import EmbeddedServer
 from outbox.queries import query
-from outbox.settings import RelaySettings, ServiceSettings
-from outbox.stop import Stop
-from outbox.up.embedded import EmbeddedServer
-from outbox.verification import secret_code
+from outbox.runtime import postgres
+from outbox.runtime.settings import RelaySettings, ServiceSettings
+from outbox.runtime.stop import Stop
+from outbox.signup.secret_code import secret_code
 from outbox_relay.expiry import INDEX, INTERVAL, PAUSE, Expiry
 from outbox_relay.loop import Relay
 from tests.conftest import Connection

@@ -14,14 +14,14 @@ from rq.job import Job, JobStatus
 from rq_scheduler import Scheduler
 from structlog.testing import capture_logs
 
-from outbox import redis as outbox_redis
-from outbox.foreign import aside_key
-from outbox.jobs import Delivery
-from outbox.settings import RelaySettings
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.rq_jobs import Delivery
+from outbox.runtime import redis_connection
+from outbox.runtime.foreign_jobs import aside_key
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
-from outbox_worker.take import Queues
+from outbox_worker.queues import Queues
 from tests.conftest import Connection
 from tests.support.rows import offer
 
@@ -71,7 +71,7 @@ def test_jobs_in_a_queue_of_ours_are_put_aside(
 
     Given back as the docs say, they run.
     """
-    monkeypatch.setattr("outbox_worker.take.BLOCK", 0.05)
+    monkeypatch.setattr("outbox_worker.queues.BLOCK", 0.05)
     theirs = enqueue(redis_client, 5)
     offer(redis_client, "1-1", "2-1")
     with capture_logs() as lines:
@@ -93,7 +93,7 @@ def test_no_more_is_kept_than_there_is_room_for(
     redis_client: redis.Redis, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each job that is lost then is a line, and the first ones are kept."""
-    monkeypatch.setattr("outbox_worker.take.KEPT", 3)
+    monkeypatch.setattr("outbox_worker.queues.KEPT", 3)
     theirs = enqueue(redis_client, 5)
     with capture_logs() as lines:
         queues.take(10)
@@ -114,7 +114,7 @@ def test_jobs_that_cannot_be_put_aside_hold_up_nobody(redis_client: redis.Redis,
 
 def test_a_redis_that_is_full_loses_none(own_redis: EmbeddedServer) -> None:
     """A job that an idle worker has popped is put aside as soon as Redis takes it."""
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         queues = Queues(client, {"default": 1})
         theirs = enqueue(client, 2)
         client.config_set("maxmemory", 1)

@@ -10,9 +10,9 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from outbox import postgres
-from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
+from outbox.runtime import postgres
+from outbox.runtime.migrations import migrate
 from tests.conftest import Connection
 from tests.support.parse_trees import inexact_operators, parse_trees
 from tests.support.statements import NAMES, STATEMENTS

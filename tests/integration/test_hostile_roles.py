@@ -12,13 +12,12 @@ import redis
 from psycopg.conninfo import make_conninfo
 from structlog.testing import capture_logs
 
-from outbox import migrate as migrating
-from outbox import postgres
 from outbox.errors import LockedError, RightsError
-from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
-from outbox.settings import RelaySettings
-from outbox.stop import Stop
+from outbox.runtime import migrations, postgres
+from outbox.runtime.migrations import migrate
+from outbox.runtime.settings import RelaySettings
+from outbox.runtime.stop import Stop
 from outbox_relay.loop import Relay
 from outbox_relay.publish import publish
 from outbox_relay.sweep import Sweep
@@ -242,8 +241,8 @@ def test_a_name_that_a_neighbour_holds_keeps_no_migration_waiting_for_ever(
     empty_url: str, as_neighbour: Connect, monkeypatch: pytest.MonkeyPatch, statement: str
 ) -> None:
     """A neighbour who creates it in a transaction that never ends: the migration says so, and gives up."""
-    monkeypatch.setattr(migrating, "LOCK_TIMEOUT", 0.2)
-    monkeypatch.setattr(migrating, "PAUSE", 0.0)
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(migrations, "PAUSE", 0.0)
     neighbour = as_neighbour(empty_url)
     with neighbour.transaction(), capture_logs() as lines, ThreadPoolExecutor(1) as threads:
         neighbour.execute(statement.encode())
@@ -258,7 +257,7 @@ def test_a_name_that_a_neighbour_holds_keeps_no_migration_waiting_for_ever(
 
 def test_a_migration_says_that_it_waits_for_another(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one may have died in a session that its server has not missed yet; then nothing else would tell."""
-    monkeypatch.setattr(migrating, "PATIENCE", 0.1)
+    monkeypatch.setattr(migrations, "PATIENCE", 0.1)
     migrate(empty_url)
     with psycopg.connect(empty_url) as other, capture_logs() as lines, ThreadPoolExecutor(1) as threads:
         other.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [postgres.migrations()[-1]])

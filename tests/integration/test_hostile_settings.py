@@ -16,13 +16,15 @@ import redis
 from psycopg.conninfo import conninfo_to_dict
 from structlog.testing import capture_logs
 
-from outbox import Context, dead, pooler, postgres
-from outbox.jobs import Delivery
-from outbox.migrate import migrate
-from outbox.outage import Outage
+from outbox import Context
+from outbox.cli import dead_letters
 from outbox.row import Status
-from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
-from outbox.tasks import SendVerifyEmail
+from outbox.rq_jobs import Delivery
+from outbox.runtime import pooler, postgres
+from outbox.runtime.migrations import migrate
+from outbox.runtime.outage import Outage
+from outbox.runtime.settings import RelaySettings, ServiceSettings, WorkerSettings
+from outbox.signup.send_verify_email import SendVerifyEmail
 from outbox_relay.publish import publish
 from outbox_service.pool import create_pool
 from outbox_worker.attempt import attempt
@@ -164,9 +166,9 @@ def test_an_operator_reads_times_in_utc(hostile_url: str) -> None:
             (row,) = connection.execute(
                 "INSERT INTO outbox (task, payload, status) VALUES ('t', '{}', 'dead') RETURNING id"
             ).fetchall()
-            found = dead.read(connection, row["id"])
-            (document,) = dead.newest_json(connection, "t", 1)
-            dead.discard(connection, [row["id"]])
+            found = dead_letters.read(connection, row["id"])
+            (document,) = dead_letters.newest_json(connection, "t", 1)
+            dead_letters.discard(connection, [row["id"]])
         assert found is not None
         assert abs(datetime.fromisoformat(found.created_at) - datetime.now(UTC)) < timedelta(minutes=1)
         assert found.created_at.endswith("+00")

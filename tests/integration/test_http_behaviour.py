@@ -11,9 +11,9 @@ import psycopg.sql
 import pytest
 from psycopg_pool.base import AttemptWithBackoff
 
-from outbox import postgres
-from outbox.settings import ServiceSettings
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.runtime import postgres
+from outbox.runtime.settings import ServiceSettings
 from outbox_service import pool
 from outbox_service.schemas import CreateUser
 from tests.conftest import Connection

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox.settings import ServiceSettings
+from outbox.runtime.settings import ServiceSettings
 from tests.support.api import Api, serve, user
 
 SIGN_UPS = Path(__file__).parent.parent / "support" / "SignUps.java"

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from outbox.settings import ServiceSettings
+from outbox.runtime.settings import ServiceSettings
 from tests.conftest import Connection
 from tests.support.api import Api, serve, user
 

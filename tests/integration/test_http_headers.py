@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from outbox.settings import ServiceSettings
+from outbox.runtime.settings import ServiceSettings
 from outbox_service import protocol, server
 from tests.conftest import Connection
 from tests.support.api import Api, exchange, serve, user

@@ -11,8 +11,8 @@ import httpx
 import psutil
 import pytest
 
-from outbox.settings import ServiceSettings
-from outbox.tally import Tally
+from outbox.runtime.settings import ServiceSettings
+from outbox.runtime.tally import Tally
 from outbox_service import protocol
 from tests.conftest import Connection
 from tests.support.api import Api, is_problem, serve, user

@@ -7,10 +7,10 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import installation, postgres
 from outbox.errors import SharedRedisError
-from outbox.installation import Installation
 from outbox.queries import query
+from outbox.runtime import installation, postgres
+from outbox.runtime.installation import Installation
 from tests.conftest import Connection
 from tests.support.databases import Databases
 from tests.support.processes import Stack

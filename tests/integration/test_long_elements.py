@@ -8,13 +8,13 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import redis as outbox_redis
-from outbox.foreign import aside_key
-from outbox.jobs import Delivery
-from outbox.settings import RelaySettings
+from outbox.rq_jobs import Delivery
+from outbox.runtime import redis_connection
+from outbox.runtime.foreign_jobs import aside_key
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
 from outbox_relay.sweep import Sweep
-from outbox_worker.take import Queues
+from outbox_worker.queues import Queues
 from tests.conftest import Connection
 from tests.support.rows import add_row
 
@@ -26,7 +26,7 @@ QUEUE = "rq:queue:default"
 @pytest.fixture(autouse=True)
 def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that takes no time to reach."""
-    monkeypatch.setattr(outbox_redis, "LONGEST_ELEMENT", LIMIT)
+    monkeypatch.setattr(redis_connection, "LONGEST_ELEMENT", LIMIT)
 
 
 def test_a_reply_is_limited_by_its_longest_element(redis_client: redis.Redis) -> None:
@@ -35,7 +35,7 @@ def test_a_reply_is_limited_by_its_longest_element(redis_client: redis.Redis) ->
         redis_client.rpush(QUEUE, *([b"y" * 1000] * 200))
     assert len(redis_client.lrange(QUEUE, 0, -1)) == 6000
     redis_client.set("key", LONG)
-    with pytest.raises(outbox_redis.TooLongError):
+    with pytest.raises(redis_connection.TooLongError):
         redis_client.get("key")
     assert redis_client.strlen("key") == len(LONG)
     redis_client.set("key", LONG[: LIMIT - 1000])

@@ -18,11 +18,10 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from structlog.testing import capture_logs
 
-from outbox import migrate as migrating
-from outbox import postgres
 from outbox.errors import LockedError, NotMigratedError, RightsError, UnsupportedDatabaseError
-from outbox.migrate import migrate
 from outbox.queries import query, sql_folder
+from outbox.runtime import migrations, postgres
+from outbox.runtime.migrations import migrate
 from tests.support.waiting import eventually
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -151,8 +150,8 @@ def old_url(create_database: CreateDatabase, template: str) -> str:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Migrations that wait for a lock, and between two tries, for moments only."""
-    monkeypatch.setattr(migrating, "LOCK_TIMEOUT", 0.2)
-    monkeypatch.setattr(migrating, "PAUSE", 0.1)
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(migrations, "PAUSE", 0.1)
     return monkeypatch
 
 
@@ -175,7 +174,7 @@ def waits_for_table(connection: Connection) -> bool:
 
 def test_rows_are_written_while_a_migration_waits(old_url: str, impatient: pytest.MonkeyPatch) -> None:
     """Behind a dump it lets those go first who came after it, again and again, and is applied when the dump is done."""
-    impatient.setattr(migrating, "TRIES", 1000)
+    impatient.setattr(migrations, "TRIES", 1000)
     with (
         postgres.connect(old_url, "test") as connection,
         capture_logs() as lines,
@@ -194,7 +193,7 @@ def test_rows_are_written_while_a_migration_waits(old_url: str, impatient: pytes
 
 def test_a_migration_that_waits_in_vain_is_not_applied(old_url: str, impatient: pytest.MonkeyPatch) -> None:
     """After some tries a sentence says what to do; nothing of the migration is left, and another run applies it."""
-    impatient.setattr(migrating, "TRIES", 2)
+    impatient.setattr(migrations, "TRIES", 2)
 
     def state() -> list[Any]:
         return [
@@ -216,8 +215,8 @@ def test_a_migration_that_waits_in_vain_is_not_applied(old_url: str, impatient: 
 
 def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.MonkeyPatch) -> None:
     """Of two tries, one that an earlier migration has used up is not missing to a later one."""
-    impatient.setattr(migrating, "TRIES", 2)
-    apply, refused = migrating._apply, set[str]()
+    impatient.setattr(migrations, "TRIES", 2)
+    apply, refused = migrations._apply, set[str]()
 
     def apply_at_the_second_try(connection: Connection, name: str) -> bool:
         if name not in {*refused, postgres.migrations()[0]}:
@@ -225,7 +224,7 @@ def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.Mon
             raise psycopg.errors.LockNotAvailable
         return apply(connection, name)
 
-    impatient.setattr(migrating, "_apply", apply_at_the_second_try)
+    impatient.setattr(migrations, "_apply", apply_at_the_second_try)
     with capture_logs() as lines:
         assert migrate(old_url) == postgres.migrations()[1:]
     waits = [line["migration"] for line in lines if line["event"] == "migration waits for a lock"]
@@ -266,12 +265,12 @@ def test_request_ids_of_earlier_versions_are_cut(long_ids_url: str) -> None:
 
 def test_rows_are_written_while_long_request_ids_are_cut(long_ids_url: str, impatient: pytest.MonkeyPatch) -> None:
     """It waits for who has such a row locked, and nobody waits for it; longer ids are refused by then."""
-    impatient.setattr(migrating, "TRIES", 1000)
+    impatient.setattr(migrations, "TRIES", 1000)
     with (
         postgres.connect(long_ids_url, "test") as connection,
         ThreadPoolExecutor(1) as threads,
     ):
-        assert migrating._apply(connection, "0006_limited_request_ids")
+        assert migrations._apply(connection, "0006_limited_request_ids")
         with psycopg.connect(long_ids_url) as holder:
             holder.execute("SELECT FROM outbox WHERE id = 1 FOR UPDATE")
             migrated = threads.submit(migrate, long_ids_url)

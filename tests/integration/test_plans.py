@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox import postgres
 from outbox.queries import query
+from outbox.runtime import postgres
 from tests.support.statements import STATEMENTS
 
 pytestmark = pytest.mark.once

@@ -18,11 +18,10 @@ from rq.serializers import JSONSerializer
 from rq_scheduler import Scheduler
 from structlog.testing import capture_logs
 
-from outbox import logs, postgres
-from outbox import redis as outbox_redis
-from outbox.jobs import OutboxJob, deliver
-from outbox.settings import RelaySettings
-from outbox.up.embedded import EmbeddedServer, embedded_redis
+from outbox.devstack.embedded import EmbeddedServer, embedded_redis
+from outbox.rq_jobs import OutboxJob, deliver
+from outbox.runtime import logs, postgres, redis_connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import HASH_TTL, publish
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -121,7 +120,7 @@ def test_redis_holds_no_payload_and_no_code(
     assert len(keys) == 2
     for key in keys:
         fields: dict[Any, Any] = redis_client.hgetall(key)
-        assert fields[b"data"].startswith(b'["outbox.jobs.deliver",')
+        assert fields[b"data"].startswith(b'["outbox.rq_jobs.deliver",')
         everything = b"".join(fields.values())
         assert b"hunter2" not in everything
         assert b"\x80" not in everything
@@ -277,7 +276,7 @@ def test_a_redis_that_takes_no_writes_changes_nothing(
     count = 1500  # several scripts in one transaction
     _add(connection, count)
     before = _rows(connection)
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         client.flushall()
         client.execute_command(*breakage.split())
         with pytest.raises(redis.RedisError):
@@ -295,6 +294,9 @@ def test_a_redis_that_is_gone_changes_nothing(
     """Nobody listens: the rows stay pending with the delivery they had."""
     _add(connection, 3)
     before = _rows(connection)
-    with outbox_redis.connect(f"unix://{tmp_path}/none.sock", "test") as client, pytest.raises(outbox_redis.AWAY):
+    with (
+        redis_connection.connect(f"unix://{tmp_path}/none.sock", "test") as client,
+        pytest.raises(redis_connection.AWAY),
+    ):
         publish(connection, client, "default", relay_settings)
     assert _rows(connection) == before

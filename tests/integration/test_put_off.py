@@ -11,16 +11,17 @@ import psycopg_pool
 import pytest
 from structlog.testing import capture_logs
 
-from outbox import Context, Handler, Task, postgres
-from outbox.jobs import Delivery
-from outbox.registry import Registry
-from outbox.settings import WorkerSettings
-from outbox.stop import Stop
+from outbox import Context, Handler, Task
+from outbox.rq_jobs import Delivery
+from outbox.runtime import postgres
+from outbox.runtime.settings import WorkerSettings
+from outbox.runtime.stop import Stop
 from outbox_worker.attempt import attempt
 from outbox_worker.claim import claim
 from outbox_worker.database import HandlerPool
 from outbox_worker.handlers import registry
 from outbox_worker.outcome import Outcome
+from outbox_worker.registry import Registry
 from outbox_worker.worker import Worker
 from tests.conftest import Connection
 from tests.support.attempts import KnownContext

@@ -8,10 +8,10 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import redis as outbox_redis
-from outbox.settings import RelaySettings, WorkerSettings
-from outbox.stop import Stop
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.runtime import redis_connection
+from outbox.runtime.settings import RelaySettings, WorkerSettings
+from outbox.runtime.stop import Stop
 from outbox_relay import loop
 from outbox_relay.loop import Duty, Relay
 from outbox_worker.worker import Worker
@@ -65,7 +65,7 @@ def redis_url(own_redis: EmbeddedServer) -> str:
 @pytest.fixture
 def own_client(own_redis: EmbeddedServer) -> Iterator[redis.Redis]:
     """A client of the test's own server."""
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         yield client
         client.config_set("save", "")  # else it refuses to end
 
@@ -137,7 +137,7 @@ def test_no_connection_outlives_its_lifetime(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The address has moved, and the old server still serves whoever is connected to it: they leave all the same."""
-    monkeypatch.setattr(outbox_redis, "LIFETIME", 0.5)
+    monkeypatch.setattr(redis_connection, "LIFETIME", 0.5)
     monkeypatch.setattr(loop, "REPAIR_INTERVAL", 0.05)  # it uses its connection all the time
     with short_folder() as folder, redis_pair(folder) as pair:
         stop = Stop()

@@ -9,10 +9,11 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import Handler, Task, postgres
+from outbox import Handler, Task
 from outbox.row import Status
-from outbox.settings import WorkerSettings
-from outbox.stop import Stop
+from outbox.runtime import postgres
+from outbox.runtime.settings import WorkerSettings
+from outbox.runtime.stop import Stop
 from outbox_worker.claim import claim, claim_free
 from outbox_worker.complete import Completer
 from outbox_worker.in_flight import InFlight

@@ -15,13 +15,12 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import postgres
-from outbox import redis as outbox_redis
+from outbox.devstack.embedded import EmbeddedServer, embedded_redis
 from outbox.errors import NotMigratedError, UnsupportedRedisError
 from outbox.queries import query
-from outbox.settings import RelaySettings
-from outbox.stop import Stop
-from outbox.up.embedded import EmbeddedServer, embedded_redis
+from outbox.runtime import postgres, redis_connection
+from outbox.runtime.settings import RelaySettings
+from outbox.runtime.stop import Stop
 from outbox_relay import loop
 from outbox_relay.loop import RESCUE_INTERVAL, Relay
 from outbox_relay.rescue import SETTLING_TIME
@@ -235,7 +234,7 @@ def test_redis_away_is_a_line_at_each_end(
 ) -> None:
     """Redis stops and comes back empty: one line each, the process stays up, and every row reaches a queue."""
     settings = _with(relay_settings, redis_url=own_redis.url, poll_interval=0.1, sweep_interval=0.2, sweep_grace=0.1)
-    with _running(settings), outbox_redis.connect(own_redis.url, "test") as client:
+    with _running(settings), redis_connection.connect(own_redis.url, "test") as client:
         before = _add(connection)
         eventually(lambda: _status(connection, before) == "enqueued", 10)
         _stop(own_redis)
@@ -253,7 +252,7 @@ def test_a_redis_without_memory_is_away(
 ) -> None:
     """A Redis that answers and takes no writes does not come and go with every try."""
     settings = _with(relay_settings, redis_url=own_redis.url, poll_interval=0.05, sweep_interval=0.1)
-    with outbox_redis.connect(own_redis.url, "test") as client, _running(settings):
+    with redis_connection.connect(own_redis.url, "test") as client, _running(settings):
         client.config_set("maxmemory", "1")
         row = _add(connection, queue)
         eventually(lambda: _events(lines, "Redis is away"), 10)
@@ -277,7 +276,7 @@ def test_a_redis_that_is_loading_is_away(
     settings = _with(relay_settings, poll_interval=0.1, sweep_interval=0.1, sweep_grace=0.1)
     with (
         embedded_redis(tmp_path, settings=slow) as server,
-        outbox_redis.connect(server.url, "test") as client,
+        redis_connection.connect(server.url, "test") as client,
         _running(_with(settings, redis_url=server.url)),
     ):
         kept = _add(connection)
@@ -305,7 +304,7 @@ def test_a_redis_that_is_loading_is_away(
 def _refused_while_loading(client: redis.Redis) -> int:
     try:
         refused = client.info("errorstats").get("errorstat_LOADING", {"count": 0})
-    except outbox_redis.AWAY:
+    except redis_connection.AWAY:
         return 0
     return int(refused["count"])
 

@@ -9,9 +9,9 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import postgres
-from outbox.settings import RelaySettings
-from outbox.stop import Stop
+from outbox.runtime import postgres
+from outbox.runtime.settings import RelaySettings
+from outbox.runtime.stop import Stop
 from outbox_relay.loop import Relay
 from tests.conftest import Connection
 from tests.support.rows import add_row

@@ -8,9 +8,9 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
-from outbox import postgres
 from outbox.queries import query
-from outbox.settings import LONGEST_LEASE
+from outbox.runtime import postgres
+from outbox.runtime.settings import LONGEST_LEASE
 from outbox_relay.rescue import Rescue
 from tests.support.waiting import eventually
 

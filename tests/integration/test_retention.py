@@ -7,9 +7,9 @@ import psycopg
 from structlog.testing import capture_logs
 
 from outbox.queries import query
-from outbox.settings import RelaySettings
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.retention import BATCH, Retention
-from outbox_relay.unserved import tell_of_unserved_queues
+from outbox_relay.unserved_queues import tell_of_unserved_queues
 
 Connection = psycopg.Connection[dict[str, Any]]
 

@@ -14,8 +14,8 @@ from rq.command import send_shutdown_command, send_stop_job_command
 from rq.suspension import resume, suspend
 from structlog.testing import capture_logs
 
-from outbox import redis as outbox_redis
-from outbox.stop import Stop
+from outbox.runtime import redis_connection
+from outbox.runtime.stop import Stop
 from outbox_worker.registration import Registration
 from tests.conftest import Connection
 from tests.support.processes import Process, Stack
@@ -40,7 +40,7 @@ def stop() -> Stop:
 @pytest.fixture
 def registration(redis_url: str, stop: Stop) -> Iterator[Registration]:
     """One of a worker that does not run: the test beats."""
-    made = Registration(outbox_redis.connect(redis_url, "test"), ["critical", "default"], stop)
+    made = Registration(redis_connection.connect(redis_url, "test"), ["critical", "default"], stop)
     yield made
     made.close()
     if made._commands is not None:

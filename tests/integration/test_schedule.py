@@ -11,9 +11,9 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from structlog.testing import capture_logs
 
-from outbox import redis as outbox_redis
-from outbox.settings import RelaySettings
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.runtime import redis_connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.clock import Clock
 from outbox_relay.publish import publish
 from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
@@ -74,7 +74,7 @@ def test_any_number_is_moved_at_once(redis_client: redis.Redis, schedule: Schedu
 @pytest.mark.parametrize(("foreign", "moved"), [([], 0), (["not an id of ours"], 2)])
 def test_a_full_redis_moves_all_jobs_or_none(own_redis: EmbeddedServer, foreign: list[str], moved: int) -> None:
     """The script stops at its first write, or at none: a key that was freed before lets it go on over `maxmemory`."""
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         for row in (1, 2):
             client.hset(f"rq:job:{row}-1", "origin", "default")
             client.zadd(SCHEDULED_JOBS, {f"{row}-1": row})

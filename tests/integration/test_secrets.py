@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from outbox.settings import ServiceSettings, WorkerSettings
+from outbox.runtime.settings import ServiceSettings, WorkerSettings
 from outbox_worker.mail_errors import MailServerError
 from tests.conftest import Connection
 from tests.support.api import Api, is_problem, serve

@@ -16,9 +16,10 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from outbox import SkipRetry, endpoints, postgres
-from outbox.settings import WorkerSettings
-from outbox.verification import is_secret_code
+from outbox import SkipRetry
+from outbox.runtime import endpoints, postgres
+from outbox.runtime.settings import WorkerSettings
+from outbox.signup.secret_code import is_secret_code
 from outbox_worker.attempt import NOT_NOW_DELAY, attempt
 from outbox_worker.claim import claim
 from outbox_worker.database import HandlerPool
@@ -47,7 +48,7 @@ def context(worker_settings: WorkerSettings) -> Iterator[KnownContext]:
 
 def run(connection: Connection, context: KnownContext, row: int) -> Outcome:
     """Makes one attempt at a user's row, as if it had been handed over just now."""
-    from outbox.jobs import Delivery
+    from outbox.rq_jobs import Delivery
 
     connection.execute("UPDATE outbox SET status = 'enqueued', delivery = 1, lease_until = NULL, run_at = now()")
     (claimed,) = claim(connection, [Delivery(row, 1)], "me", 60)
@@ -402,7 +403,7 @@ def test_ids_that_come_again_among_others_are_told_apart(connection: Connection,
 
 def run_alone(connection: Connection, context: KnownContext, row: int) -> Outcome:
     """Makes one attempt at one row of several."""
-    from outbox.jobs import Delivery
+    from outbox.rq_jobs import Delivery
 
     connection.execute("UPDATE outbox SET status = 'enqueued', delivery = 1 WHERE id = %s", [row])
     (claimed,) = claim(connection, [Delivery(row, 1)], "me", 60)

@@ -3,8 +3,8 @@
 import psycopg
 import pytest
 
-from outbox import postgres
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.runtime import postgres
 from outbox_worker.database import HandlerPool
 from tests.conftest import Connection
 from tests.support.processes import frozen

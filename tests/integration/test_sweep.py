@@ -10,12 +10,11 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import postgres
-from outbox import redis as outbox_redis
-from outbox.jobs import queue_key
+from outbox.devstack.embedded import embedded_redis
 from outbox.queries import query
-from outbox.settings import RelaySettings
-from outbox.up.embedded import embedded_redis
+from outbox.rq_jobs import queue_key
+from outbox.runtime import postgres, redis_connection
+from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 from outbox_relay.repair import repair
 from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
@@ -253,7 +252,7 @@ def test_a_redis_that_cannot_serve_is_not_believed(
     connection: Connection, settings: RelaySettings, tmp_path: Any, breakage: str
 ) -> None:
     """Where Redis takes no writes or cannot be read completely, nothing is swept: handing over could not follow."""
-    with embedded_redis(tmp_path) as server, outbox_redis.connect(server.url, "test") as client:
+    with embedded_redis(tmp_path) as server, redis_connection.connect(server.url, "test") as client:
         _hand_over(connection, client, settings)
         client.flushall()
         client.execute_command(*breakage.split())
@@ -267,7 +266,7 @@ def test_a_redis_that_is_gone_is_not_believed(
 ) -> None:
     """An outage is no loss yet."""
     _hand_over(connection, redis_client, settings)
-    with outbox_redis.connect(f"unix://{tmp_path}/none.sock", "test") as gone, pytest.raises(outbox_redis.AWAY):
+    with redis_connection.connect(f"unix://{tmp_path}/none.sock", "test") as gone, pytest.raises(redis_connection.AWAY):
         sweep(connection, gone, settings)
     assert _states(connection) == [("enqueued", 1)]
 

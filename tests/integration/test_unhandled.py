@@ -11,9 +11,8 @@ from pydantic import BaseModel
 from structlog.testing import capture_logs
 
 from outbox import Context, Handler, Task
-from outbox.jobs import Delivery
-from outbox.registry import Registry
-from outbox.settings import WorkerSettings
+from outbox.rq_jobs import Delivery
+from outbox.runtime.settings import WorkerSettings
 from outbox_worker.attempt import attempt
 from outbox_worker.claim import claim
 from outbox_worker.complete import Completer
@@ -21,6 +20,7 @@ from outbox_worker.database import HandlerPool
 from outbox_worker.in_flight import InFlight
 from outbox_worker.outcome import Outcome
 from outbox_worker.pace import Pace
+from outbox_worker.registry import Registry
 from tests.conftest import Connection
 from tests.support.processes import QUICK, Stack
 from tests.support.rows import add_row

@@ -11,11 +11,11 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from outbox import postgres
+from outbox.devstack.embedded import EmbeddedServer
 from outbox.row import Status
-from outbox.settings import RelaySettings
-from outbox.stop import Stop
-from outbox.up.embedded import EmbeddedServer
+from outbox.runtime import postgres
+from outbox.runtime.settings import RelaySettings
+from outbox.runtime.stop import Stop
 from outbox_relay.loop import Relay
 from outbox_relay.rescue import Rescue
 from outbox_worker.claim import Claim, claim

@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from outbox import postgres
-from outbox.settings import ServiceSettings
-from outbox.verification import secret_code
+from outbox.runtime import postgres
+from outbox.runtime.settings import ServiceSettings
+from outbox.signup.secret_code import secret_code
 from tests.conftest import Connection
 from tests.support.api import Api, is_problem, serve
 from tests.support.links import JSON, PATH, Link, mailed

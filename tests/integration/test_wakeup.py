@@ -3,7 +3,7 @@
 import time
 
 from outbox.queries import query
-from outbox.settings import ServiceSettings
+from outbox.runtime.settings import ServiceSettings
 from tests.conftest import Connection
 from tests.support.api import serve
 

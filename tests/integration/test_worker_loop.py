@@ -19,17 +19,17 @@ from rq.job import Job
 from rq.queue import Queue
 from structlog.testing import capture_logs
 
-from outbox import Context, Handler, Task, postgres
-from outbox import redis as outbox_redis
-from outbox.jobs import Delivery
-from outbox.settings import WorkerSettings
-from outbox.stop import Stop
-from outbox.up.embedded import EmbeddedServer
+from outbox import Context, Handler, Task
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.rq_jobs import Delivery
+from outbox.runtime import postgres, redis_connection
+from outbox.runtime.settings import WorkerSettings
+from outbox.runtime.stop import Stop
 from outbox_worker.claim import Claim, claim
 from outbox_worker.complete import Completer
 from outbox_worker.errors import OverdueError, ThreadEndedError
 from outbox_worker.in_flight import InFlight
-from outbox_worker.take import Queues, Suspended
+from outbox_worker.queues import Queues, Suspended
 from outbox_worker.worker import LEAVING_TIME, Worker
 from tests.conftest import Connection
 from tests.support.processes import Process, Stack, command_of, frozen, take_down
@@ -527,7 +527,7 @@ def test_redis_away_at_the_start_and_later(stack: Stack, connection: Connection,
     row = add_row(connection)
     own_redis.restart()
     worker.await_event("Redis is back")
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         offer(client, row.job_id)
     eventually(lambda: is_done(connection, row), 10, "the row")
     assert len(worker.events("Redis is away")) == 1
@@ -539,7 +539,7 @@ def test_a_redis_that_hangs_is_away_and_holds_up_no_end(
 ) -> None:
     """A worker notices it within seconds, and SIGTERM ends it in time: what runs is given back, Redis or no Redis."""
     row = add_row(connection, payload=f'{{"does": "waits", "path": "{stack.folder / "begun"}"}}')
-    with outbox_redis.connect(own_redis.url, "test") as client:
+    with redis_connection.connect(own_redis.url, "test") as client:
         offer(client, row.job_id)
         worker = stack.run("worker", REDIS_URL=own_redis.url, OUTBOX_GRACE="12")
         eventually((stack.folder / "begun").exists, 10, "the handler has begun")

@@ -8,7 +8,7 @@ from collections import Counter
 import click
 from rich.console import Console
 
-from outbox import logs
+from outbox.runtime import logs
 from tests.schedules.mutants import MUTANTS, mutated
 from tests.schedules.schedule import Verdict, run
 from tests.schedules.stage import stage

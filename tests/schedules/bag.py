@@ -4,7 +4,7 @@ from random import Random
 
 import redis
 
-from outbox.jobs import Delivery
+from outbox.rq_jobs import Delivery
 from outbox_relay.publish import Published
 from outbox_relay.sweep import Held
 from tests.schedules.stepping import Actor, Order

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from outbox.jobs import Delivery
+from outbox.rq_jobs import Delivery
 from outbox_worker.claim import Claim
 from outbox_worker.outcome import Outcome
 

@@ -5,8 +5,8 @@ from random import Random
 import psycopg
 
 import outbox
-from outbox import dead
-from outbox.postgres import Connection
+from outbox.cli import dead_letters
+from outbox.runtime.postgres import Connection
 from tests.schedules.relays import Duty
 from tests.schedules.setting import MOST_ROWS
 from tests.support.tasks import RETURN
@@ -59,12 +59,12 @@ class Operator(Duty):
 
     def turn(self, connection: Connection) -> None:
         """Does it once."""
-        rows = [row for row in dead.ids(connection, None) if row not in self.setting.leaving_rows()]
+        rows = [row for row in dead_letters.ids(connection, None) if row not in self.setting.leaving_rows()]
         rows = self.draw.sample(rows, self.draw.randint(0, len(rows)))
         if self.draw.random() < 0.2:
             rows += {self.draw.randint(1, MOST_ROWS)} - self.setting.leaving_rows()
         if rows:
-            (dead.retry if self.draw.random() < 0.6 else dead.discard)(connection, rows)
+            (dead_letters.retry if self.draw.random() < 0.6 else dead_letters.discard)(connection, rows)
 
 
 class Foreign(Duty):

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from outbox.jobs import Delivery
+from outbox.rq_jobs import Delivery
 from tests.schedules.books import Books
 from tests.schedules.transition import Row, Transition
 

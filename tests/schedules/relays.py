@@ -5,8 +5,8 @@ from typing import Any
 
 import redis
 
-from outbox.postgres import AWAY, Connection
 from outbox.queries import query
+from outbox.runtime.postgres import AWAY, Connection
 from outbox_relay import publish, rescue, retention, sweep
 from outbox_relay.rescue import IMPOSSIBLE_LEASE
 from tests.schedules.bag import QUEUES, Client

@@ -8,8 +8,8 @@ from unittest.mock import patch
 import outbox_relay.publish
 import outbox_relay.rescue
 import outbox_relay.sweep
-from outbox import logs
-from outbox.settings import RelaySettings
+from outbox.runtime import logs
+from outbox.runtime.settings import RelaySettings
 from tests.schedules.clients import Adder, Foreign, Operator
 from tests.schedules.faults import Faults
 from tests.schedules.journal import Journal

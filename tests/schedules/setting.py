@@ -6,7 +6,7 @@ from queue import SimpleQueue
 from random import Random
 from typing import TYPE_CHECKING
 
-from outbox.settings import RelaySettings
+from outbox.runtime.settings import RelaySettings
 from tests.schedules.bag import QUEUES, Bag
 from tests.schedules.books import Books
 from tests.schedules.stage import Stage

@@ -9,10 +9,10 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from outbox import postgres
-from outbox.jobs import Delivery
-from outbox.migrate import migrate
-from outbox.up.embedded import embedded_postgres
+from outbox.devstack.embedded import embedded_postgres
+from outbox.rq_jobs import Delivery
+from outbox.runtime import postgres
+from outbox.runtime.migrations import migrate
 from tests.schedules.stepping import Actor, SteppedConnection, SteppedCursor
 
 _SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "autovacuum=off", "jit=off")

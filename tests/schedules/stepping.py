@@ -14,7 +14,7 @@ from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 
 from outbox import queries
-from outbox.postgres import LimitedConnection
+from outbox.runtime.postgres import LimitedConnection
 
 T = TypeVar("T")
 

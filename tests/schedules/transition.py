@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from outbox.jobs import Delivery
+from outbox.rq_jobs import Delivery
 
 Row = dict[str, Any]
 

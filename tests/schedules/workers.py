@@ -5,9 +5,9 @@ from random import Random
 
 import psycopg
 
-from outbox.jobs import Delivery
-from outbox.postgres import AWAY, Connection
 from outbox.row import Status
+from outbox.rq_jobs import Delivery
+from outbox.runtime.postgres import AWAY, Connection
 from outbox_worker.claim import Claim, claim, claim_free
 from outbox_worker.in_flight import InFlight
 from outbox_worker.leases import Leases

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from outbox import logs
-from outbox.settings import ServiceSettings
+from outbox.runtime import logs
+from outbox.runtime.settings import ServiceSettings
 from outbox_service.server import create_server
 from tests.support.waiting import eventually
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from outbox.context import Context
-from outbox.settings import WorkerSettings
+from outbox.runtime.settings import WorkerSettings
 
 
 @dataclass(frozen=True)

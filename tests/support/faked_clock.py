@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from outbox.up.embedded import EmbeddedServer, embedded_postgres
+from outbox.devstack.embedded import EmbeddedServer, embedded_postgres
 
 _SOURCE = Path(__file__).with_suffix(".c")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from outbox.verification import secret_code
+from outbox.signup.secret_code import secret_code
 from tests.conftest import Connection
 from tests.support.processes import SECRET_KEY
 

@@ -6,8 +6,8 @@ from contextvars import copy_context
 from email.message import EmailMessage
 from typing import Any
 
-from outbox import deadline
-from outbox.settings import WorkerSettings
+from outbox.runtime.settings import WorkerSettings
+from outbox_worker import deadline
 from outbox_worker.mail import Mailer
 from outbox_worker.mail_errors import MailServerError
 from tests.support.waiting import eventually

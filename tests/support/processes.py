@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import psycopg
 
-from outbox.start import PROCESSES
-from outbox.up.embedded import EmbeddedServer
+from outbox.devstack.embedded import EmbeddedServer
+from outbox.runtime.process import PROCESSES
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
 

@@ -7,8 +7,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 import redis
 
-from outbox import redis as outbox_redis
-from outbox.up.embedded import EmbeddedServer, embedded_redis
+from outbox.devstack.embedded import EmbeddedServer, embedded_redis
+from outbox.runtime import redis_connection
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
 
@@ -76,5 +76,5 @@ def redis_pair(folder: Path) -> Iterator[RedisPair]:
             opened.enter_context(embedded_redis(folder / name, settings=replicating(port)))
             for name, port in zip(("one", "two"), ports, strict=True)
         ]
-        clients = [opened.enter_context(outbox_redis.connect(server.url, "test")) for server in servers]
+        clients = [opened.enter_context(redis_connection.connect(server.url, "test")) for server in servers]
         yield RedisPair(folder, servers, ports, clients)

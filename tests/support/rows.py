@@ -4,7 +4,7 @@ from typing import Any
 
 import redis
 
-from outbox.jobs import Delivery
+from outbox.rq_jobs import Delivery
 from tests.conftest import Connection
 
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import docker
 import docker.errors
 
-from outbox.up.embedded import embedded_postgres, embedded_redis
+from outbox.devstack.embedded import embedded_postgres, embedded_redis
 from tests.support.mailbox import free_port
 
 POSTGRES_IMAGE = os.environ.get("TEST_POSTGRES_IMAGE", "postgres:18-alpine")

@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 import psycopg
 
-from outbox.up.binaries import postgres_programs
-from outbox.up.child import Supervisor, end, spawn
-from outbox.up.embedded import EmbeddedServer, embedded_postgres, socket_folder
-from outbox.up.unprivileged import is_root, make_own, make_searchable
+from outbox.devstack.binaries import postgres_programs
+from outbox.devstack.child_process import Supervisor, end, spawn
+from outbox.devstack.embedded import EmbeddedServer, embedded_postgres, socket_folder
+from outbox.devstack.unprivileged import is_root, make_own, make_searchable
 from tests.support.processes import take_down
 from tests.support.waiting import eventually
 

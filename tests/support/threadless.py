@@ -29,6 +29,6 @@ def refuse_threads(*_: Any) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, refuse_threads)
 
-    from outbox.start import run_process
+    from outbox.runtime.process import run_process
 
     run_process(os.environ["THREADLESS"])

@@ -34,6 +34,6 @@ def set_wrong(seconds: float) -> None:
 if __name__ == "__main__":
     set_wrong(float(os.environ["CLOCK_ERROR"]))
 
-    from outbox.start import run_process
+    from outbox.runtime.process import run_process
 
     run_process(os.environ["CLOCK_OF"])

@@ -10,7 +10,7 @@ import pytest
 
 from outbox.errors import SettingsError
 from outbox.message import alternatives
-from outbox.settings import WorkerSettings
+from outbox.runtime.settings import WorkerSettings
 from outbox_worker.handlers.send_verify_email import compose, message_id
 
 SENT_AT = 1_700_000_000.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 import pytest
 
-from outbox.commands import outbox
-from outbox.settings import RelaySettings, ServiceSettings, WorkerSettings
+from outbox.cli.commands import outbox
+from outbox.runtime.settings import RelaySettings, ServiceSettings, WorkerSettings
 
 PAGES = sorted([*Path().glob("*.md"), *Path("docs").rglob("*.md")])
 SETTINGS: dict[str, type[ServiceSettings] | type[RelaySettings] | type[WorkerSettings]] = {
@@ -93,7 +93,9 @@ def documented(default: object) -> str:
 def nodes() -> list[ast.AST]:
     """Returns the code of the three processes and of what they share, without that of `outbox up`."""
     paths = [path for package in ("outbox", "service", "relay", "worker") for path in Path(package).rglob("*.py")]
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths if Path("outbox/up") not in path.parents]
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8")) for path in paths if Path("outbox/devstack") not in path.parents
+    ]
     return [node for tree in trees for node in ast.walk(tree)]
 
 

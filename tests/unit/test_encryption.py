@@ -3,8 +3,8 @@
 import pytest
 from structlog.testing import capture_logs
 
-from outbox.encryption import tell_of_plain_text
-from outbox.endpoints import SmtpServer
+from outbox.runtime.encryption import tell_of_plain_text
+from outbox.runtime.endpoints import SmtpServer
 
 
 @pytest.mark.parametrize(

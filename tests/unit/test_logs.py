@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-SET_UP = "from outbox import logs; logs.configure('test', 'info', {!r}); "
+SET_UP = "from outbox.runtime import logs; logs.configure('test', 'info', {!r}); "
 
 
 def _run(code: str, log_format: str = "json") -> subprocess.CompletedProcess[str]:
@@ -41,9 +41,10 @@ def test_warnings_are_counted() -> None:
 def test_what_others_cause_by_the_thousand_floods_no_log() -> None:
     """A hundred lines a minute of each such event; `nth` and the last line count all. Other events are all logged."""
     done = _run(
-        "import outbox.logs; log = logs.get(); [log.warning('dropped job', job=n) for n in range(5000)];"
+        "from outbox.runtime import log_counts, logs; log = logs.get();"
+        "[log.warning('dropped job', job=n) for n in range(5000)];"
         "[log.warning('ignored an RQ command') for _ in range(101)]; [log.warning('swept row') for _ in range(300)];"
-        "outbox.logs.FLOOD_TIME = 0.0; log.warning('dropped job', job=5000); log.info('stopped')"
+        "log_counts.FLOOD_TIME = 0.0; log.warning('dropped job', job=5000); log.info('stopped')"
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     events = Counter(line["event"] for line in lines)

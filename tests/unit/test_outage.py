@@ -6,8 +6,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from outbox.errors import UnsupportedRedisError
-from outbox.outage import Outage, one_line
-from outbox.redis import check_server
+from outbox.runtime.outage import Outage
+from outbox.runtime.redaction import one_line
+from outbox.runtime.redis_connection import check_server
 
 
 def test_an_outage_is_one_line_at_each_end() -> None:

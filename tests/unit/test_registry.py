@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from structlog.testing import capture_logs
 
 from outbox import Context, Task, TaskError, handler
-from outbox.registry import load_registry
+from outbox_worker.registry import load_registry
 
 
 class Nothing(BaseModel):

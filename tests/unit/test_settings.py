@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from outbox import redis_url
-from outbox.endpoints import Address, SmtpServer
+from outbox.devstack.environment import read_settings
 from outbox.errors import SettingsError
-from outbox.settings import DatabaseSettings, RelaySettings, ServiceSettings, WorkerSettings
-from outbox.up.environment import read_settings
+from outbox.runtime import redis_url
+from outbox.runtime.endpoints import Address, SmtpServer
+from outbox.runtime.settings import DatabaseSettings, RelaySettings, ServiceSettings, WorkerSettings
 
 if TYPE_CHECKING:
     import trustme
@@ -385,7 +385,7 @@ def test_a_key_needs_its_password(password: str, certificate: str, environment: 
 def test_the_service_does_not_import_redis() -> None:
     """It never talks to Redis, and reads its settings without the client's memory and time."""
     code = (
-        "import sys, outbox_service.main, outbox.settings as s; s.ServiceSettings.from_environment();"
+        "import sys, outbox_service.main, outbox.runtime.settings as s; s.ServiceSettings.from_environment();"
         "sys.exit('redis' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from outbox.stop import AGAIN, Stop
+from outbox.runtime.stop import AGAIN, Stop
 from tests.support.waiting import eventually
 
 LOOP = """
-from outbox.stop import Stop, ignore_signals
+from outbox.runtime.stop import Stop, ignore_signals
 stop = Stop()
 stop.listen()
 print("listens", flush=True)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from outbox import tally
-from outbox.tally import Tally
+from outbox.runtime import tally
+from outbox.runtime.tally import Tally
 
 
 def test_a_kind_is_told_once_a_minute_with_its_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator
 
 from outbox import Context, Handler, PayloadError, Task, TaskError, handler
-from outbox.registry import load_registry
-from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox_worker.registry import load_registry
 
 
 class Greeting(BaseModel):

@@ -7,8 +7,8 @@ from typing import NoReturn
 
 import pytest
 
-from outbox.jobs import Delivery
 from outbox.row import Status
+from outbox.rq_jobs import Delivery
 from outbox_worker.claim import Claim
 from outbox_worker.errors import NoThreadsError, ThreadEndedError
 from outbox_worker.in_flight import PATIENCE, HeldRow, InFlight

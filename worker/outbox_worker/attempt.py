@@ -11,18 +11,20 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from outbox import deadline, logs
 from outbox.backoff import LONGEST_UNHANDLED_DELAY, retry_delay, unhandled_delay
 from outbox.context import Context
 from outbox.errors import HandlerError, NotNowError, OutboxError, PayloadError, SkipRetry, TimeLimitError
-from outbox.outage import one_line
-from outbox.postgres import is_outage
-from outbox.registry import Handler, Registry
+from outbox.handler import Handler
 from outbox.row import Status
-from outbox.tally import Tally
+from outbox.runtime import logs
+from outbox.runtime.postgres import is_outage
+from outbox.runtime.redaction import one_line
+from outbox.runtime.tally import Tally
+from outbox_worker import deadline
 from outbox_worker.claim import Claim
 from outbox_worker.outcome import Attempted, Outcome
 from outbox_worker.pace import Pace
+from outbox_worker.registry import Registry
 
 _unhandled = Tally()
 """Rows that this worker has given back because it cannot handle them, by task and reason."""

@@ -3,12 +3,12 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from outbox import logs
-from outbox.halving import write_by_halves
-from outbox.jobs import Delivery
-from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.row import Status, named
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs
+from outbox.runtime.halving import write_by_halves
+from outbox.runtime.postgres import Connection
 
 MOST_BYTES = 1_000_000
 """Bytes of payloads, as they are stored, at which a claim takes no further row. Postgres stores them compressed, and as

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import psycopg
 
-from outbox import logs, postgres
-from outbox.jobs import Delivery
-from outbox.outage import one_line
-from outbox.postgres import Connection
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs, postgres
+from outbox.runtime.postgres import Connection
+from outbox.runtime.redaction import one_line
 from outbox_worker.claim import Claim, claim, claim_free
 from outbox_worker.in_flight import InFlight
 from outbox_worker.outcome import unanswered

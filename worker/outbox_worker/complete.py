@@ -7,12 +7,12 @@ from threading import Event, Thread
 
 import psycopg
 
-from outbox import logs, postgres
 from outbox.backoff import reconnect_delay
-from outbox.jobs import Delivery
-from outbox.outage import one_line
-from outbox.postgres import Connection
 from outbox.queries import query
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs, postgres
+from outbox.runtime.postgres import Connection
+from outbox.runtime.redaction import one_line
 from outbox_worker.errors import NoThreadsError, ThreadEndedError
 from outbox_worker.in_flight import InFlight
 from outbox_worker.leases import Leases

@@ -5,8 +5,9 @@ from collections import deque
 from contextlib import suppress
 from threading import Lock
 
-from outbox import deadline, logs
-from outbox.outage import Outage
+from outbox.runtime import logs
+from outbox.runtime.outage import Outage
+from outbox_worker import deadline
 from outbox_worker.mail_errors import MailServerError
 from outbox_worker.mail_server import MailServer
 from outbox_worker.smtp import Smtp

@@ -12,11 +12,12 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from outbox import deadline, logs, postgres
 from outbox.errors import NotNowError, TimeLimitError
-from outbox.postgres import T
 from outbox.queries import query
-from outbox.tally import Tally
+from outbox.runtime import logs, postgres
+from outbox.runtime.postgres import T
+from outbox.runtime.tally import Tally
+from outbox_worker import deadline
 
 WAIT = 10.0
 """Seconds that a handler may wait for a connection; then its row is given back, and no attempt counts."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Condition
 
-from outbox.jobs import Delivery
+from outbox.rq_jobs import Delivery
 from outbox_worker.claim import Claim
 from outbox_worker.outcome import Outcome, given_back
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Collection, Sequence
 
-from outbox import logs
-from outbox.batch import BatchSize
-from outbox.halving import write_by_halves
-from outbox.jobs import Delivery
-from outbox.outage import one_line
-from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.row import named
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs
+from outbox.runtime.batch_size import BatchSize
+from outbox.runtime.halving import write_by_halves
+from outbox.runtime.postgres import Connection
+from outbox.runtime.redaction import one_line
 from outbox_worker.in_flight import InFlight
 
 MOST_RENEWED = 10_000

@@ -11,11 +11,12 @@ from email.utils import parseaddr
 
 from email_validator import EmailNotValidError, validate_email
 
-from outbox import deadline, logs
 from outbox.errors import SkipRetry, TimeLimitError
 from outbox.message import Message
-from outbox.outage import one_line
-from outbox.settings import WorkerSettings
+from outbox.runtime import logs
+from outbox.runtime.redaction import one_line
+from outbox.runtime.settings import WorkerSettings
+from outbox_worker import deadline
 from outbox_worker.connections import IDLE, Connections
 from outbox_worker.mail_errors import MailError, MailServerError
 from outbox_worker.mail_server import MailServer, refusal

@@ -5,10 +5,11 @@ import socket
 import ssl
 import time
 
-from outbox import deadline, logs
 from outbox.errors import TimeLimitError
-from outbox.outage import one_line
-from outbox.settings import WorkerSettings
+from outbox.runtime import logs
+from outbox.runtime.redaction import one_line
+from outbox.runtime.settings import WorkerSettings
+from outbox_worker import deadline
 from outbox_worker.addresses import Address, Addresses, OwnName
 from outbox_worker.mail_errors import MailError, MailServerError
 from outbox_worker.replies import Refused, fault_of, quoted, status_of

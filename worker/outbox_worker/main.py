@@ -4,10 +4,10 @@ import logging
 import os
 import traceback
 
-from outbox import encryption, logs, open_files, redis_url, start
 from outbox.errors import SettingsError, TaskError
-from outbox.settings import WorkerSettings
-from outbox.stop import Stop
+from outbox.runtime import encryption, logs, open_files, process, redis_url
+from outbox.runtime.settings import WorkerSettings
+from outbox.runtime.stop import Stop
 from outbox_worker.handlers import registry
 from outbox_worker.worker import Worker
 
@@ -35,14 +35,14 @@ def main() -> None:
     stop.listen()
     worker = Worker(settings, handlers, stop)
     try:
-        start.run(worker.run)
+        process.run(worker.run)
     except BaseException as error:
         if not worker.has_unended:
             raise
         if not isinstance(error, SystemExit):
-            start.write_to_stderr(traceback.format_exc())
+            process.write_to_stderr(traceback.format_exc())
         logging.shutdown()
-        os._exit(start.EXIT_FAILED)
+        os._exit(process.EXIT_FAILED)
     if worker.has_unended:
         logging.shutdown()
         os._exit(0)  # the interpreter's shutdown would wait for threads that the handler has started

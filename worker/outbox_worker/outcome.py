@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from outbox.jobs import Delivery
 from outbox.row import Status
+from outbox.rq_jobs import Delivery
 from outbox_worker.claim import Claim
 
 

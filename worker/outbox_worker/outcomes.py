@@ -7,14 +7,14 @@ from typing import NamedTuple
 import psycopg
 from psycopg import Cursor
 
-from outbox import logs
-from outbox.batch import BatchSize
-from outbox.halving import write_by_halves
-from outbox.jobs import Delivery
-from outbox.outage import one_line
-from outbox.postgres import Connection
 from outbox.queries import query
 from outbox.row import Status, named
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs
+from outbox.runtime.batch_size import BatchSize
+from outbox.runtime.halving import write_by_halves
+from outbox.runtime.postgres import Connection
+from outbox.runtime.redaction import one_line
 from outbox_worker.in_flight import InFlight
 from outbox_worker.leases import columns
 from outbox_worker.outcome import Outcome

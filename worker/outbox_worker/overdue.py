@@ -2,9 +2,9 @@
 
 import time
 
-from outbox import logs
-from outbox.jobs import Delivery
-from outbox.stop import Stop
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs
+from outbox.runtime.stop import Stop
 from outbox_worker.claim import Claim
 from outbox_worker.errors import OverdueError
 from outbox_worker.in_flight import InFlight

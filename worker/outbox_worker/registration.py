@@ -21,11 +21,10 @@ from rq.version import VERSION
 from rq.worker import BaseWorker, WorkerStatus
 from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
-from outbox import logs
-from outbox import redis as outbox_redis
-from outbox.installation import Installation
-from outbox.outage import one_line
-from outbox.stop import Stop
+from outbox.runtime import logs, redis_connection
+from outbox.runtime.installation import Installation
+from outbox.runtime.redaction import one_line
+from outbox.runtime.stop import Stop
 
 HEARTBEAT_INTERVAL = 15.0
 """Seconds between two registrations in Redis."""
@@ -61,12 +60,12 @@ class Registration:
             redis.RedisError: Redis is away.
         """
         now = time.monotonic()
-        if now - self._connected_at > outbox_redis.LIFETIME:
+        if now - self._connected_at > redis_connection.LIFETIME:
             self.forget()
         if now < self._beat_at:
             return
         if self._beat_at == 0.0:
-            outbox_redis.check_supported(self._client)  # it may have come back as another
+            redis_connection.check_supported(self._client)  # it may have come back as another
             self._connected_at = now
         self.installation.announce()
         self._register(WorkerStatus.BUSY if busy else WorkerStatus.IDLE)
@@ -107,7 +106,7 @@ class Registration:
 
     def forget(self) -> None:
         """Drops all connections and makes the next beat register anew: Redis was away, or may be another server."""
-        outbox_redis.drop_connections(self._client)
+        redis_connection.drop_connections(self._client)
         if self._commands is not None:
             self._commands.stop()  # it closes its own connection within a second
             self._commands = None
@@ -136,7 +135,7 @@ class Registration:
         """Takes the worker off RQ's list and closes the connection."""
         if self._commands is not None:
             self._commands.stop()
-        with suppress(*outbox_redis.AWAY), self._client.pipeline() as pipeline:  # if it is away, the entry expires
+        with suppress(*redis_connection.AWAY), self._client.pipeline() as pipeline:  # if it is away, the entry expires
             for key in self._lists():
                 pipeline.srem(key, self.key)
             pipeline.hset(self.key, "death", utcformat(rq_now()))

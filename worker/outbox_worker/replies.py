@@ -8,7 +8,7 @@ step it is said at: servers report a sender, a login or a HELO that they do not 
 import re
 from typing import Literal
 
-from outbox.verification import masked
+from outbox.runtime.redaction import masked
 
 Reply = tuple[int, bytes]
 """A mail server's answer: its code, and its text."""

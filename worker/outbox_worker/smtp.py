@@ -6,7 +6,7 @@ import socket
 import time
 from typing import Any
 
-from outbox import deadline
+from outbox_worker import deadline
 
 FINISHING_TIME = 4.0
 """Seconds that the answer to a whole mail is waited for at least, however little time the attempt has left: the server

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Thread
 
-from outbox import logs
-from outbox.outage import one_line
+from outbox.runtime import logs
+from outbox.runtime.redaction import one_line
 from outbox_worker.claim import Claim
 from outbox_worker.errors import NoThreadsError, ThreadEndedError
 from outbox_worker.in_flight import InFlight

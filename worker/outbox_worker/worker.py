@@ -6,18 +6,16 @@ from threading import Thread
 
 import psycopg
 
-from outbox import logs, pooler, postgres
-from outbox import redis as outbox_redis
 from outbox.backoff import retry_delay
 from outbox.context import Context
-from outbox.jobs import Delivery
-from outbox.log_writer import DRAINING_TIME
-from outbox.outage import Outage
-from outbox.postgres import Connection
 from outbox.queries import query
-from outbox.registry import Registry
-from outbox.settings import WorkerSettings
-from outbox.stop import Stop
+from outbox.rq_jobs import Delivery
+from outbox.runtime import logs, pooler, postgres, redis_connection
+from outbox.runtime.log_writer import DRAINING_TIME
+from outbox.runtime.outage import Outage
+from outbox.runtime.postgres import Connection
+from outbox.runtime.settings import WorkerSettings
+from outbox.runtime.stop import Stop
 from outbox_worker.attempt import attempt
 from outbox_worker.claim import Claim
 from outbox_worker.claimer import Claimer
@@ -29,8 +27,9 @@ from outbox_worker.in_flight import OVERTIME, InFlight
 from outbox_worker.mail import AttemptMails, Mailer
 from outbox_worker.outcome import Attempted, Outcome, cut_short
 from outbox_worker.overdue import OverdueWatch
+from outbox_worker.queues import Queues, Suspended
 from outbox_worker.registration import Registration
-from outbox_worker.take import Queues, Suspended
+from outbox_worker.registry import Registry
 from outbox_worker.threads import HandlerThreads
 
 COMPLETING_TIME = 5.0
@@ -57,7 +56,7 @@ class Worker:
         self._settings = settings
         self._registry = registry
         self._stop = stop
-        self._client = outbox_redis.connect(settings.redis_url, "outbox-worker")
+        self._client = redis_connection.connect(settings.redis_url, "outbox-worker")
         self._registration = Registration(self._client, settings.queues, stop)
         self.name = self._registration.name
         self._queues = Queues(self._client, settings.queues)
@@ -142,7 +141,7 @@ class Worker:
             self._completer.check()
             try:
                 self._registration.beat(busy=True)  # the entry must not expire: the other handlers may take hours
-            except outbox_redis.AWAY as error:
+            except redis_connection.AWAY as error:
                 self._registration.forget()
                 self._redis.away(error)
             self._in_flight.wait_until(0, 0.2)
@@ -165,7 +164,7 @@ class Worker:
             self._log_suspension(is_suspended=True)
             self._stop.wait(1)
             return []
-        except outbox_redis.AWAY as error:
+        except redis_connection.AWAY as error:
             self._registration.forget()
             self._stop.wait(self._redis.away(error))
             return []

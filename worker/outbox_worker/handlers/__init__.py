@@ -1,8 +1,8 @@
 """The handlers that a worker has: the verification mail's, and those of `OUTBOX_HANDLERS`."""
 
-from outbox.registry import Registry, load_registry
-from outbox.settings import WorkerSettings
+from outbox.runtime.settings import WorkerSettings
 from outbox_worker.handlers.send_verify_email import verification_mail
+from outbox_worker.registry import Registry, load_registry
 
 
 def registry(settings: WorkerSettings) -> Registry:

@@ -16,19 +16,20 @@ from urllib.parse import urlencode, urlsplit
 import psycopg
 from psycopg import Cursor
 
-from outbox import Context, SkipRetry, handler, logs, postgres
+from outbox import Context, SkipRetry, handler
 from outbox.errors import NotNowError, OutboxError, TimeLimitError
+from outbox.handler import Handler
 from outbox.message import Message, alternatives
-from outbox.outage import one_line
 from outbox.queries import query
-from outbox.registry import Handler
 from outbox.row import named
-from outbox.settings import WorkerSettings
-from outbox.tally import Tally
-from outbox.tasks import SEND_VERIFY_EMAIL, SendVerifyEmail
-from outbox.verification import secret_code
+from outbox.runtime import logs, postgres
+from outbox.runtime.redaction import one_line
+from outbox.runtime.settings import WorkerSettings
+from outbox.runtime.tally import Tally
+from outbox.signup.secret_code import secret_code
+from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox_worker.coalescer import Coalescer
 from outbox_worker.mail import deliverable
-from outbox_worker.together import Together
 
 
 class VerificationError(OutboxError):
@@ -66,7 +67,7 @@ class _VerificationMail:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._together: Together[Recipient, Opened | None] = Together()
+        self._together: Coalescer[Recipient, Opened | None] = Coalescer()
         self._put_off = Tally()
         """Mails that were put off, by reason."""
 

@@ -1,0 +1,137 @@
+"""One readable stream from the logs of many processes."""
+
+import io
+import json
+import threading
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import IO, TextIO, cast
+
+from rich.console import Console
+from rich.text import Text
+
+from outbox.runtime.printable import printable
+
+_NAME_WIDTH = 8
+_TAB = "\t"
+_NAME_STYLES = {"service": "cyan", "relay": "magenta", "worker": "green"}
+_LEVEL_STYLES = {"debug": "dim", "warning": "yellow", "error": "bold red", "critical": "bold red"}
+_OWN_FIELDS = frozenset({"event", "level", "timestamp", "process", "exception"})
+
+
+class Stream:
+    """Takes lines from any thread and writes each whole, as one readable line."""
+
+    def __init__(self, output: TextIO, *, as_json: bool, broken: Callable[[], None]) -> None:
+        """Writes to `output`, in colour where that is a terminal.
+
+        Args:
+            output: where to.
+            as_json: pass JSON lines through untouched, for a program to read.
+            broken: called once `output` takes no more, as when a pipe's reader or a terminal is gone.
+        """
+        self._output = output
+        self._as_json = as_json
+        self._broken = broken
+        self._console = Console(file=output, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._lock = threading.Lock()
+        self._plain: dict[str, deque[str]] = {}
+
+    def line(self, process: str, text: str) -> None:
+        """Writes one line that `process` printed: rendered if it is one of our JSON events, else as it is."""
+        event = _event(text)
+        if event is None:
+            self._plain.setdefault(process, deque(maxlen=10)).append(text)
+            event = {"event": text, "process": process, "timestamp": datetime.now(UTC).isoformat()}
+            self._write(json.dumps(event) if self._as_json else _rendered(process, event))
+        else:
+            self._write(text if self._as_json else _rendered(process, event))
+
+    def follow(self, process: str, output: IO[bytes]) -> None:
+        """Writes all that a process prints, until it has closed its end."""
+        with output:
+            for line in output:
+                self.line(process, line.decode(errors="replace").rstrip("\r\n"))
+
+    def writer(self, process: str) -> TextIO:
+        """Returns a text file whose lines become lines of `process`: a standard output for this process itself."""
+        return cast("TextIO", _Writer(lambda text: self.line(process, text)))
+
+    def paragraph(self, text: str) -> None:
+        """Writes a text for people, as it is."""
+        self._write(Text(text))
+
+    def last_words(self, process: str) -> str:
+        """Returns the last lines of `process` that were no events: what it said before it died."""
+        return "\n".join(self._plain.get(process, ()))
+
+    def _write(self, text: str | Text) -> None:
+        with self._lock:
+            try:
+                if isinstance(text, str):
+                    self._output.write(text + "\n")
+                else:
+                    self._console.print(text)
+                self._output.flush()
+            except (OSError, ValueError):
+                self._broken()
+
+
+class _Writer(io.TextIOBase):
+    def __init__(self, line: Callable[[str], None]) -> None:
+        self._line = line
+        self._part = threading.local()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, rest = (getattr(self._part, "text", "") + text).split("\n")
+        self._part.text = rest
+        for line in lines:
+            self._line(line)
+        return len(text)
+
+
+def _event(text: str) -> dict[str, object] | None:
+    if not text.startswith("{"):
+        return None
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def _rendered(process: str, event: dict[str, object]) -> Text:
+    level_style = _LEVEL_STYLES.get(str(event.get("level", "info")), "")
+    line = Text().append(_local_time(event.get("timestamp")), style="dim")
+    line.append(f"  {process:<{_NAME_WIDTH}}", style=_NAME_STYLES.get(process, "bold"))
+    line.append(
+        f"  {printable(str(event['event']), keep=_TAB)}", style=level_style or "bold" if "level" in event else ""
+    )
+    for name, value in event.items():
+        if name not in _OWN_FIELDS:
+            line.append(f"  {name}=", style="dim")
+            line.append(_value(value), style=level_style)
+    for text in str(event.get("exception", "")).splitlines():
+        line.append(f"\n{'':10}{process:<{_NAME_WIDTH}}  {printable(text, keep=_TAB)}", style="red")
+    return line
+
+
+def _local_time(timestamp: object) -> str:
+    try:
+        moment = datetime.fromisoformat(str(timestamp))
+    except ValueError:
+        moment = datetime.now(UTC)
+    return f"{moment.astimezone():%H:%M:%S}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str) and value and value.isprintable() and not set(value) & set(' "='):
+        return value
+    if isinstance(value, str) and "://" in value and value.isprintable() and " " not in value:
+        return value  # a link: it must stay one that a terminal opens
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value)

@@ -1,0 +1,38 @@
+"""A server that goes away and comes back: one log line each, and backoff between."""
+
+import time
+from threading import Lock
+
+from outbox.backoff import reconnect_delay
+from outbox.runtime import logs
+from outbox.runtime.redaction import one_line
+
+
+class Outage:
+    """What a process knows of one server's absence. Safe to share between threads."""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self._failures = 0
+        self._since = 0.0
+        self._lock = Lock()
+
+    def away(self, error: Exception) -> float:
+        """Takes note of a failure, logs the first of a row, and returns the seconds to wait before the next try."""
+        with self._lock:
+            self._failures += 1
+            if self._failures == 1:
+                self._since = time.monotonic()
+                logs.get().warning(f"{self._server} is away", error=one_line(error))
+            return reconnect_delay(self._failures)
+
+    def back(self) -> bool:
+        """Takes note of a success, logs the first after a failure, and returns whether it was one."""
+        if not self._failures:
+            return False
+        with self._lock:
+            if not self._failures:
+                return False
+            self._failures = 0
+            logs.get().info(f"{self._server} is back", seconds=round(time.monotonic() - self._since, 3))
+            return True
