@@ -55,7 +55,7 @@ FROM (VALUES ('idle_in_transaction_session_timeout', '30s'),
 WHERE pg_catalog.current_setting(name, true) IS NOT NULL;
 
 
--- name: limit_session
+-- name: limit_handler_session
 -- What the server may do to a handler's session: the first two of these limits.
 SELECT pg_catalog.set_config('idle_in_transaction_session_timeout', '30s', false),
        pg_catalog.set_config('lock_timeout', '10s', false);
@@ -66,18 +66,18 @@ SELECT pg_catalog.set_config('idle_in_transaction_session_timeout', '30s', false
 SELECT pg_catalog.current_setting('transaction_read_only')::boolean AS is_read_only;
 
 
--- name: limit_lock_wait
+-- name: limit_session_lock_wait
 -- A session in which a worker claims or completes waits for a lock less long, because all that the worker does waits with it.
 -- A claim waits for a relay that is about to commit.
 SELECT pg_catalog.set_config('lock_timeout', '1s', false);
 
 
--- name: session
+-- name: backend_pid
 -- Which of the server's sessions this is.
 SELECT pg_catalog.pg_backend_pid() AS session;
 
 
--- name: installation
+-- name: installation_id
 -- Which installation this is, to tell apart two that use the same Redis database: the server's number, which its standbys
 -- share and a dump that was restored elsewhere does not, the database, and the table, as each schema may have its own.
 SELECT system_identifier::text || '/' || pg_catalog.current_database()::text || '/' || 'outbox'::regclass::oid::text AS id
@@ -201,7 +201,7 @@ VALUES (%(username)s, %(hashed_password)s, %(full_name)s, %(email)s)
 RETURNING username, full_name, email, is_email_verified, password_changed_at, created_at;
 
 
--- name: room
+-- name: window_room
 -- How many more rows of a queue Redis may hold.
 SELECT greatest(0, %(window)s - pg_catalog.count(*)) AS rows
 FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s;
@@ -257,7 +257,7 @@ LIMIT 1
 FOR NO KEY UPDATE SKIP LOCKED;
 
 
--- name: look
+-- name: find_work
 -- What there is to do for a relay, so that one statement is all that an idle one asks: queues that have rows to hand
 -- over, whether Redis should hold any job, and one that no worker has claimed for longer than a grace, and whether a
 -- lease has passed. It counts nothing and stops at the first row of each. And Postgres' time, which is everybody's.
@@ -283,7 +283,7 @@ SELECT extract(epoch FROM pg_catalog.now())::float8 AS now,
                     AND lease_until > pg_catalog.now() + %(impossible_lease)s::float8 * interval '1 s') AS expired;
 
 
--- name: sweep_candidates
+-- name: unclaimed_rows
 -- Rows that were handed over longer than a grace ago and that no worker has claimed; those that were handed over in the
 -- future among them: the server's clock was set back since.
 SELECT id, delivery, queue, extract(epoch FROM run_at)::float8 AS run_at,
@@ -311,13 +311,13 @@ WHERE id = ANY (ARRAY(
 RETURNING id, delivery, task, queue, request_id;
 
 
--- name: limit_wait
+-- name: limit_transaction_lock_wait
 -- How long the statements of a rescue, or of a deletion, wait for a lock in its transaction: while a rescue waits, workers'
 -- renewals do too, and all else that the relay does waits with either.
 SELECT pg_catalog.set_config('lock_timeout', '100ms', true);
 
 
--- name: expired
+-- name: expired_leases
 -- Rows whose lease has passed, locked until the end of the rescue's transaction. A row that is being renewed or completed
 -- at this moment, or that another session has locked, is passed over, as are those that Postgres has refused lately.
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
@@ -347,7 +347,7 @@ FROM unnest(%(ids)s::bigint[], %(statuses)s::text[], %(delays)s::float8[], %(err
 WHERE outbox.id = rescued.id AND outbox.id = ANY (%(ids)s);
 
 
--- name: old_rows
+-- name: rows_past_retention
 -- Done rows whose retention time is over, locked to be deleted.
 SELECT id
 FROM outbox
@@ -485,7 +485,7 @@ SELECT id, delivery, task, CASE WHEN claimed.id IS NOT NULL THEN payload::text E
 FROM locked LEFT JOIN claimed USING (id);
 
 
--- name: lock_free
+-- name: lock_available_rows
 -- Locks those rows that no other session has locked, until the end of the transaction: a claim that was refused is repeated
 -- with these.
 SELECT id FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED;
@@ -645,7 +645,7 @@ WITH unhandled AS (
 UPDATE outbox SET status = 'dead', unhandled_since = NULL WHERE id = ANY (ARRAY(SELECT id FROM unhandled)) RETURNING id;
 
 
--- name: statuses
+-- name: row_statuses
 -- What rows are, to tell an operator who took them for dead.
 SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 

@@ -128,7 +128,7 @@ def discard(connection: Connection, rows: Sequence[int]) -> list[int]:
 
 def statuses(connection: Connection, rows: Sequence[int]) -> dict[int, str | None]:
     """Returns what each of these rows is; None for one that does not exist."""
-    found = {row["id"]: row["status"] for row in connection.execute(query("statuses"), {"ids": list(rows)})}
+    found = {row["id"]: row["status"] for row in connection.execute(query("row_statuses"), {"ids": list(rows)})}
     return {row: found.get(row) for row in rows}
 
 

@@ -14,7 +14,7 @@ _ENCRYPTED = frozenset({"require", "verify-ca", "verify-full"})
 """Values of libpq's sslmode under which nothing is sent in clear; libpq's own default is "prefer"."""
 
 
-def tell_of_plain_text(
+def warn_about_plain_text(
     database_url: str, *, redis_url: str | None = None, smtp_server: SmtpServer | None = None
 ) -> None:
     """Warns of each server on another machine to which a connection may be unencrypted."""

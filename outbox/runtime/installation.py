@@ -16,10 +16,10 @@ KEY = "outbox:installation"
 LIFETIME = 30
 """Seconds that an installation counts as there after its last process has announced it."""
 
-MOST_BYTES = 200
+MAX_BYTES = 200
 """Bytes of another's id that are read: more than ours has."""
 
-TELL_INTERVAL = 60.0
+LOG_INTERVAL = 60.0
 """Seconds between two log lines about another installation that is there."""
 
 
@@ -46,7 +46,7 @@ class Installation:
             psycopg.OperationalError: Postgres is away.
         """
         try:
-            found = connection.execute(query("installation")).fetchone()
+            found = connection.execute(query("installation_id")).fetchone()
         except psycopg.ProgrammingError:  # a server that has no such function, or lets nobody use it
             return
         assert found is not None
@@ -71,7 +71,7 @@ class Installation:
             )
         self._client.set(KEY, own, ex=LIFETIME)
         self._is_in = True
-        if other and time.monotonic() - self._told_at >= TELL_INTERVAL:
+        if other and time.monotonic() - self._told_at >= LOG_INTERVAL:
             self._told_at = time.monotonic()
             logs.get().error(
                 "another installation uses this Redis database",
@@ -86,7 +86,7 @@ class Installation:
         A key that stays for longer than any of ours is no installation's.
         """
         with self._client.pipeline() as pipeline:
-            pipeline.getrange(KEY, 0, MOST_BYTES - 1)
+            pipeline.getrange(KEY, 0, MAX_BYTES - 1)
             pipeline.pttl(KEY)
             found, milliseconds = pipeline.execute()
         is_announced = 0 <= milliseconds <= LIFETIME * 1000

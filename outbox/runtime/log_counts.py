@@ -12,7 +12,7 @@ from structlog.typing import EventDict, WrappedLogger
 
 FLOODING = frozenset({"deleted key", "dropped job", "ignored an RQ command"})
 """Events that any client of Redis can cause in any number, one for a few bytes."""
-MOST_OF_A_FLOOD = 100
+MAX_FLOOD_LINES = 100
 """Lines of one of these that are logged in `FLOOD_TIME`."""
 FLOOD_TIME = 60.0
 """Seconds."""
@@ -59,4 +59,4 @@ class Counts:
         began, before = self._floods.get(event, (-math.inf, 0))
         if now - began >= FLOOD_TIME:
             began, before = self._floods[event] = now, count - 1
-        return count - before > MOST_OF_A_FLOOD
+        return count - before > MAX_FLOOD_LINES

@@ -10,7 +10,7 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TextIO
 
-MOST_LINES = 10_000
+MAX_LINES = 10_000
 """Lines that wait to be written; of more, the oldest are dropped."""
 DRAINING_TIME = 2.0
 """Seconds that a process waits at its end for its last lines to be written."""
@@ -26,7 +26,7 @@ class LogWriter(io.TextIOBase):
         """
         self._stream = stream
         self._descriptor = _descriptor(stream)
-        self._lines: deque[str] = deque(maxlen=MOST_LINES)
+        self._lines: deque[str] = deque(maxlen=MAX_LINES)
         self._arrived = Event()
         self._is_writing = False
         self._is_stuck = False
@@ -40,7 +40,7 @@ class LogWriter(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Takes a line, or several."""
-        if len(self._lines) == MOST_LINES:
+        if len(self._lines) == MAX_LINES:
             self.lost += 1
         self._lines.append(text)
         if not self._arrived.is_set():

@@ -51,12 +51,12 @@ def _check_unpooled(connection: Connection, database_url: str) -> None:
 
 
 def _session(connection: Connection) -> int:
-    row = connection.execute(query("session"), prepare=False).fetchone()
+    row = connection.execute(query("backend_pid"), prepare=False).fetchone()
     assert row is not None
     return int(row["session"])
 
 
-def tell_of_missing_settings(connection: Connection) -> None:
+def warn_about_missing_settings(connection: Connection) -> None:
     """Logs a warning if the sessions behind a pooler lack settings that we would give them, and what does.
 
     Raises:

@@ -3,9 +3,9 @@
 import time
 from threading import Lock
 
-INTERVAL = 60.0
+LOG_INTERVAL = 60.0
 """Seconds between two lines of one kind."""
-MOST_KINDS = 1000
+MAX_KINDS = 1000
 """Kinds at which all are forgotten: a kind may contain text that another client has made up."""
 
 
@@ -21,9 +21,9 @@ class Tally:
         """Counts one event, and returns how many of its kind the log is to report now: 0 for none."""
         now = time.monotonic()
         with self._lock:
-            if kind not in self._kinds and len(self._kinds) >= MOST_KINDS:
+            if kind not in self._kinds and len(self._kinds) >= MAX_KINDS:
                 self._kinds.clear()
-            told_at, times = self._kinds.get(kind, (now - INTERVAL, 0))
-            is_told = now - told_at >= INTERVAL
+            told_at, times = self._kinds.get(kind, (now - LOG_INTERVAL, 0))
+            is_told = now - told_at >= LOG_INTERVAL
             self._kinds[kind] = (now, 0) if is_told else (told_at, times + 1)
             return times + 1 if is_told else 0

@@ -15,7 +15,7 @@ T = TypeVar("T")
 K = TypeVar("K", int, str)
 """What names a row: its id, or a user's name."""
 
-MOST_LEFT_OUT = 1000
+MAX_LEFT_OUT = 1000
 """Rows that are left out at a time, at most: where there are more, it is hardly the rows' fault."""
 
 _NO_ROWS_FAULT = ("42501", "53", "58")
@@ -87,7 +87,7 @@ class Batches(Generic[K]):
             tried = len(self.tried) or most
             self._size.rows = max(1, tried // 2)
             if tried == 1:
-                if not self.tried or len(self.left_out.rows()) >= MOST_LEFT_OUT:
+                if not self.tried or len(self.left_out.rows()) >= MAX_LEFT_OUT:
                     raise
                 self.left_out.add(self.tried, error)
             return None

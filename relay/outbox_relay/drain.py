@@ -16,9 +16,9 @@ from outbox.runtime.postgres import Connection
 from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 
-SPELL = 0.25
+DRAIN_TIME = 0.25
 """Seconds after which neither of the two begins another batch: the relay has other duties to look after."""
-SHARE = 16
+SHARES = 16
 """Part of the window's room that each of the two fills before it is counted again. What other relays hand over
 meanwhile is not seen, so that eight relays that count at the same moment just fill it."""
 
@@ -48,7 +48,7 @@ class Drain:
         self._closing.close()
 
     def drain(self, connection: Connection, queue: str, left_out: Sequence[int] = ()) -> bool:
-        """Hands over a queue's rows for about SPELL seconds, as far as its window has room, but for those left out.
+        """Hands over a queue's rows for `DRAIN_TIME` seconds or until its window is full, except those in `left_out`.
 
         Returns:
             Whether it should go on: neither ran out of rows, and the window has room for a batch.
@@ -59,7 +59,7 @@ class Drain:
         """
         if self._second is None and time.monotonic() >= self._retry_at:
             self._open_second()
-        room = connection.execute(query("room"), {"queue": queue, "window": self._settings.window}).fetchone()
+        room = connection.execute(query("window_room"), {"queue": queue, "window": self._settings.window}).fetchone()
         assert room is not None
         if self._second is None:
             return self._publish_all(connection, queue, room["rows"], left_out)
@@ -87,8 +87,8 @@ class Drain:
     def _publish_all(self, connection: Connection, queue: str, room: int, left_out: Sequence[int]) -> bool:
         if room < self._settings.batch:
             return False
-        share = max(1, room // SHARE)
-        ends = time.monotonic() + SPELL
+        share = max(1, room // SHARES)
+        ends = time.monotonic() + DRAIN_TIME
         while True:
             limit = min(self._settings.batch, share)
             rows = publish(connection, self._client, queue, self._settings, room=room, limit=limit, left_out=left_out)

@@ -61,7 +61,7 @@ class Expiry:
     def _delete(self, connection: Connection, most: int) -> int:
         """Locks users, then judges them: no worker opens a verification, and no click uses one, in between."""
         with connection.transaction():
-            connection.execute(query("limit_wait"))
+            connection.execute(query("limit_transaction_lock_wait"))
             users = connection.execute(
                 query("unverified_users"),
                 {

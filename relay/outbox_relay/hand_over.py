@@ -28,7 +28,7 @@ class HandOver:
         self._has_backlog = False
 
     def step(self, connection: Connection, drain: Drain) -> float:
-        """Hands over what it can in about `drain.SPELL` seconds.
+        """Hands over what it can in about `drain.DRAIN_TIME` seconds.
 
         Returns:
             The seconds until it wants to go on; infinite: once a look finds more rows.

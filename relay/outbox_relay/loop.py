@@ -28,7 +28,7 @@ from outbox_relay.rescue import IMPOSSIBLE_LEASE, Rescue
 from outbox_relay.retention import Retention
 from outbox_relay.schedule import Schedule
 from outbox_relay.sweep import CLOCK_ERROR, Sweep
-from outbox_relay.unserved_queues import tell_of_unserved_queues
+from outbox_relay.unserved_queues import warn_about_unserved_queues
 
 UNHEARD_INTERVAL = 1.0
 """Seconds between two polls, at most, where no hint can be heard."""
@@ -41,7 +41,7 @@ TOGETHER = 0.1
 """Seconds that a look may come early for a poll, so that one look serves all that are due about now."""
 REPAIR_INTERVAL = 10.0
 """Seconds between two looks for foreign keys. A duty that fails because of one repairs at once."""
-TELL_INTERVAL = 60.0
+LOG_INTERVAL = 60.0
 """Seconds between two looks for rows that nobody will hand over, or take from Redis."""
 
 
@@ -90,7 +90,7 @@ class Relay:
         self._schedule = Schedule(self._client, list(settings.queues))
         self._clock = Clock()
         self._rescue = Rescue(settings.lease)
-        self._told_of_polling = False
+        self._has_logged_polling = False
         self._is_hinted = False
         """Whether a hint has come since the last wait."""
         self._hand_overs = {queue: HandOver(self._client, queue, settings) for queue in settings.queues}
@@ -98,7 +98,7 @@ class Relay:
         # What is not urgent keeps its turn over an outage, after which there is other work to do.
         self._unhurried = [
             Duty("retention", Retention(settings).step),
-            Duty("look for unserved queues", self._tell_of_unserved_queues),
+            Duty("look for unserved queues", self._warn_about_unserved_queues),
         ]
         if settings.unverified_retention is not None:
             expiry = Expiry(settings.unverified_retention)
@@ -177,10 +177,10 @@ class Relay:
     def _listen(self, connection: Connection) -> bool:
         """Asks for hints and returns whether they can be heard; where not, says so once."""
         if self._settings.transaction_pooling:
-            if not self._told_of_polling:
+            if not self._has_logged_polling:
                 logs.get().info("polling without LISTEN", why="OUTBOX_TRANSACTION_POOLING is set")
-                pooler.tell_of_missing_settings(connection)
-                self._told_of_polling = True
+                pooler.warn_about_missing_settings(connection)
+                self._has_logged_polling = True
             return False
         try:
             connection.add_notify_handler(self._note_hint)
@@ -188,9 +188,9 @@ class Relay:
         except psycopg.Error as error:
             if connection.closed or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
                 raise  # an outage, or a standby
-            if not self._told_of_polling:
+            if not self._has_logged_polling:
                 logs.get().warning("polling without LISTEN", why=one_line(error))
-                self._told_of_polling = True
+                self._has_logged_polling = True
             return False
         return True
 
@@ -212,7 +212,7 @@ class Relay:
             self._rescue.pause()  # a full disk, say: workers may not be able to write either
         if time.monotonic() >= duty.tell_at:
             logs.get().warning("duty refused", duty=duty.name, error=one_line(error), next_try=round(delay, 1))
-            duty.tell_at = time.monotonic() + TELL_INTERVAL
+            duty.tell_at = time.monotonic() + LOG_INTERVAL
         return delay
 
     def _do_with_redis(self, duty: Duty, connection: Connection) -> float:
@@ -263,7 +263,7 @@ class Relay:
         begun = time.monotonic()
         settings = self._settings
         found = connection.execute(
-            query("look"),
+            query("find_work"),
             {
                 "queues": list(settings.queues),
                 "horizon": settings.horizon,
@@ -300,9 +300,9 @@ class Relay:
         redis_connection.drop_connections(self._client)
         return redis_connection.LIFETIME
 
-    def _tell_of_unserved_queues(self, connection: Connection) -> float:
-        tell_of_unserved_queues(connection, self._settings)
-        return TELL_INTERVAL
+    def _warn_about_unserved_queues(self, connection: Connection) -> float:
+        warn_about_unserved_queues(connection, self._settings)
+        return LOG_INTERVAL
 
 
 def _has_pending(queue: str, found: dict[str, Any]) -> bool:

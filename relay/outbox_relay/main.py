@@ -11,7 +11,7 @@ def main() -> None:
     settings = RelaySettings.from_environment()
     redis_url.check(settings.redis_url)
     logs.configure("relay", settings.log_level, settings.log_format)
-    encryption.tell_of_plain_text(settings.database_url, redis_url=settings.redis_url)
+    encryption.warn_about_plain_text(settings.database_url, redis_url=settings.redis_url)
     stop = Stop()
     stop.listen()
     Relay(settings, stop).run()

@@ -140,7 +140,7 @@ class Rescue:
         expired: list[Expired] = []
         try:
             with connection.transaction():
-                connection.execute(query("limit_wait"))
+                connection.execute(query("limit_transaction_lock_wait"))
                 expired = self._expired(connection, batch, now)
                 taken = [] if is_paused else self._take_settled(connection, expired, now)
                 if is_paused:
@@ -172,7 +172,7 @@ class Rescue:
             "impossible_lease": IMPOSSIBLE_LEASE,
             "refused": [delivery.row_id for delivery in self._refused],
         }
-        return connection.cursor(row_factory=named(Expired)).execute(query("expired"), found).fetchall()
+        return connection.cursor(row_factory=named(Expired)).execute(query("expired_leases"), found).fetchall()
 
     def _take_settled(self, connection: Connection, expired: list[Expired], now: float) -> list[Rescued]:
         self._seen_at = {row.key: self._seen_at.get(row.key, now) for row in expired}

@@ -51,9 +51,9 @@ class Retention:
 
     def _delete(self, connection: Connection, most: int) -> int:
         with connection.transaction():
-            connection.execute(query("limit_wait"))
+            connection.execute(query("limit_transaction_lock_wait"))
             found = connection.execute(
-                query("old_rows"),
+                query("rows_past_retention"),
                 {"retention": self._settings.retention, "batch": most, "left_out": self._batches.left_out.rows()},
             )
             ids = self._batches.tried = [row["id"] for row in found]

@@ -33,10 +33,10 @@ moved it by then, unless another client has changed its queue."""
 CLOCK_ERROR = 60.0
 """Seconds ahead at which no row can have been handed over: the server's clock was set back since."""
 
-SETTLING_TIME = 0.25
+CLAIM_TIME = 0.25
 """Seconds between the two steps of a sweep: in that time a worker claims what it has popped."""
 
-MOST_SWEPT = 10_000
+MAX_SWEPT = 10_000
 """Rows that are taken back in one statement."""
 
 LEFT_OUT = 60.0
@@ -104,7 +104,7 @@ class Sweep:
         self._client = client
         self._settings = settings
         self._missing: list[Delivery] = []
-        self._size = BatchSize(MOST_SWEPT)
+        self._size = BatchSize(MAX_SWEPT)
         self._left_out = LeftOut[int]("rows cannot be swept", LEFT_OUT)
 
     def step(self, connection: Connection) -> float:
@@ -117,7 +117,7 @@ class Sweep:
         if self._missing:
             self.take_back(connection)
             return 0.0 if self._missing else math.inf
-        return SETTLING_TIME if self.look(connection) else math.inf
+        return CLAIM_TIME if self.look(connection) else math.inf
 
     def forget(self) -> None:
         """Begins anew with a look: what the last one found was long ago."""
@@ -133,7 +133,7 @@ class Sweep:
         left_out = set(self._left_out.rows())
         ages = {"grace": self._settings.sweep_grace, "clock_error": CLOCK_ERROR}
         cursor = connection.cursor(row_factory=named(Candidate))
-        candidates = cursor.execute(query("sweep_candidates"), ages).fetchall()
+        candidates = cursor.execute(query("unclaimed_rows"), ages).fetchall()
         if not candidates:
             return 0
         # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.

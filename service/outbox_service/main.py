@@ -12,7 +12,7 @@ def main() -> None:
     """Serves until SIGTERM or SIGINT, then finishes the requests in flight."""
     settings = ServiceSettings.from_environment()
     logs.configure("service", settings.log_level, settings.log_format)
-    encryption.tell_of_plain_text(settings.database_url)
+    encryption.warn_about_plain_text(settings.database_url)
     listener = listen(settings.http_server_address)
     outage = Outage("Postgres")
     try:
@@ -21,7 +21,7 @@ def main() -> None:
         ) as connection:
             postgres.check_migrated(connection)
             if settings.transaction_pooling:
-                pooler.tell_of_missing_settings(connection)
+                pooler.warn_about_missing_settings(connection)
     except postgres.AWAY as error:
         outage.away(error)
 

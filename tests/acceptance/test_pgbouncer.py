@@ -109,7 +109,7 @@ def test_in_session_mode_nothing_need_be_set(server_url: str, database_url: str)
     with short_folder() as folder, pgbouncer(folder, server_url, "session") as url:
         by_way_of_it = with_database(url, _name(database_url))
         with pooler.connect_checked(by_way_of_it, "test", pooled=False) as connection:
-            assert connection.execute(query("session")).fetchone() != {"session": connection.info.backend_pid}
+            assert connection.execute(query("backend_pid")).fetchone() != {"session": connection.info.backend_pid}
             assert _show(connection, "lock_timeout") == "10s"
 
 
@@ -138,7 +138,7 @@ def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str]
 def test_the_limits_that_the_role_lacks_are_told(bouncer: Callable[[str], str], database_url: str) -> None:
     """Until the role has the limits that sessions otherwise get, a warning says which statements give it them."""
     with postgres.connect(bouncer(database_url), "test", pooled=True) as connection, capture_logs() as lines:
-        pooler.tell_of_missing_settings(connection)
+        pooler.warn_about_missing_settings(connection)
     (line,) = lines
     assert line["event"] == "sessions lack settings"
     idle, lock = line["run"].split("; ")
@@ -168,7 +168,7 @@ def test_a_role_that_has_limits_may_migrate(
     assert migrate(url) == []
     assert _limits(url) == {("300ms", "300ms")}
     with postgres.connect(url, "test", pooled=True) as pooled, capture_logs() as lines:
-        pooler.tell_of_missing_settings(pooled)
+        pooler.warn_about_missing_settings(pooled)
     assert lines == []
 
 

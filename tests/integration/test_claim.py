@@ -160,7 +160,7 @@ def test_a_large_row_that_is_not_to_be_had_puts_off_no_other(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes of a done row do not count, and those of a row under an old delivery delay the others by one claim."""
-    monkeypatch.setattr("outbox_worker.claim.MOST_BYTES", 1000)
+    monkeypatch.setattr("outbox_worker.claim.MAX_BYTES", 1000)
     payload = f'{{"text": "{"x" * 1500}"}}'
     done = add_row(connection, payload=payload, status="done")
     live = add_row(connection)
@@ -174,7 +174,7 @@ def test_a_large_row_that_is_not_to_be_had_puts_off_no_other(
 
 def test_a_claim_is_limited_by_bytes(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes rows until their payloads have so many, at least one, and leaves the others for the next."""
-    monkeypatch.setattr("outbox_worker.claim.MOST_BYTES", 1000)
+    monkeypatch.setattr("outbox_worker.claim.MAX_BYTES", 1000)
     payload = f'{{"text": "{"x" * 600}"}}'
     deliveries = [add_row(connection, payload=payload) for _ in range(5)]
     wanted, parts = deliveries, []

@@ -16,7 +16,7 @@ from outbox.row import Status
 from outbox.runtime import postgres
 from outbox_relay.rescue import SETTLING_TIME
 from outbox_worker.claim import Claim, claim
-from outbox_worker.complete import MOST_REFUSED, Completer
+from outbox_worker.complete import MAX_REFUSED, Completer
 from outbox_worker.errors import ThreadEndedError
 from outbox_worker.in_flight import InFlight
 from outbox_worker.outcome import Outcome, unanswered
@@ -585,7 +585,7 @@ def test_the_cause_of_a_failure_outlives_a_refusal(connection: Connection, datab
 def test_outcomes_that_are_all_refused_are_one_line(connection: Connection, database_url: str) -> None:
     """It is hardly the rows' fault: nothing new is begun, and outcomes are kept until they can be written."""
     completer = Completer(database_url, InFlight(), "me", 1)
-    claims = claimed(connection, MOST_REFUSED + 5)
+    claims = claimed(connection, MAX_REFUSED + 5)
     completer.in_flight.hold(claims)
     connection.execute(REFUSING.replace("WHEN (NEW.id = 3)", ""))
     for one in claims:

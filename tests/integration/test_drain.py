@@ -42,7 +42,7 @@ def test_both_hand_over_a_backlog(
     connection: Connection, redis_client: redis.Redis, drain: Drain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each row once."""
-    monkeypatch.setattr("outbox_relay.drain.SPELL", 60.0)
+    monkeypatch.setattr("outbox_relay.drain.DRAIN_TIME", 60.0)
     rows = 20 * BATCH
     add(connection, rows)
     assert not drain.drain(connection, "default"), "nothing is left"
@@ -53,7 +53,7 @@ def test_both_hand_over_a_backlog(
 
 def test_a_spell_ends(connection: Connection, drain: Drain, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the backlog is, the relay has time for its other duties, and then goes on."""
-    monkeypatch.setattr("outbox_relay.drain.SPELL", 1e-9)
+    monkeypatch.setattr("outbox_relay.drain.DRAIN_TIME", 1e-9)
     add(connection, 5 * BATCH)
     assert drain.drain(connection, "default")
     assert enqueued(connection) == 2 * BATCH, "one batch each"
@@ -119,7 +119,7 @@ def test_where_there_is_no_second_connection_the_relay_goes_on_alone(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Postgres that lets nobody else in is no outage, and is not asked again at once: it may take seconds."""
-    monkeypatch.setattr("outbox_relay.drain.SPELL", 60.0)
+    monkeypatch.setattr("outbox_relay.drain.DRAIN_TIME", 60.0)
     asked = []
 
     class Refusal(socketserver.BaseRequestHandler):

@@ -245,7 +245,7 @@ def test_behind_a_pooler_the_remedy_is_told(shared_url: str, name: str, hostile:
         postgres.connect(shared_url, "test", pooled=True) as connection,
         capture_logs() as lines,
     ):
-        pooler.tell_of_missing_settings(connection)
+        pooler.warn_about_missing_settings(connection)
         (row,) = connection.execute("SELECT quote_ident(session_user) AS role").fetchall()
     (line,) = lines
     assert line["event"] == "sessions lack settings"

@@ -117,10 +117,10 @@ def test_a_process_that_connects_anew_is_the_same_installation(redis_client: red
 
 def test_each_schema_has_an_installation_of_its_own(connection: Connection) -> None:
     """As each has its own outbox, whose ids come again in the other."""
-    first = connection.execute(query("installation")).fetchone()
+    first = connection.execute(query("installation_id")).fetchone()
     connection.execute("CREATE SCHEMA other CREATE TABLE outbox ()")
     connection.execute("SET search_path = other")
-    assert connection.execute(query("installation")).fetchone() != first
+    assert connection.execute(query("installation_id")).fetchone() != first
 
 
 def test_where_postgres_does_not_say_which_it_is_nobody_is_refused(

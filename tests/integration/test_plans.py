@@ -19,10 +19,10 @@ Connection = psycopg.Connection[dict[str, Any]]
 
 INDEXES = [
     ("publish", "outbox_pending"),
-    ("look", "outbox_pending"),
-    ("sweep_candidates", "outbox_enqueued"),
-    ("expired", "outbox_running"),
-    ("old_rows", "outbox_done"),
+    ("find_work", "outbox_pending"),
+    ("unclaimed_rows", "outbox_enqueued"),
+    ("expired_leases", "outbox_running"),
+    ("rows_past_retention", "outbox_done"),
     ("unserved_queues", "outbox_pending"),
     ("unserved_queues", "outbox_enqueued"),
     ("count_dead", "outbox_dead"),
@@ -105,11 +105,11 @@ def test_no_statement_scans_the_history(history: Connection, name: str, mode: st
     assert not _scans_everything(nodes), nodes
     used = {node["Index Name"] for node in nodes if node.get("Index Name", "").startswith("outbox_")}
     allowed = {"outbox_pkey", "outbox_pending", "outbox_enqueued", "outbox_running", "outbox_dead"}
-    assert used <= (allowed | {"outbox_done"} if name == "old_rows" else allowed)
+    assert used <= (allowed | {"outbox_done"} if name == "rows_past_retention" else allowed)
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-@pytest.mark.parametrize("name", ["publish", "look"])
+@pytest.mark.parametrize("name", ["publish", "find_work"])
 def test_a_long_backlog_is_handed_over_by_index(connection: Connection, name: str, mode: str) -> None:
     """After a long outage most of the table may be pending; a batch is found by index all the same."""
     connection.execute("INSERT INTO outbox (task, payload) SELECT 't', '{}' FROM generate_series(1, 30000)")

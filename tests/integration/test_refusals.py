@@ -170,7 +170,7 @@ def test_large_payloads_are_claimed_bit_by_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows that were taken together and have too much for one claim are all done, and none is handed over again."""
-    monkeypatch.setattr("outbox_worker.claim.MOST_BYTES", 1000)
+    monkeypatch.setattr("outbox_worker.claim.MAX_BYTES", 1000)
     rows = [add_row(connection, payload=f'{{"text": "{"x" * 600}"}}') for _ in range(40)]
     redis_client.rpush("rq:queue:default", *[row.job_id for row in rows])
     lines: list[Any] = request.getfixturevalue("lines")

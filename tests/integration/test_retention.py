@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from outbox.queries import query
 from outbox.runtime.settings import RelaySettings
 from outbox_relay.retention import BATCH, Retention
-from outbox_relay.unserved_queues import tell_of_unserved_queues
+from outbox_relay.unserved_queues import warn_about_unserved_queues
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -65,11 +65,11 @@ def test_rows_in_a_queue_that_nobody_serves_are_told_of(connection: Connection, 
         " VALUES ('t', '{}', 'bulk', 'dead', NULL), ('t', '{}', 'bulk', 'done', now())"
     )
     with capture_logs() as lines:
-        tell_of_unserved_queues(connection, relay_settings)
+        warn_about_unserved_queues(connection, relay_settings)
     assert lines == []
     connection.execute("INSERT INTO outbox (task, payload, queue) SELECT 't', '{}', 'bulk' FROM generate_series(1, 3)")
     with capture_logs() as lines:
-        tell_of_unserved_queues(connection, relay_settings)
+        warn_about_unserved_queues(connection, relay_settings)
     assert [(line["log_level"], line["queue"], line["rows"]) for line in lines] == [("error", "bulk", 3)]
 
 
@@ -83,7 +83,7 @@ def test_rows_that_redis_holds_for_nobody_are_told_of_too(
         " ('t', '{}', 'retired', 'enqueued', 1, now()), ('t', '{}', 'retired', 'pending', 0, NULL)"
     )
     with capture_logs() as lines:
-        tell_of_unserved_queues(connection, relay_settings)
+        warn_about_unserved_queues(connection, relay_settings)
     assert [(line["log_level"], line["queue"], line["rows"]) for line in lines] == [("error", "retired", 3)]
 
 

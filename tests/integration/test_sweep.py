@@ -18,7 +18,7 @@ from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 from outbox_relay.repair import repair
 from outbox_relay.schedule import SCHEDULED_JOBS, Schedule
-from outbox_relay.sweep import SETTLING_TIME, Sweep
+from outbox_relay.sweep import CLAIM_TIME, Sweep
 
 Connection = psycopg.Connection[dict[str, Any]]
 QUEUES = ["critical", "default"]
@@ -197,7 +197,7 @@ def test_a_job_in_a_workers_hands_is_left_alone(
     _hand_over(connection, redis_client, settings, 2)
     redis_client.flushall()
     both = Sweep(redis_client, settings)
-    assert both.step(connection) == SETTLING_TIME
+    assert both.step(connection) == CLAIM_TIME
     connection.execute("UPDATE outbox SET status = 'running', lease_until = now() + interval '1 min' WHERE id = 1")
     assert both.step(connection) == math.inf
     assert _states(connection) == [("running", 1), ("pending", 1)]
@@ -209,7 +209,7 @@ def test_a_row_that_moves_between_the_two_looks_is_left_alone(
 ) -> None:
     """Claimed, handed over again, or locked by a claim after Postgres was read: the sweep's statement skips it."""
     _hand_over(connection, redis_client, settings, 4)
-    candidates = connection.execute(query("sweep_candidates"), {"grace": 0.0, "clock_error": 60.0}).fetchall()
+    candidates = connection.execute(query("unclaimed_rows"), {"grace": 0.0, "clock_error": 60.0}).fetchall()
     other.execute("UPDATE outbox SET status = 'running', lease_until = now() + interval '1 min' WHERE id = 1")
     other.execute("UPDATE outbox SET delivery = 2 WHERE id = 2")
     with other.transaction():

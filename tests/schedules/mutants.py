@@ -55,9 +55,11 @@ MUTANTS: dict[str, Mutant] = {
         "claim", "status = 'enqueued' AND run_at <= pg_catalog.now()", "status = 'enqueued'"
     ),
     "rescue_without_lease": _both(
-        _rewritten("look", "WHERE status = 'running' AND lease_until < pg_catalog.now()", "WHERE status = 'running'"),
         _rewritten(
-            "expired",
+            "find_work", "WHERE status = 'running' AND lease_until < pg_catalog.now()", "WHERE status = 'running'"
+        ),
+        _rewritten(
+            "expired_leases",
             "\n  AND (lease_until < pg_catalog.now()"
             " OR lease_until > pg_catalog.now() + %(impossible_lease)s::float8 * interval '1 s')",
             "",

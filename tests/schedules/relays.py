@@ -90,7 +90,7 @@ class Sweep(Duty):
 class Rescue(Duty):
     """Takes rows from workers that died; looks first, as the relay's loop does."""
 
-    passes = Duty.passes | {"look"}
+    passes = Duty.passes | {"find_work"}
 
     def begin(self) -> None:
         """Is where the process starts."""
@@ -103,7 +103,7 @@ class Rescue(Duty):
         self._let_time_pass()
         settings = self.setting.relay_settings
         found = connection.execute(
-            query("look"),
+            query("find_work"),
             {
                 "queues": list(QUEUES),
                 "horizon": settings.horizon,

@@ -50,7 +50,7 @@ class Ended(BaseException):
 class Actor(ABC, Thread):
     """A process, or a thread of one, that does one step at a time, each when it is ordered to."""
 
-    passes: frozenset[str] = frozenset({"limit_wait", "notify_relays"})
+    passes: frozenset[str] = frozenset({"limit_transaction_lock_wait", "notify_relays"})
     """Before what it does not stop: what touches no row is part of the step that comes next."""
     begins_at_once = True
     """Whether a turn's first statement is part of the step that begins the turn."""

@@ -17,21 +17,21 @@ OUTCOMES = {
 PENDING = {"queue": "default", "horizon": 60.0, "left_out": [1]}
 CLOCK = {"clock_error": 60.0}
 STATEMENTS: dict[str, dict[str, Any]] = {
-    "room": {"queue": "default", "window": 10_000},
+    "window_room": {"queue": "default", "window": 10_000},
     "publish": {"room": None, "window": 10_000, "batch": 500, "payload_limit": 9, **PENDING},
     "first_pending": PENDING,
-    "look": {"queues": ["critical", "default"], "horizon": 60.0, "grace": 2.0, **CLOCK, "impossible_lease": 300.0},
-    "sweep_candidates": {"grace": 2.0, **CLOCK},
+    "find_work": {"queues": ["critical", "default"], "horizon": 60.0, "grace": 2.0, **CLOCK, "impossible_lease": 300.0},
+    "unclaimed_rows": {"grace": 2.0, **CLOCK},
     "sweep": {"ids": MANY, "deliveries": [1] * len(MANY)},
-    "expired": {"batch": 500, "impossible_lease": 300.0, "refused": [1]},
+    "expired_leases": {"batch": 500, "impossible_lease": 300.0, "refused": [1]},
     "touch_leases": {"ids": IDS},
     "rescue": {"ids": IDS, "statuses": ["pending"] * 32, "delays": [0.0] * 32, "errors": ["why"] * 32},
-    "old_rows": {"retention": 86_400.0, "batch": 1000, "left_out": [1]},
+    "rows_past_retention": {"retention": 86_400.0, "batch": 1000, "left_out": [1]},
     "delete_rows": {"ids": MANY[:1000]},
     "delete_expired_users": {"usernames": [f"user_{n}" for n in range(1000)]},
     "unserved_queues": {"queues": ["critical", "default"], "most": 10_000},
     "claim": {"ids": IDS, "deliveries": [1] * 32, "worker": "w", "lease": 15.0, "bytes": 10**6},
-    "lock_free": {"ids": IDS},
+    "lock_available_rows": {"ids": IDS},
     "renew_leases": {"ids": IDS, "deliveries": [1] * 32, "lease": 15.0, "worker": "w"},
     "complete": {"ids": IDS, "deliveries": [1] * 32, "worker": "w", **OUTCOMES},
     "not_completed": {"ids": IDS, "deliveries": [1] * 32, "worker": "w"},
@@ -44,7 +44,7 @@ STATEMENTS: dict[str, dict[str, Any]] = {
     "discard_dead": {"ids": MANY[:500]},
     "unhandled_ids": {"task": "t"},
     "give_up_unhandled": {"ids": MANY[:500]},
-    "statuses": {"ids": MANY},
+    "row_statuses": {"ids": MANY},
 }
 """Every statement of relay, worker and `outbox dead` that touches the outbox, with parameters as they come."""
 TEXT = (sql_folder() / "queries.sql").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import pytest
 from structlog.testing import capture_logs
 
-from outbox.runtime.encryption import tell_of_plain_text
+from outbox.runtime.encryption import warn_about_plain_text
 from outbox.runtime.endpoints import SmtpServer
 
 
@@ -30,7 +30,7 @@ def test_postgres(url: str, *, is_told: bool, monkeypatch: pytest.MonkeyPatch) -
     for name in ("PGSSLMODE", "PGHOST"):
         monkeypatch.delenv(name, raising=False)
     with capture_logs() as lines:
-        tell_of_plain_text(url)
+        warn_about_plain_text(url)
     assert [line["setting"] for line in lines] == ["DATABASE_URL"] * is_told
     assert all("u:p" not in str(line) for line in lines)
 
@@ -39,12 +39,12 @@ def test_what_the_environment_says_of_postgres(monkeypatch: pytest.MonkeyPatch) 
     """The library reads it, so it counts."""
     monkeypatch.setenv("PGSSLMODE", "verify-full")
     with capture_logs() as lines:
-        tell_of_plain_text("postgresql://u:p@db/outbox")
+        warn_about_plain_text("postgresql://u:p@db/outbox")
     assert lines == []
     monkeypatch.delenv("PGSSLMODE")
     monkeypatch.setenv("PGHOST", "db")
     with capture_logs() as lines:
-        tell_of_plain_text("postgresql:///outbox")
+        warn_about_plain_text("postgresql:///outbox")
     assert [line["event"] for line in lines] == ["connection may be unencrypted"]
 
 
@@ -61,7 +61,7 @@ def test_what_the_environment_says_of_postgres(monkeypatch: pytest.MonkeyPatch) 
 def test_redis(url: str, *, is_told: bool) -> None:
     """Without a password there is nothing to read: Redis holds ids alone."""
     with capture_logs() as lines:
-        tell_of_plain_text("postgresql:///outbox", redis_url=url)
+        warn_about_plain_text("postgresql:///outbox", redis_url=url)
     assert [line["setting"] for line in lines] == ["REDIS_URL"] * is_told
 
 
@@ -77,5 +77,5 @@ def test_redis(url: str, *, is_told: bool) -> None:
 def test_the_mail_server(server: SmtpServer, *, is_told: bool) -> None:
     """Where it is told the password; smtp+starttls:// sends none before TLS."""
     with capture_logs() as lines:
-        tell_of_plain_text("postgresql:///outbox", smtp_server=server)
+        warn_about_plain_text("postgresql:///outbox", smtp_server=server)
     assert [line["setting"] for line in lines] == ["SMTP_URL"] * is_told

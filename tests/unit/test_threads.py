@@ -12,7 +12,7 @@ from outbox.rq_jobs import Delivery
 from outbox_worker.claim import Claim
 from outbox_worker.errors import NoThreadsError, ThreadEndedError
 from outbox_worker.in_flight import PATIENCE, HeldRow, InFlight
-from outbox_worker.lookahead import MOST_AHEAD
+from outbox_worker.lookahead import MAX_AHEAD
 from outbox_worker.outcome import Attempted, Outcome, given_back, unanswered
 from outbox_worker.threads import HandlerThreads
 from tests.support.waiting import eventually
@@ -110,7 +110,7 @@ def test_short_handlers_have_rows_claimed_ahead(crew: Crew) -> None:
         room = crew.threads.wait_for_room(1)
         crew.begin(*range(row, row + room))
         row += room
-    assert COUNT < crew.threads.wait_for_room(1) <= COUNT + MOST_AHEAD
+    assert COUNT < crew.threads.wait_for_room(1) <= COUNT + MAX_AHEAD
     crew.wait_until_empty()
     time.sleep(0.2)
     crew.threads.wait_for_room(1)

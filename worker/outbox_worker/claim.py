@@ -10,7 +10,7 @@ from outbox.runtime import logs
 from outbox.runtime.halving import write_by_halves
 from outbox.runtime.postgres import Connection
 
-MOST_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 """Bytes of payloads, as they are stored, at which a claim takes no further row. Postgres stores them compressed, and as
 text they may have many times as many. Payloads of up to 500 bytes are never the limit: 2,000 rows are."""
 
@@ -76,7 +76,7 @@ def claim(
         lease: seconds until the rows are taken away unless renewed.
         held: what this worker holds already. No row of these is begun here, be it a later delivery or, after a restore
             of the table, another row of that id: its earlier attempt may still run. The sweep offers it again.
-        put_off: gets the rows that are left for another claim, as the payloads of those before them have MOST_BYTES;
+        put_off: gets the rows that are left for another claim, as the payloads of those before them have MAX_BYTES;
             where there is no such list, all rows are claimed at once.
 
     Raises:
@@ -100,7 +100,7 @@ def claim(
                 "deliveries": [delivery.number for delivery in wanted],
                 "worker": worker,
                 "lease": lease,
-                "bytes": 2**62 if put_off is None else MOST_BYTES,
+                "bytes": 2**62 if put_off is None else MAX_BYTES,
             },
         )
         .fetchall()
@@ -126,7 +126,7 @@ def claim(
             free = {Delivery(row.id, row.delivery) for row in found if row.is_free}
             put_off += sorted(left & free)
             left -= free
-        _tell_of_dropped(found, left)
+        _log_dropped(found, left)
     return claims
 
 
@@ -155,13 +155,13 @@ def claim_free(
         claims.extend(claimed)
 
     with connection.transaction():
-        found = connection.execute(query("lock_free"), {"ids": [delivery.row_id for delivery in deliveries]})
+        found = connection.execute(query("lock_available_rows"), {"ids": [delivery.row_id for delivery in deliveries]})
         free = {row["id"] for row in found}
         refused = write_by_halves([delivery for delivery in deliveries if delivery.row_id in free], claim_some)
     return claims, refused
 
 
-def _tell_of_dropped(found: Iterable[_Found], dropped: set[Delivery]) -> None:
+def _log_dropped(found: Iterable[_Found], dropped: set[Delivery]) -> None:
     by_id = {row.id: row for row in found}
     for delivery in sorted(dropped):
         row = by_id.get(delivery.row_id)

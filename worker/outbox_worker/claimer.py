@@ -12,10 +12,10 @@ from outbox_worker.claim import Claim, claim, claim_free
 from outbox_worker.in_flight import InFlight
 from outbox_worker.outcome import unanswered
 
-MOST_TAKEN = 4096
+MAX_TAKEN = 4096
 """Upper bound of jobs taken at a time: more than there is room for by default."""
 
-MOST_CHARACTERS = 64_000_000
+MAX_CHARACTERS = 64_000_000
 """Characters of payloads of running and waiting rows at which a worker claims none of the jobs that it has put off."""
 
 
@@ -41,7 +41,7 @@ class Claimer:
         """Jobs that the last claim left for the next one, because payloads are large."""
         self._may_have_claimed = False
         """Whether a claim of these jobs got no answer."""
-        self.most = MOST_TAKEN
+        self.most = MAX_TAKEN
         """Upper bound of jobs to take: the rows of the last claim if payloads are large, else doubled at each claim."""
 
     @property
@@ -72,7 +72,7 @@ class Claimer:
         # running in this worker's name already, must not wait for it.
         batch = self._jobs[:1] if self._may_have_claimed else self._jobs.copy()
         claims = self._claim(connection, batch)
-        self.most = max(1, len(claims)) if self._put_off else min(MOST_TAKEN, 2 * self.most)
+        self.most = max(1, len(claims)) if self._put_off else min(MAX_TAKEN, 2 * self.most)
         del self._jobs[: len(batch)]
         if self._may_have_claimed and not claims:
             self._give_back(batch)
@@ -110,9 +110,9 @@ class Claimer:
 
     def _claimable(self, claims: list[Claim]) -> list[Delivery]:
         """Returns the jobs that were put off; none if the payloads in memory are too large: the sweep returns those."""
-        if sum(len(held.payload) for held in [*self._in_flight.unended(), *claims]) < MOST_CHARACTERS:
+        if sum(len(held.payload) for held in [*self._in_flight.unended(), *claims]) < MAX_CHARACTERS:
             return self._put_off
-        why = f"the payloads of rows that were claimed have over {MOST_CHARACTERS:,} characters"
+        why = f"the payloads of rows that were claimed have over {MAX_CHARACTERS:,} characters"
         logs.get().warning("claim refused", error=why, jobs=len(self._put_off))
         return []
 

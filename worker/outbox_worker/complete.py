@@ -28,7 +28,7 @@ _LOOK = 0.2
 SHORTEST_ANSWER_LIMIT = 5.0
 """Seconds that a statement may take, however short the lease: a busy Postgres is not away."""
 
-MOST_REFUSED = 100
+MAX_REFUSED = 100
 """Outcomes that Postgres refuses by themselves at which the worker takes no more rows: so many are hardly the rows'
 fault."""
 
@@ -118,7 +118,7 @@ class Completer:
     def _is_writing(self) -> bool:
         asked_at = self._asked_at
         is_answered = asked_at is None or time.monotonic() - asked_at < self._lease / 3
-        return is_answered and not self._is_blocked and len(self._outcomes.refused) < MOST_REFUSED
+        return is_answered and not self._is_blocked and len(self._outcomes.refused) < MAX_REFUSED
 
     def close(self, timeout: float) -> list[Delivery]:
         """Writes all outcomes and ends the thread, in `timeout` seconds; returns the rows that are not written then."""
@@ -147,7 +147,7 @@ class Completer:
                     answer_limit=min(postgres.ANSWER_LIMIT, max(SHORTEST_ANSWER_LIMIT, self._lease / 3)),
                 ) as connection:
                     if not self._pooled:
-                        connection.execute(query("limit_lock_wait"))
+                        connection.execute(query("limit_session_lock_wait"))
                     self._serve(connection)
                     return
             except postgres.AWAY as error:

@@ -186,7 +186,7 @@ def _reset(connection: Connection[Any]) -> None:
 
 
 def _limit_session(connection: Connection[Any]) -> None:
-    connection.execute(query("limit_session"))
+    connection.execute(query("limit_handler_session"))
     connection.commit()
     _check_writable(connection)
 

@@ -12,7 +12,7 @@ from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 from outbox_worker.in_flight import InFlight
 
-MOST_RENEWED = 10_000
+MAX_RENEWED = 10_000
 """Upper bound of rows in one statement, which is cut if it takes long; more than a worker holds by default."""
 
 
@@ -34,7 +34,7 @@ class Leases:
         self._in_flight = in_flight
         self._worker = worker
         self._seconds = seconds
-        self._size = BatchSize(MOST_RENEWED)
+        self._size = BatchSize(MAX_RENEWED)
         self._missed: set[Delivery] = set()
         """Rows that the last renewal did not renew: they are locked, or another process has taken them."""
         self._refused: set[Delivery] = set()

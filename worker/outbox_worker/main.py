@@ -20,7 +20,9 @@ def main() -> None:
     settings = WorkerSettings.from_environment()
     redis_url.check(settings.redis_url)
     logs.configure("worker", settings.log_level, settings.log_format)
-    encryption.tell_of_plain_text(settings.database_url, redis_url=settings.redis_url, smtp_server=settings.smtp_server)
+    encryption.warn_about_plain_text(
+        settings.database_url, redis_url=settings.redis_url, smtp_server=settings.smtp_server
+    )
     try:
         handlers = registry(settings)
     except TaskError as error:

@@ -12,7 +12,7 @@ FINISHING_TIME = 4.0
 """Seconds that the answer to a whole mail is waited for at least, however little time the attempt has left: the server
 may be taking it. Shorter than the grace after which an attempt is overdue."""
 
-MOST_OF_AN_ANSWER = 64 * 1024
+MAX_REPLY = 64 * 1024
 """Bytes that a server may send in one step: all lines of an answer are kept until the last has come."""
 
 SHORTEST = 0.001
@@ -126,6 +126,6 @@ class _Answers(io.RawIOBase):
         self._arm(left)
         received = self._sock.recv_into(buffer)
         self._received += received
-        if self._received > MOST_OF_AN_ANSWER:
-            raise OSError(f"its answer is over {MOST_OF_AN_ANSWER // 1024} KiB")
+        if self._received > MAX_REPLY:
+            raise OSError(f"its answer is over {MAX_REPLY // 1024} KiB")
         return received

@@ -114,7 +114,7 @@ class Worker:
                     postgres.check_migrated(connection)
                     self._registration.installation.identify(connection)
                     if not self._settings.transaction_pooling:
-                        connection.execute(query("limit_lock_wait"))
+                        connection.execute(query("limit_session_lock_wait"))
                     self._completer.start()  # not before: it leaves limits in its session
                     self._postgres.back()
                     self._serve(connection)
