@@ -39,8 +39,11 @@ class Expiry:
         self._place = _START
         """The last user that was looked at."""
 
-    def step(self, connection: Connection) -> float:
-        """Looks at one batch, deletes the users who have expired, and returns the seconds until the next batch.
+    def step(self, connection: Connection) -> float | None:
+        """Looks at one batch and deletes the users who have expired.
+
+        Returns:
+            The seconds until the next batch; None at the end of a round.
 
         Raises:
             psycopg.Error: Postgres is away, or refuses for a reason that is not in the users, such as a missing right.
@@ -49,14 +52,14 @@ class Expiry:
         assert found is not None
         if not found["has"]:
             logs.get().error("unverified users cannot expire", why="there is no index users_unverified", run=INDEX)
-            return INTERVAL
+            return None
         looked_at = self._batches.write(connection, partial(self._delete, connection))
         if looked_at is None:
             return SMALLER_PAUSE
         if looked_at:
             return PAUSE
         self._place = _START
-        return INTERVAL
+        return None
 
     def _delete(self, connection: Connection, most: int) -> int:
         """Locks users, then judges them: no worker opens a verification, and no click uses one, in between."""

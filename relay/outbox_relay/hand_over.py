@@ -1,6 +1,5 @@
-"""Handing over one queue's rows: batch by batch, and two at a time while there is a backlog."""
+"""Hands over one queue's rows: batch by batch, and two batches at a time while there is a backlog."""
 
-import math
 from functools import partial
 
 import redis
@@ -12,13 +11,13 @@ from outbox_relay.drain import Drain
 from outbox_relay.publish import publish
 
 REFILL_INTERVAL = 0.1
-"""Seconds until the next batch where the last was not full: what has no room in the window now may have it then."""
+"""Seconds until the next batch after one that was not full: the window may have room again by then."""
 LEFT_OUT = 10.0
-"""Seconds until a row is tried again that cannot be handed over."""
+"""Seconds until the next try to hand over a row that was refused."""
 
 
 class HandOver:
-    """One queue's hand-over. It outlives connections: a batch that was cut is tried smaller on the next."""
+    """One queue's hand-over. It outlives connections, so that a batch that was too large is smaller on the next."""
 
     def __init__(self, client: redis.Redis, queue: str, settings: RelaySettings) -> None:
         self._client = client
@@ -27,15 +26,15 @@ class HandOver:
         self._batches = Batches[int](settings.batch, "rows cannot be handed over", LEFT_OUT)
         self._has_backlog = False
 
-    def step(self, connection: Connection, drain: Drain) -> float:
-        """Hands over what it can in about `drain.DRAIN_TIME` seconds.
+    def step(self, connection: Connection, drain: Drain) -> float | None:
+        """Hands over rows for at most about `drain.DRAIN_TIME` seconds.
 
         Returns:
-            The seconds until it wants to go on; infinite: once a look finds more rows.
+            The seconds until the next step; None if no rows are left.
 
         Raises:
             redis.RedisError: Redis did not take a batch.
-            psycopg.Error: Postgres is away, or refuses for what is no row's fault.
+            psycopg.Error: Postgres is away, or refuses for a reason that is not in the rows.
         """
         had_backlog, self._has_backlog = self._has_backlog, False
         if not had_backlog:
@@ -44,7 +43,7 @@ class HandOver:
                 return 0.0
             rows, most = written
             if not rows:
-                return math.inf
+                return None
             if rows < self._settings.batch:
                 return REFILL_INTERVAL if rows < most else 0.0
         left_out = self._batches.left_out.rows()

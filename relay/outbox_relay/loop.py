@@ -1,12 +1,9 @@
-"""The relay's loop: its duties, each at its own pace, and its life with servers that come and go."""
+"""The relay's loop: does each duty when it is due, and goes on through outages of either server."""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
-from typing import Any
 
 import psycopg
 
@@ -19,60 +16,29 @@ from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 from outbox.runtime.settings import RelaySettings
 from outbox.runtime.stop import Stop
+from outbox_relay import expiry, retention, unserved_queues
 from outbox_relay.clock import Clock
 from outbox_relay.drain import Drain
+from outbox_relay.duty import Duty
 from outbox_relay.expiry import Expiry
 from outbox_relay.hand_over import HandOver
+from outbox_relay.look import Work, find_work
 from outbox_relay.repair import repair
-from outbox_relay.rescue import IMPOSSIBLE_LEASE, Rescue
+from outbox_relay.rescue import RESCUE_INTERVAL, Rescue
 from outbox_relay.retention import Retention
 from outbox_relay.schedule import Schedule
-from outbox_relay.sweep import CLOCK_ERROR, Sweep
-from outbox_relay.unserved_queues import warn_about_unserved_queues
+from outbox_relay.sweep import Sweep
 
 UNHEARD_INTERVAL = 1.0
-"""Seconds between two polls, at most, where no hint can be heard."""
+"""Upper bound of the seconds between two looks for pending rows if no hint can be heard."""
 SCHEDULE_INTERVAL = 1.0
 """Seconds between two looks for due jobs, unless one is known to come due earlier."""
-RESCUE_INTERVAL = 1.0
-"""Seconds between two looks, at most: so much later than its lease, and the rescue's settling time, a dead worker's row
-is offered again."""
-TOGETHER = 0.1
-"""Seconds that a look may come early for a poll, so that one look serves all that are due about now."""
+LOOK_EARLY = 0.1
+"""Seconds that a look may come early for a duty, so that one look serves all duties that are due about now."""
 REPAIR_INTERVAL = 10.0
-"""Seconds between two looks for foreign keys. A duty that fails because of one repairs at once."""
+"""Seconds between two checks for foreign keys. After an outage of Redis, the first check is at once."""
 LOG_INTERVAL = 60.0
-"""Seconds between two looks for rows that nobody will hand over, or take from Redis."""
-
-
-@dataclass
-class Duty:
-    """One thing the relay does again and again."""
-
-    name: str
-    """What the log calls it."""
-    step: Callable[[Connection], float]
-    """Does it once and returns the seconds until it wants to be done again; infinite: once a look finds work for it."""
-    needs_redis: bool = False
-    due: float = 0.0
-    """When it is to be done next, by the monotonic clock."""
-    refusals: int = 0
-    """How many times in a row Postgres has refused it."""
-    tell_at: float = 0.0
-    """When the log may say that again."""
-
-
-@dataclass
-class Poll:
-    """What makes a duty due that waits for a look to find work for it."""
-
-    duty: Duty
-    finds: Callable[[dict[str, Any]], bool]
-    """Whether there is any, by what the statement `look` has returned."""
-    interval: float
-    """Seconds between two looks for it."""
-    due: float = 0.0
-    """When to look next; hints and the duty itself do not put it off."""
+"""Seconds between two log lines about the same refused duty."""
 
 
 class Relay:
@@ -95,17 +61,17 @@ class Relay:
         """Whether a hint has come since the last wait."""
         self._hand_overs = {queue: HandOver(self._client, queue, settings) for queue in settings.queues}
         self._sweep = Sweep(self._client, settings)
-        # What is not urgent keeps its turn over an outage, after which there is other work to do.
+        # These are not urgent: they are not due earlier because of an outage, after which there is other work to do.
         self._unhurried = [
-            Duty("retention", Retention(settings).step),
-            Duty("look for unserved queues", self._warn_about_unserved_queues),
+            Duty("retention", Retention(settings).step, retention.INTERVAL),
+            Duty("look for unserved queues", self._warn_about_unserved_queues, unserved_queues.INTERVAL),
         ]
         if settings.unverified_retention is not None:
-            expiry = Expiry(settings.unverified_retention)
-            self._unhurried.append(Duty("expiry of unverified users", expiry.step))
+            step = Expiry(settings.unverified_retention).step
+            self._unhurried.append(Duty("expiry of unverified users", step, expiry.INTERVAL))
 
     def run(self) -> None:
-        """Works until it is told to stop, through outages of either server.
+        """Works until a stop is requested, through outages of either server.
 
         Raises:
             UnsupportedDatabaseError: the database is not in UTF-8.
@@ -134,7 +100,7 @@ class Relay:
             except psycopg.Error as error:
                 if not postgres.may_pass(error):
                     raise
-                self._rescue.pause()  # what this relay could not write, workers may not have been able to either
+                self._rescue.pause()  # workers may not have been able to renew leases either
                 self._stop.wait(self._postgres.away(error))
 
     def _serve(self, connection: Connection, drain: Drain) -> None:
@@ -144,38 +110,52 @@ class Relay:
         poll_interval = self._settings.poll_interval
         if not self._listen(connection):
             poll_interval = min(poll_interval, UNHEARD_INTERVAL)
-        moving = Duty("move of due jobs", self._move_due, needs_redis=True)
-        handing = {
-            queue: Duty(f"hand-over of {queue}", partial(self._hand_over, hand_over, drain, moving), needs_redis=True)
-            for queue, hand_over in self._hand_overs.items()
-        }
-        sweeping = Duty("sweep", self._sweep.step, needs_redis=True)
-        polls = [
-            *(Poll(duty, partial(_has_pending, queue), poll_interval) for queue, duty in handing.items()),
-            Poll(moving, itemgetter("enqueued"), SCHEDULE_INTERVAL),
-            Poll(sweeping, itemgetter("unclaimed"), self._settings.sweep_interval),
-        ]
-        duties = [
-            Duty("look", partial(self._look, polls)),
-            *handing.values(),
-            moving,
-            sweeping,
-            Duty("repair", self._repair, needs_redis=True),
-            Duty("reconnect", self._reconnect, needs_redis=True),
-            *self._unhurried,
-        ]
+        duties = self._duties(drain, poll_interval)
         while not self._stop.is_requested():
             for duty in duties:
                 if not self._stop.is_requested() and duty.due <= time.monotonic():
-                    again = self._do(duty, connection)
-                    duty.due = time.monotonic() + again
-            self._postgres.back()  # only now: a server may let us in and still refuse to write
+                    self._do(duty, connection)
+            self._postgres.back()  # only now: a server may accept the connection and refuse to write
             if self._wait(connection, min(duty.due for duty in duties) - time.monotonic()):
-                for duty in handing.values():
-                    duty.due = 0.0
+                for duty in duties:
+                    if duty.wakes_on_hint:
+                        duty.wake()
+
+    def _duties(self, drain: Drain, poll_interval: float) -> list[Duty]:
+        """Returns all duties, in the order in which they are done if they are due at the same time."""
+        moving = Duty(
+            "move of due jobs", self._move_due, SCHEDULE_INTERVAL, needs_redis=True, has_work=lambda work: work.enqueued
+        )
+        handing = [
+            Duty(
+                f"hand-over of {queue}",
+                partial(hand_over.step, drain=drain),
+                poll_interval,
+                needs_redis=True,
+                has_work=_has_pending(queue),
+                wakes_on_hint=True,
+                wakes=moving,  # one of the rows may come due before the next look
+            )
+            for queue, hand_over in self._hand_overs.items()
+        ]
+        sweeping = Duty(
+            "sweep",
+            self._sweep.step,
+            self._settings.sweep_interval,
+            needs_redis=True,
+            has_work=lambda work: work.unclaimed,
+        )
+        looked_for = [*handing, moving, sweeping]
+        return [
+            Duty("look", partial(self._look, looked_for), RESCUE_INTERVAL),
+            *looked_for,
+            Duty("repair", self._repair, REPAIR_INTERVAL, needs_redis=True),
+            Duty("reconnect", self._reconnect, redis_connection.LIFETIME, needs_redis=True),
+            *self._unhurried,
+        ]
 
     def _listen(self, connection: Connection) -> bool:
-        """Asks for hints and returns whether they can be heard; where not, says so once."""
+        """Subscribes to hints and returns whether they can be heard; if not, logs it once."""
         if self._settings.transaction_pooling:
             if not self._has_logged_polling:
                 logs.get().info("polling without LISTEN", why="OUTBOX_TRANSACTION_POOLING is set")
@@ -194,30 +174,32 @@ class Relay:
             return False
         return True
 
-    def _do(self, duty: Duty, connection: Connection) -> float:
-        """Does a duty and returns the seconds until its next turn; where Postgres refuses it, the others go on."""
+    def _do(self, duty: Duty, connection: Connection) -> None:
+        """Does a step of a duty; if Postgres refuses it, that duty is postponed and the others go on."""
         try:
-            again = self._do_with_redis(duty, connection) if duty.needs_redis else duty.step(connection)
+            if duty.needs_redis:
+                self._do_with_redis(duty, connection)
+            else:
+                duty.end_step(duty.step(connection))
+            duty.refusals = 0
         except psycopg.Error as error:
             if postgres.is_outage(error) or connection.closed:
                 raise
-            return self._put_off(duty, error)
-        duty.refusals = 0
-        return again
+            self._postpone(duty, error)
 
-    def _put_off(self, duty: Duty, error: psycopg.Error) -> float:
+    def _postpone(self, duty: Duty, error: psycopg.Error) -> None:
         duty.refusals += 1
         delay = reconnect_delay(duty.refusals)
-        if (error.sqlstate or "").startswith(("53", "58")):
-            self._rescue.pause()  # a full disk, say: workers may not be able to write either
-        if time.monotonic() >= duty.tell_at:
+        duty.due = time.monotonic() + delay
+        self._rescue.note_refusal(error)
+        if time.monotonic() >= duty.log_due:
             logs.get().warning("duty refused", duty=duty.name, error=one_line(error), next_try=round(delay, 1))
-            duty.tell_at = time.monotonic() + LOG_INTERVAL
-        return delay
+            duty.log_due = time.monotonic() + LOG_INTERVAL
 
-    def _do_with_redis(self, duty: Duty, connection: Connection) -> float:
-        if (wait := self._redis_retry_at - time.monotonic()) > 0:
-            return wait
+    def _do_with_redis(self, duty: Duty, connection: Connection) -> None:
+        if time.monotonic() < self._redis_retry_at:
+            duty.due = self._redis_retry_at
+            return
         try:
             if not self._redis_checked:
                 redis_connection.check_supported(self._client)
@@ -225,85 +207,59 @@ class Relay:
                 self._redis_checked = True
             again = duty.step(connection)
         except redis_connection.AWAY as error:
-            self._redis_checked = False  # it may come back as another
+            self._redis_checked = False  # another server may answer next
             redis_connection.drop_connections(self._client)
-            delay = self._redis.away(error)
-            self._redis_retry_at = time.monotonic() + delay
-            return delay
-        self._redis.back()
-        return again
+            duty.due = self._redis_retry_at = time.monotonic() + self._redis.away(error)
+        else:
+            self._redis.back()
+            duty.end_step(again)
 
     def _wait(self, connection: Connection, seconds: float) -> bool:
-        """Waits for a duty to come due, or for the hint that rows were committed; returns whether that came.
+        """Waits until a duty is due or a hint arrives; returns whether a hint has arrived.
 
-        It looks for the hint even where a duty is due already: while one queue's batches are full, that is always so,
-        and another queue's rows must not wait for the next poll.
+        It checks for a hint even if a duty is due already: while one queue's batches are full, that is always so, and
+        another queue's rows must not wait for the next look.
         """
         if not self._is_hinted and postgres.has_heard(connection, min(max(seconds, 0.0), 1.0)):
             connection.pgconn.consume_input()
-            # All that have arrived: whatever is left there would wake it once more, one by one.
+            # All of them: each one that is left would wake the relay again.
             while connection.pgconn.notifies():
                 self._is_hinted = True
         was_hinted, self._is_hinted = self._is_hinted, False
         return was_hinted
 
     def _note_hint(self, _: psycopg.Notify) -> None:
-        """Takes note of a hint that came with a statement's answer, of which psycopg would keep the whole payload."""
+        """Notes a hint that came with a statement's answer. Without a handler, psycopg would keep it."""
         self._is_hinted = True
 
-    @staticmethod
-    def _hand_over(hand_over: HandOver, drain: Drain, moving: Duty, connection: Connection) -> float:
-        again = hand_over.step(connection, drain)
-        if again < math.inf:
-            moving.due = 0.0  # one of the rows may come due before the next look
-        return again
+    def _look(self, duties: list[Duty], connection: Connection) -> float:
+        """Looks for all work in one statement, and rescues first: every other duty may delay that."""
+        began = time.monotonic()
+        work = find_work(connection, self._settings)
+        self._clock.set(work.now)
+        rescue_again = self._rescue.follow(connection, work.now, began, is_expired=work.expired)
+        for duty in duties:
+            if duty.look_due <= began + LOOK_EARLY:
+                duty.look_due = began + duty.interval
+                if duty.due == math.inf and duty.has_work and duty.has_work(work):
+                    duty.wake()
+        next_look = min(began + RESCUE_INTERVAL, *(duty.look_due for duty in duties))
+        return min(next_look, began + rescue_again) - time.monotonic()
 
-    def _look(self, polls: list[Poll], connection: Connection) -> float:
-        """Looks in one statement for all that there is to do, and rescues first: every other duty may hold that up."""
-        begun = time.monotonic()
-        settings = self._settings
-        found = connection.execute(
-            query("find_work"),
-            {
-                "queues": list(settings.queues),
-                "horizon": settings.horizon,
-                "grace": settings.sweep_grace,
-                "clock_error": CLOCK_ERROR,
-                "impossible_lease": IMPOSSIBLE_LEASE,
-            },
-        ).fetchone()
-        assert found is not None
-        self._clock.set(found["now"])
-        self._rescue.looked(found["now"], begun, RESCUE_INTERVAL)
-        rescue_in = RESCUE_INTERVAL
-        if found["expired"]:
-            rescue_in = min(rescue_in, self._rescue.step(connection))
-        else:
-            self._rescue.forget()
-        for poll in polls:
-            if poll.due <= begun + TOGETHER:
-                poll.due = begun + poll.interval
-                if poll.duty.due == math.inf and poll.finds(found):
-                    poll.duty.due = 0.0
-        return min(begun + rescue_in, *(poll.due for poll in polls)) - time.monotonic()
-
-    def _move_due(self, _: Connection) -> float:
+    def _move_due(self, _: Connection) -> float | None:
         upcoming = self._schedule.move_due(self._clock.now())
-        return math.inf if upcoming is None else min(SCHEDULE_INTERVAL, upcoming - self._clock.now())
+        return None if upcoming is None else min(SCHEDULE_INTERVAL, upcoming - self._clock.now())
 
-    def _repair(self, _: Connection) -> float:
+    def _repair(self, _: Connection) -> None:
         repair(self._client, list(self._settings.queues))
         self._installation.announce()
-        return REPAIR_INTERVAL
 
-    def _reconnect(self, _: Connection) -> float:
+    def _reconnect(self, _: Connection) -> None:
         redis_connection.drop_connections(self._client)
-        return redis_connection.LIFETIME
 
-    def _warn_about_unserved_queues(self, connection: Connection) -> float:
-        warn_about_unserved_queues(connection, self._settings)
-        return LOG_INTERVAL
+    def _warn_about_unserved_queues(self, connection: Connection) -> None:
+        unserved_queues.warn_about_unserved_queues(connection, self._settings)
 
 
-def _has_pending(queue: str, found: dict[str, Any]) -> bool:
-    return queue in found["pending"]
+def _has_pending(queue: str) -> Callable[[Work], bool]:
+    return lambda work: queue in work.pending

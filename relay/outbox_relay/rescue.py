@@ -1,4 +1,4 @@
-"""Takes rows from dead workers, and not from live ones that could not write for a while."""
+"""Takes rows back from dead workers, but not from live ones that could not write for a while."""
 
 import math
 import time
@@ -19,25 +19,33 @@ from outbox.runtime.redaction import one_line
 from outbox.runtime.settings import LONGEST_LEASE
 
 BATCH = 1000
+"""Upper bound of rows in one step."""
+RESCUE_INTERVAL = 1.0
+"""Upper bound of the seconds between two looks. A dead worker's row is offered again this much later than its lease and
+the settling time end."""
 SETTLING_TIME = 2.0
-"""Seconds between two looks at a row whose lease has passed, at most: a worker that was kept from writing until the
-first of them tries again every second."""
+"""Upper bound of the seconds between the two steps that take a row. A worker that could not write until the first of
+them tries again every second."""
 SETTLING_PART = 0.25
-"""The same where leases are short, as a part of one."""
+"""The same for short leases, as a part of the lease."""
 LATE = 1.0
-"""Seconds that a rescue's transaction may take. Where it takes longer, Postgres has stalled, and renewals with it."""
+"""Upper bound of the seconds that a step's transaction may take. If it takes longer, Postgres has stalled, and renewals
+have stalled too."""
 IMPOSSIBLE_LEASE = LONGEST_LEASE + 60.0
-"""Seconds ahead at which no lease can end, whatever a worker's setting: the server's clock was set back since."""
+"""Seconds ahead at which no lease can end with any setting: if one does, the server's clock was set back."""
 
 REFUSED_PAUSE = 60.0
-"""Seconds until a row is tried again whose rescue Postgres has refused."""
+"""Seconds until the next try to rescue a row that Postgres has refused."""
 
 _MARGIN = 0.05
-"""Seconds by which the second look may come early."""
+"""Seconds that are added to the settling time, so that the second step is not early."""
+
+_SERVER_FAILS = ("53", "58")
+"""The prefixes of SQLSTATEs by which no session can write: no resources, such as disk, and errors of the system."""
 
 
 class Expired(NamedTuple):
-    """A row of the statement `expired`: its lease has passed."""
+    """A row of the statement `expired_leases`."""
 
     id: int
     delivery: int
@@ -55,7 +63,7 @@ class Expired(NamedTuple):
 
 
 class Rescued(NamedTuple):
-    """An expired row, and what becomes of it."""
+    """An expired row, and its next status."""
 
     row: Expired
     status: Status
@@ -64,40 +72,65 @@ class Rescued(NamedTuple):
 
 
 class LateError(OutboxError):
-    """The transaction of a rescue took too long; it is rolled back."""
+    """The transaction of a step took too long and is rolled back."""
 
 
 class Rescue:
-    """One relay's rescue, in two steps: a look at whose lease has passed, and a moment later the taking.
+    """One relay's rescue. It takes a row in two steps, `settling` seconds apart.
 
-    The first step writes the rows as they are. So a row is taken only if writing was possible for the time between,
-    in which a worker that lives renews its lease. Any sign that leases could not be written, or that Postgres' clock
-    has jumped, puts off all taking for the time of a lease.
+    The first step writes the row unchanged. So a row is taken only if writing was possible in the time between, in
+    which a live worker renews its lease. Any sign that workers could not write, or that Postgres' clock has jumped,
+    pauses the rescue for the time of a lease.
     """
 
     def __init__(self, lease: float) -> None:
-        """Takes the seconds of a lease. Nothing is taken at first: what was before the start is unknown."""
+        """Makes a rescue that takes nothing at first: whether leases could be renewed before the start is unknown.
+
+        Args:
+            lease: seconds of a lease.
+        """
         self._lease = lease
         self.settling = min(SETTLING_TIME, SETTLING_PART * lease)
         self._seen_at: dict[Delivery, float] = {}
-        self._from = -math.inf
+        """When each expired row was first seen."""
+        self._paused_until = -math.inf
         self._looked_at = -math.inf
         self._clock_offset = (0.0, 0.0)
-        """At least and at most: Postgres' clock less the monotonic one."""
+        """Lower and upper bound of Postgres' clock minus the monotonic clock."""
         self._batch = BATCH
         self._refused: dict[Delivery, float] = {}
-        """Rows whose rescue Postgres has refused, as by a trigger, and when."""
+        """When Postgres refused the rescue of a row, by a trigger for example."""
 
-    def looked(self, postgres_time: float, began: float, interval: float) -> None:
-        """Records a look at Postgres, and pauses where something was wrong since the one before.
+    def follow(self, connection: Connection, postgres_time: float, began: float, *, is_expired: bool) -> float:
+        """Follows a look: notes it, does one step if it found an expired lease, and returns the seconds until the next.
 
-        A look that is late: Postgres was away, or stalled, or this process was paused, and workers may not have been
-        able to renew. They renew every third of a lease, so a gap of less than another third expires no lease. The same
-        goes for a clock that jumped.
+        Infinite if no lease has expired.
 
         Args:
-            postgres_time: what it answered, in seconds since the epoch.
-            began: when it was asked, by the monotonic clock.
+            connection: in autocommit mode.
+            postgres_time: the time in the look's answer, in seconds since the epoch.
+            began: when the look began, by the monotonic clock.
+            is_expired: whether it found an expired lease.
+
+        Raises:
+            psycopg.OperationalError: Postgres is away.
+        """
+        self.note_look(postgres_time, began)
+        if is_expired:
+            return self.step(connection)
+        self.forget()
+        return math.inf
+
+    def note_look(self, postgres_time: float, began: float, interval: float = RESCUE_INTERVAL) -> None:
+        """Notes a look, and pauses if it was late or Postgres' clock has jumped since the one before.
+
+        If a look is late, then Postgres was away or stalled, or this process was paused, and workers may not have been
+        able to renew. They renew every third of a lease, so a gap of less than another third expires no lease. The same
+        holds for a jump of the clock.
+
+        Args:
+            postgres_time: the time in the look's answer, in seconds since the epoch.
+            began: when the look began, by the monotonic clock.
             interval: seconds between two looks.
         """
         now, tolerance = time.monotonic(), self._lease / 3
@@ -114,19 +147,24 @@ class Rescue:
         if is_late or abs(jump) > tolerance:
             self.pause()
 
+    def note_refusal(self, error: psycopg.Error) -> None:
+        """Pauses if Postgres has refused any duty for a reason that keeps workers from writing too, as a full disk."""
+        if (error.sqlstate or "").startswith(_SERVER_FAILS):
+            self.pause()
+
     def pause(self) -> None:
-        """Takes nothing for the time of a lease: leases may not have been renewed though their workers live."""
-        self._from = time.monotonic() + self._lease
+        """Takes nothing for the time of a lease: live workers may not have been able to renew theirs."""
+        self._paused_until = time.monotonic() + self._lease
         self._seen_at.clear()
 
     def forget(self) -> None:
-        """Forgets what was seen: no lease has passed any more."""
+        """Forgets all expired rows: one that expires later is seen for the first time again."""
         self._seen_at.clear()
 
     def step(self, connection: Connection) -> float:
-        """Returns rows that were seen before to `pending`, or to `dead`, and returns the seconds until the next step.
+        """Returns rows that an earlier step has seen to `pending` or `dead`; returns the seconds until the next step.
 
-        That is infinite where no lease has passed.
+        Infinite if no lease has expired.
 
         Args:
             connection: in autocommit mode.
@@ -135,7 +173,7 @@ class Rescue:
             psycopg.OperationalError: Postgres is away.
         """
         now = time.monotonic()
-        is_paused = now < self._from
+        is_paused = now < self._paused_until
         batch = 1 if is_paused else self._batch
         expired: list[Expired] = []
         try:
@@ -151,7 +189,7 @@ class Rescue:
                 raise
             if not is_paused:
                 logs.get().warning("rescue paused", why=one_line(error), seconds=self._lease)
-                self._batch = max(1, len(expired) // 2)  # it may have been late because there was so much of it
+                self._batch = max(1, len(expired) // 2)  # there may have been too many rows for one transaction
             self.pause()
             return self._lease
         if taken:
@@ -159,13 +197,13 @@ class Rescue:
             connection.execute(query("notify_relays"))
         for rescued in taken:
             del self._seen_at[rescued.row.key]
-            _tell(rescued)
+            _log(rescued)
         if len(taken) == batch:
-            return 0  # a busy worker has left more
+            return 0.0  # there may be more
         return self.settling + _MARGIN if expired else math.inf
 
     def _expired(self, connection: Connection, batch: int, now: float) -> list[Expired]:
-        """Returns expired rows, but for those that Postgres has refused lately: they must not keep others from it."""
+        """Returns and locks expired rows, except those that Postgres has refused recently."""
         self._refused = {delivery: at for delivery, at in self._refused.items() if now - at < REFUSED_PAUSE}
         found = {
             "batch": batch,
@@ -201,7 +239,7 @@ class Rescue:
         return taken
 
     def _touch(self, connection: Connection, rows: list[Expired]) -> None:
-        """Writes rows as they are, to see whether their workers could have."""
+        """Writes rows unchanged: if that fails, their workers could not have renewed them."""
 
         def touch(some: Sequence[Expired]) -> None:
             with connection.transaction():
@@ -228,15 +266,15 @@ def _decide(row: Expired) -> Rescued:
 
 
 def _delay(attempts: int) -> float:
-    """Returns the seconds until the next attempt: none at first, as the row did no harm that anybody knows of.
+    """Returns the seconds until the next attempt: 0 after the first one.
 
-    The row may be what kills its workers, and then all that run beside it go down with it: from the second time on it
-    waits as after a failure, so that it and the others part company.
+    From the second attempt on the row waits as after a failure. It may be the row that kills its workers, and the rows
+    beside it should run without it.
     """
     return retry_delay(attempts - 1) if attempts > 1 else 0.0
 
 
-def _tell(rescued: Rescued) -> None:
+def _log(rescued: Rescued) -> None:
     row = rescued.row
     logs.get().warning(
         "rescued row",

@@ -1,4 +1,4 @@
-"""Deleting done rows whose time is over."""
+"""Deletes `done` rows when their retention time is over."""
 
 from functools import partial
 
@@ -8,41 +8,42 @@ from outbox.runtime.settings import RelaySettings
 from outbox_relay.batches import Batches
 
 BATCH = 1000
+"""Upper bound of rows in one batch."""
 INTERVAL = 60.0
-"""Seconds between two deletions, unless there was a full batch of them."""
+"""Seconds from a batch that found nothing to the next one."""
 SMALLER_PAUSE = 0.5
-"""Seconds until a smaller batch is tried after one that was refused: each may have waited for a lock."""
+"""Seconds from a refused batch to the next, smaller one: each may wait for a lock."""
 LEFT_OUT = 60.0
-"""Seconds until a row is tried again that cannot be deleted."""
+"""Seconds until the next try to delete a row that was refused."""
 
 
 class Retention:
     """One relay's retention.
 
-    Somebody may have locked a row of theirs that refers to one of these and would go with it, or has a foreign key that
-    keeps it: such rows are found, and the others are deleted.
+    A row cannot be deleted while a foreign key of another table keeps it, or while a session has locked a row that
+    would be deleted with it. Such rows are left out, and the others are deleted.
     """
 
     def __init__(self, settings: RelaySettings) -> None:
         self._settings = settings
         self._batches = Batches[int](BATCH, "done rows cannot be deleted", LEFT_OUT)
 
-    def step(self, connection: Connection) -> float:
-        """Deletes one batch and returns the seconds until the next.
+    def step(self, connection: Connection) -> float | None:
+        """Deletes one batch; returns the seconds until the next, or None if no rows are left.
 
         Raises:
-            psycopg.Error: Postgres is away, or refuses for what is no row's fault.
+            psycopg.Error: Postgres is away, or refuses for a reason that is not in the rows.
         """
         deleted = self.delete(connection)
         if deleted is None:
             return SMALLER_PAUSE
-        return 0.0 if deleted else INTERVAL
+        return 0.0 if deleted else None
 
     def delete(self, connection: Connection) -> int | None:
         """Deletes one batch of old `done` rows; `dead` rows stay.
 
         Returns:
-            How many there were; None where Postgres has refused to delete them.
+            How many rows it deleted; None if Postgres has refused the batch.
 
         Raises:
             psycopg.Error: as for `step`.

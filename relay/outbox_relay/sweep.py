@@ -1,6 +1,5 @@
 """Taking back rows that Redis has lost: one mechanism for every way in which Redis may forget."""
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -107,8 +106,8 @@ class Sweep:
         self._size = BatchSize(MAX_SWEPT)
         self._left_out = LeftOut[int]("rows cannot be swept", LEFT_OUT)
 
-    def step(self, connection: Connection) -> float:
-        """Does one of the two steps and returns the seconds until the next; infinite when both are done.
+    def step(self, connection: Connection) -> float | None:
+        """Does one of the two steps; returns the seconds until the next, or None if both are done.
 
         Raises:
             redis.RedisError: Redis could not be read completely, or takes no writes; nothing is swept.
@@ -116,8 +115,8 @@ class Sweep:
         """
         if self._missing:
             self.take_back(connection)
-            return 0.0 if self._missing else math.inf
-        return CLAIM_TIME if self.look(connection) else math.inf
+            return 0.0 if self._missing else None
+        return CLAIM_TIME if self.look(connection) else None
 
     def forget(self) -> None:
         """Begins anew with a look: what the last one found was long ago."""

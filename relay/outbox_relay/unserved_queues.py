@@ -1,12 +1,14 @@
-"""Telling of rows that nobody will hand over, or take from Redis."""
+"""Warns about rows in queues that no relay or worker serves."""
 
 from outbox.queries import query
 from outbox.runtime import logs
 from outbox.runtime.postgres import Connection
 from outbox.runtime.settings import RelaySettings
 
+INTERVAL = 60.0
+"""Seconds between two checks."""
 MAX_ROWS = 10_000
-"""Pending rows of a queue, and enqueued ones, that are counted at most."""
+"""Upper bound of the rows that are counted: of each queue's pending ones, and of its enqueued ones."""
 
 
 def warn_about_unserved_queues(connection: Connection, settings: RelaySettings) -> None:

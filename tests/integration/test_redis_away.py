@@ -13,7 +13,8 @@ from outbox.runtime import redis_connection
 from outbox.runtime.settings import RelaySettings, WorkerSettings
 from outbox.runtime.stop import Stop
 from outbox_relay import loop
-from outbox_relay.loop import Duty, Relay
+from outbox_relay.duty import Duty
+from outbox_relay.loop import Relay
 from outbox_worker.worker import Worker
 from tests.conftest import Connection, short_folder
 from tests.support.mailbox import free_port
@@ -84,7 +85,7 @@ def test_a_relay_drops_its_connections(
 ) -> None:
     """Else it would go on asking the same server after a fail-over."""
     relay = Relay(relay_settings, Stop())
-    repairing = Duty("repair", relay._repair, needs_redis=True)
+    repairing = Duty("repair", relay._repair, 10.0, needs_redis=True)
     with capture_logs() as lines:
         relay._do(repairing, connection)
         before = connections(own_client, "outbox-relay")

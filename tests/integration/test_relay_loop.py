@@ -22,8 +22,9 @@ from outbox.runtime import postgres, redis_connection
 from outbox.runtime.settings import RelaySettings
 from outbox.runtime.stop import Stop
 from outbox_relay import loop
-from outbox_relay.loop import RESCUE_INTERVAL, Relay
-from outbox_relay.rescue import SETTLING_TIME
+from outbox_relay.duty import Duty
+from outbox_relay.loop import Relay
+from outbox_relay.rescue import RESCUE_INTERVAL, SETTLING_TIME
 from tests.support.processes import frozen
 from tests.support.servers import cluster_settings
 from tests.support.waiting import eventually
@@ -435,11 +436,11 @@ def test_a_postgres_that_hangs_is_away(
 def test_an_expiry_that_was_mended_is_forgotten(
     connection: Connection, relay_settings: RelaySettings, lines: list[Any]
 ) -> None:
-    """A lease that passes for a second time, long after it was renewed, is looked at twice again."""
+    """A lease that expires for the second time, long after it was renewed, takes two steps again."""
     relay = Relay(relay_settings, Stop())
-    # Else it would let workers renew what may have run out before its start.
-    relay._rescue.looked(time.time(), time.monotonic(), math.inf)
-    nothing = [loop.Poll(loop.Duty("nothing", lambda _: math.inf), lambda _: False, 60.0)]
+    # Its first look would pause the rescue: leases may have expired before its start.
+    relay._rescue.note_look(time.time(), time.monotonic(), math.inf)
+    nothing = [Duty("nothing", lambda _: None, 60.0, has_work=lambda _: False)]
     connection.execute(
         "INSERT INTO outbox (task, payload, status, attempts, delivery, worker, lease_until)"
         " VALUES ('t', '{}', 'running', 1, 1, 'w1', now() - interval '1 s')"

@@ -166,12 +166,12 @@ def test_a_look_that_finds_the_clock_jumped_puts_off_the_rescue(connection: Conn
     for jump in (20.0, 3600.0, -3600.0):
         rescue = Rescue(LEASE)
         now = time.time()
-        rescue.looked(now, time.monotonic(), 60)
-        rescue._from = 0.0  # its first wait is over
-        rescue.looked(time.time() - 5, time.monotonic() - 5, 60)
-        assert rescue._from == 0.0, "the clock goes on as it should, and one answer was late"
-        rescue.looked(time.time() + jump, time.monotonic(), 60)
-        assert rescue._from > time.monotonic() + LEASE - 0.5
+        rescue.note_look(now, time.monotonic(), 60)
+        rescue._paused_until = 0.0  # its first wait is over
+        rescue.note_look(time.time() - 5, time.monotonic() - 5, 60)
+        assert rescue._paused_until == 0.0, "the clock goes on as it should, and one answer was late"
+        rescue.note_look(time.time() + jump, time.monotonic(), 60)
+        assert rescue._paused_until > time.monotonic() + LEASE - 0.5
         began = time.monotonic()
         while time.monotonic() - began < LEASE - 0.5:
             rescue.step(connection)

@@ -5,10 +5,9 @@ from typing import Any
 
 import redis
 
-from outbox.queries import query
 from outbox.runtime.postgres import AWAY, Connection
 from outbox_relay import publish, rescue, retention, sweep
-from outbox_relay.rescue import IMPOSSIBLE_LEASE
+from outbox_relay.look import find_work
 from tests.schedules.bag import QUEUES, Client
 from tests.schedules.setting import Setting
 from tests.schedules.stepping import END_OF_TRANSACTION, TURN, Actor
@@ -101,24 +100,9 @@ class Rescue(Duty):
     def turn(self, connection: Connection) -> None:
         """Does it once."""
         self._let_time_pass()
-        settings = self.setting.relay_settings
-        found = connection.execute(
-            query("find_work"),
-            {
-                "queues": list(QUEUES),
-                "horizon": settings.horizon,
-                "grace": settings.sweep_grace,
-                "clock_error": sweep.CLOCK_ERROR,
-                "impossible_lease": IMPOSSIBLE_LEASE,
-            },
-        ).fetchone()
-        assert found is not None
+        work = find_work(connection, self.setting.relay_settings)
         now = self.setting.clock.monotonic()
-        self._rescue.looked(now, now, 1.0)
-        if found["expired"]:
-            self._rescue.step(connection)
-        else:
-            self._rescue.forget()
+        self._rescue.follow(connection, now, now, is_expired=work.expired)
 
     def _let_time_pass(self) -> None:
         """Lets about the time pass between two looks, as the relay's loop does; mostly not in others' transactions."""
