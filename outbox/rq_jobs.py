@@ -1,7 +1,8 @@
 """What a row is called in Redis: an RQ job that says which delivery of which row, and nothing else."""
 
 import re
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Collection
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
@@ -25,12 +26,37 @@ class Delivery(NamedTuple):
         return f"{self.row_id}-{self.number}"
 
     @classmethod
+    def of(cls, row: "DeliveredRow") -> "Delivery":
+        """Returns the delivery of a row as a statement has returned it."""
+        return cls(row.id, row.delivery)
+
+    @classmethod
     def parse(cls, job_id: bytes) -> "Delivery | None":
         """Reads a job id as Redis returns it; None for one that no relay has written."""
         if not (match := _JOB_ID.fullmatch(job_id)):
             return None
         row_id, number = int(match[1]), int(match[2])
         return cls(row_id, number) if row_id < 2**63 and number < 2**31 else None
+
+
+class DeliveredRow(Protocol):
+    """A row of a statement that returns `id` and `delivery`."""
+
+    @property
+    def id(self) -> int:
+        """The row's id."""
+
+    @property
+    def delivery(self) -> int:
+        """The number of its hand-over."""
+
+
+def columns(deliveries: Collection[Delivery]) -> dict[str, list[int]]:
+    """Returns deliveries as the two arrays that statements take: `ids` and `deliveries`."""
+    return {
+        "ids": [delivery.row_id for delivery in deliveries],
+        "deliveries": [delivery.number for delivery in deliveries],
+    }
 
 
 class OutboxJob(Job):

@@ -1,4 +1,4 @@
-"""Batches of rows of which Postgres may refuse some: made smaller until the row that is the reason is found."""
+"""Writes batches of rows, and finds the rows that Postgres refuses by making the batch smaller."""
 
 import time
 from collections.abc import Callable
@@ -13,31 +13,37 @@ from outbox.runtime.redaction import one_line
 
 T = TypeVar("T")
 K = TypeVar("K", int, str)
-"""What names a row: its id, or a user's name."""
+"""The key of a row: its id, or a user's name."""
 
 MAX_LEFT_OUT = 1000
-"""Rows that are left out at a time, at most: where there are more, it is hardly the rows' fault."""
+"""Upper bound of rows that are left out at once. If there are more, the reason is hardly in the rows."""
 
-_NO_ROWS_FAULT = ("42501", "53", "58")
-"""How the states begin of errors that smaller batches do not help against: no right, no room, the system's errors."""
+_NOT_IN_ROWS = ("42501", "53", "58")
+"""Prefixes of SQLSTATEs that a smaller batch does not avoid: a missing right, no resources, system errors."""
 
 
 class LeftOut(Generic[K]):
-    """Rows that Postgres has refused by themselves. A duty leaves them out for a while, and does it for the others.
+    """Rows that Postgres has refused alone. A duty leaves them out for a while and goes on with the others.
 
-    A trigger may raise for them, a foreign key may hold them, or each try may meet a lock.
+    A trigger may raise for them, a foreign key may keep them, or another session may have locked them at each try.
     """
 
     def __init__(self, event: str, seconds: float, *, field: str = "rows") -> None:
-        """Takes the log event that names the rows in a field, at most once in the time that they are left out."""
+        """Makes an empty set.
+
+        Args:
+            event: the log event that lists the rows, logged once per `seconds` at most.
+            seconds: how long a row is left out.
+            field: the event's field with the rows.
+        """
         self._event = event
         self._field = field
         self._seconds = seconds
         self._until: dict[K, float] = {}
-        self._tell_at = 0.0
+        self._log_due = 0.0
 
     def rows(self) -> list[K]:
-        """Returns the ids of the rows that are left out now."""
+        """Returns the rows that are left out now."""
         now = time.monotonic()
         self._until = {row: until for row, until in self._until.items() if now < until}
         return sorted(self._until)
@@ -46,45 +52,45 @@ class LeftOut(Generic[K]):
         """Leaves out rows from now on."""
         now = time.monotonic()
         self._until |= dict.fromkeys(rows, now + self._seconds)
-        if now >= self._tell_at:
+        if now >= self._log_due:
             logs.get().error(self._event, **{self._field: sorted(rows)}, error=one_line(error))
-            self._tell_at = now + self._seconds
+            self._log_due = now + self._seconds
 
 
 class Batches(Generic[K]):
-    """One duty's batches: after a refusal half as large, and at last without the row that is refused alone."""
+    """One duty's batches. A refused batch is halved, down to the one row that Postgres refuses, which is left out."""
 
-    def __init__(self, most: int, event: str, seconds: float, *, field: str = "rows") -> None:
-        """Takes the rows of a batch, and what `LeftOut` takes."""
-        self._size = BatchSize(most)
+    def __init__(self, size: int, event: str, seconds: float, *, field: str = "rows") -> None:
+        """Makes batches of at most `size` rows; the other arguments are those of `LeftOut`."""
+        self._size = BatchSize(size)
         self.left_out: LeftOut[K] = LeftOut(event, seconds, field=field)
         self.tried: list[K] = []
-        """The rows of the batch that is being written, once they are known."""
+        """The rows of the batch that is being written, as far as they are known."""
 
     def write(self, connection: Connection, write: Callable[[int], T]) -> T | None:
         """Writes one batch.
 
         Args:
-            connection: on which that is done.
-            write: writes so many rows at most; all or none. It puts their ids into `tried` if it knows them, as it must
-                where it may take only one.
+            connection: the connection that `write` uses.
+            write: writes at most the given number of rows, all or none. It sets `tried` to their keys if it knows them,
+                as it must if it may write only one.
 
         Returns:
-            What `write` has returned, or None after a refusal: the next batch is another.
+            The result of `write`; None if the batch was refused: the next one is smaller, or leaves out a row.
 
         Raises:
-            psycopg.Error: Postgres is away, or refuses for what is no row's fault.
+            psycopg.Error: Postgres is away, or refuses for a reason that is not in the rows.
         """
         self.tried = []
         try:
-            with self._size.trial() as most:
-                return write(most)
+            with self._size.trial() as size:
+                return write(size)
         except psycopg.Error as error:
-            if postgres.is_outage(error) or connection.closed or (error.sqlstate or "").startswith(_NO_ROWS_FAULT):
+            if postgres.is_outage(error) or connection.closed or (error.sqlstate or "").startswith(_NOT_IN_ROWS):
                 raise
             if isinstance(error, psycopg.errors.LockNotAvailable) and not self.tried:
-                raise  # a lock of the whole table: single rows are passed over
-            tried = len(self.tried) or most
+                raise  # the whole table is locked: the statements skip single rows that are
+            tried = len(self.tried) or size
             self._size.rows = max(1, tried // 2)
             if tried == 1:
                 if not self.tried or len(self.left_out.rows()) >= MAX_LEFT_OUT:

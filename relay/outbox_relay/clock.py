@@ -1,19 +1,19 @@
-"""Postgres' time, as the relay knows it between two looks."""
+"""Postgres' time between two looks."""
 
 import time
 
 
 class Clock:
-    """Goes on from the last time that Postgres told, so that the relay's own clock never matters.
+    """A clock that is set by each look and runs on from there, so that the time of the relay's machine never matters.
 
-    What Postgres tells is older by the answer's way here, so this clock is late by that much and never early.
+    The answer of a look takes time to arrive. So this clock may be late by that time, but is never early.
     """
 
     def __init__(self) -> None:
         self._offset = 0.0
 
     def set(self, now: float) -> None:
-        """Takes over what Postgres has just told, in seconds since the epoch."""
+        """Sets it to Postgres' time, in seconds since the epoch."""
         self._offset = now - time.monotonic()
 
     def now(self) -> float:

@@ -1,4 +1,4 @@
-"""Handing over a backlog: two batches at a time, so that Postgres works on one while Redis takes the other."""
+"""Hands over a backlog, two batches at a time: Postgres works on one while Redis takes the other."""
 
 import time
 from collections.abc import Sequence
@@ -17,18 +17,16 @@ from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 
 DRAIN_TIME = 0.25
-"""Seconds after which neither of the two begins another batch: the relay has other duties to look after."""
+"""Seconds after which neither publisher begins another batch: the relay's other duties may be due."""
 SHARES = 16
-"""Part of the window's room that each of the two fills before it is counted again. What other relays hand over
-meanwhile is not seen, so that eight relays that count at the same moment just fill it."""
-
-
+"""The room of a window is divided by this, and each publisher fills one share before the room is counted again. Rows
+that other relays hand over in that time are not seen, so eight relays that count at the same moment just fill it."""
 RETRY = 60.0
-"""Seconds until a second connection that could not be had is asked for again; to find out may take five."""
+"""Seconds until the next try to open the second connection after one that failed: a try may take 5 s."""
 
 
 class Drain:
-    """A second publisher beside the relay's own, with a thread and a connection from the first backlog on."""
+    """A second publisher beside the relay's own. It gets its thread and its connection at the first backlog."""
 
     def __init__(self, client: redis.Redis, settings: RelaySettings) -> None:
         self._client = client
@@ -51,7 +49,7 @@ class Drain:
         """Hands over a queue's rows for `DRAIN_TIME` seconds or until its window is full, except those in `left_out`.
 
         Returns:
-            Whether it should go on: neither ran out of rows, and the window has room for a batch.
+            Whether to go on: neither publisher ran out of rows, and the window has room for a batch.
 
         Raises:
             redis.RedisError: Redis did not take a batch.
@@ -65,8 +63,8 @@ class Drain:
             return self._publish_all(connection, queue, room["rows"], left_out)
         try:
             other = self._thread.submit(self._publish_all, self._second, queue, room["rows"], left_out)
-        except RuntimeError:  # no thread can be started: the relay's own goes on alone
-            self._thread.shutdown(wait=False, cancel_futures=True)  # it would do later what was refused now
+        except RuntimeError:  # no thread can be started: the relay's own publisher goes on alone
+            self._thread.shutdown(wait=False, cancel_futures=True)  # it would run the refused call later
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="drain")
             return self._publish_all(connection, queue, room["rows"], left_out)
         try:
@@ -81,7 +79,7 @@ class Drain:
             self._second = self._closing.enter_context(
                 postgres.connect(settings.database_url, "outbox relay drains", pooled=settings.transaction_pooling)
             )
-        except psycopg.OperationalError:  # too many connections, say: the relay's own goes on alone
+        except psycopg.OperationalError:  # too many connections, for example: the relay's own publisher goes on alone
             self._retry_at = time.monotonic() + RETRY
 
     def _publish_all(self, connection: Connection, queue: str, room: int, left_out: Sequence[int]) -> bool:

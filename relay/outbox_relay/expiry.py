@@ -8,7 +8,7 @@ from outbox.runtime.postgres import Connection
 from outbox_relay.batches import Batches
 
 BATCH = 200
-"""Users in one batch. Deleting them takes some 20 ms, in which the relay hands nothing over."""
+"""Upper bound of users in one batch. Deleting them takes about 20 ms, in which the relay hands nothing over."""
 PAUSE = 0.05
 """Seconds between two batches, for the relay's other work."""
 INTERVAL = 60.0
@@ -28,12 +28,16 @@ _START = {"after": "-infinity", "after_username": ""}
 class Expiry:
     """One relay's expiry of users.
 
-    A round goes through them by age and looks at each once, so users who must stay, because their mail is not out, do
-    not keep it from the others.
+    A round goes through all unverified users by age and looks at each once, so users who must stay, because their mail
+    is not sent yet, do not block the others.
     """
 
     def __init__(self, retention: float) -> None:
-        """Takes the seconds that users have to verify their address."""
+        """Makes an expiry.
+
+        Args:
+            retention: seconds that users have to verify their address.
+        """
         self._retention = retention
         self._batches = Batches[str](BATCH, "unverified users cannot be deleted", LEFT_OUT, field="users")
         self._place = _START
@@ -62,7 +66,7 @@ class Expiry:
         return None
 
     def _delete(self, connection: Connection, most: int) -> int:
-        """Locks users, then judges them: no worker opens a verification, and no click uses one, in between."""
+        """Locks users, then judges them, so that no worker opens a verification and no request uses one in between."""
         with connection.transaction():
             connection.execute(query("limit_transaction_lock_wait"))
             users = connection.execute(

@@ -1,4 +1,4 @@
-"""Handing pending rows over to Redis."""
+"""Publishes pending rows to Redis as RQ jobs."""
 
 import logging
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from outbox_relay.repair import CANARY
 from outbox_relay.schedule import SCHEDULED_JOBS
 
 HASH_TTL = 86_400
-"""Seconds that a job's hash may outlive its id. Only ids matter to us; this keeps lost ones from filling Redis."""
+"""Time to live of a job's hash, in seconds: hashes whose ids are lost must not fill Redis. Workers read only ids."""
 
 TEMPLATE = "outbox:template"
-"""The key of a job that others are copied from, for the time of a script. Not among RQ's: a foreign job may have it."""
+"""The key of the job that a script copies. It is not one of RQ's keys, which a foreign job may have."""
 
 _SLICE = 1000
-"""Rows that one run of the script writes: Redis does nothing else meanwhile."""
+"""Rows that one run of the script writes. Redis serves no one else during a run."""
 
 _OWN_FIELDS = frozenset({"data", "description", "timeout", "status"})
 
-# All jobs of a slice are copies of one, with its time to live, and then get the fields that are their own. A copy
-# replaces a foreign key with the job's name. RQ reads data that is not compressed as well.
+# Each job of a slice is a copy of the template, with its time to live, and then gets its own fields. A copy replaces a
+# foreign key with the job's name. RQ also reads data that is not compressed.
 _WRITE = """
 local queues, queue, schedule, template = unpack(KEYS)
 local prefix, ttl, called, shared = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -75,9 +75,9 @@ class Published(NamedTuple):
     """Seconds."""
     request_id: str | None
     payload: str
-    """As much of it as a log line shows, as JSON; empty where nothing is logged."""
+    """The beginning of the JSON, as a log line shows it; empty if nothing is logged."""
     scheduled: bool
-    """Whether its time has not come."""
+    """Whether it is not due yet."""
     run_at: float
     """Seconds since the epoch."""
 
@@ -93,31 +93,31 @@ def publish(
     left_out: Sequence[int] = (),
     tried: list[int] | None = None,
 ) -> int:
-    """Hands over one batch of a queue's rows and returns how many there were.
+    """Hands over one batch of a queue's rows and returns the number of rows.
 
-    Redis has the jobs before Postgres commits: a crash between the two leaves jobs whose delivery no row has, which
-    workers drop, and rows that are still pending.
+    Redis has the jobs before Postgres commits. A crash between the two leaves rows that are still pending, and jobs
+    whose delivery no row has, which workers drop.
 
     Args:
         connection: in autocommit mode.
-        client: where to.
-        queue: whose rows.
+        client: of the Redis that gets the jobs.
+        queue: the queue's name.
         settings: batch, window and horizon.
-        room: how many rows the window has room for, where that was counted a moment ago.
-        limit: how many rows there may be, where that is less than a batch.
-        left_out: ids of rows that stay where they are.
-        tried: gets the row's id before it is handed over, where there may be only one.
+        room: rows that the window has room for, if the caller has counted them.
+        limit: upper bound of rows, if less than a batch.
+        left_out: ids of rows that stay `pending`.
+        tried: if `limit` is 1, gets the row's id before the row is handed over.
 
     Raises:
-        redis.RedisError: Redis did not take the batch; nothing is marked.
-        psycopg.Error: Postgres is away, or refuses a row, as by a trigger; nothing is marked.
+        redis.RedisError: Redis did not take the batch; all rows stay `pending`.
+        psycopg.Error: Postgres is away, or refuses a row, by a trigger for example; all rows stay `pending`.
     """
     pending = {"queue": queue, "horizon": settings.horizon, "left_out": list(left_out)}
     payload_limit = logs.PAYLOAD_LIMIT if logs.get().is_enabled_for(logging.INFO) else 0
     with connection.transaction():
         if limit == 1 and tried is not None:
             tried += [row["id"] for row in connection.execute(query("first_pending"), pending)]
-        # Of thousands of rows, numbers that need not be read from text are a fifth of what psycopg takes.
+        # Reading numbers from text would take psycopg a fifth longer.
         cursor = connection.cursor(binary=True, row_factory=named(Published))
         rows = cursor.execute(
             query("publish"),
@@ -132,11 +132,11 @@ def publish(
         if rows:
             rows.sort(key=lambda row: (row.run_at, row.id))
             write_jobs(client, rows)
-    _tell(rows)
+    _log(rows)
     return len(rows)
 
 
-def _tell(rows: list[Published]) -> None:
+def _log(rows: list[Published]) -> None:
     log = logs.get()
     if not log.is_enabled_for(logging.INFO):
         return
@@ -156,11 +156,11 @@ def _tell(rows: list[Published]) -> None:
 def write_jobs(client: redis.Redis, rows: list[Published]) -> None:
     """Writes one queue's rows as RQ jobs, in one transaction: due ones into the queue, others into rq-scheduler's set.
 
-    RQ itself writes one job, and a script in Redis fills in what differs: building an RQ job costs more than all else
-    that is done for a row.
+    RQ itself writes one template, and a script in Redis fills in what differs: building an RQ job per row would cost
+    more than all else that is done for it.
 
-    The write that goes first makes a server that is full refuse them all. Redis refuses to queue anything then; Valkey
-    9 queues a script, and once the script has deleted a key it may write past `maxmemory`.
+    The canary is written first, so that a server that is full refuses all jobs. Redis refuses to queue any command
+    then; Valkey 9 queues a script, and once the script has deleted a key it may write past `maxmemory`.
     """
     queue = rows[0].queue
     shared = _shared_fields(client, queue)
@@ -177,7 +177,7 @@ def write_jobs(client: redis.Redis, rows: list[Published]) -> None:
 
 
 def _shared_fields(client: redis.Redis, queue: str) -> dict[str, Any]:
-    """Returns the fields that all jobs of a queue have in common, as this version of RQ writes them."""
+    """Returns the fields that all jobs of a queue share, as this version of RQ writes them."""
     job = OutboxJob.create(deliver, args=(0, 0), connection=client, id="0-0", origin=queue, result_ttl=0)
     job.enqueued_at = rq_now()
     return {name: value for name, value in job.to_dict().items() if name not in _OWN_FIELDS}

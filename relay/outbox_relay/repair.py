@@ -1,4 +1,4 @@
-"""Makes sure that Redis can serve: it takes writes, and no foreign key has the name of one of ours."""
+"""Checks that Redis takes writes, and deletes foreign keys with the names of ours."""
 
 import redis
 from rq.queue import Queue
@@ -11,7 +11,7 @@ from outbox_relay.schedule import SCHEDULED_JOBS
 CANARY = "outbox:canary"
 
 
-# What is longer is no id of RQ's. A part of the key at a time, so that Redis is not kept from all else.
+# No id of RQ's is that long. One run of the script looks at a part of the key, so that Redis can serve others between.
 _DROP_LONG = """
 local key, first, last = KEYS[1], ARGV[1], ARGV[2]
 local is_set = redis.call('TYPE', key).ok == 'zset'
@@ -27,11 +27,11 @@ return {#ids, dropped}
 """
 
 _PART = 500
-"""Ids that are looked at by one run of the script."""
+"""Ids that one run of the script looks at."""
 
 
 def drop_long_ids(client: redis.Redis, keys: list[str]) -> None:
-    """Drops ids from lists and sets that are so long that nobody can read them, in any number of parts.
+    """Drops ids that are too long for a client to read from lists and sorted sets.
 
     Raises:
         redis.RedisError: Redis is away.
@@ -50,7 +50,7 @@ def drop_long_ids(client: redis.Redis, keys: list[str]) -> None:
 
 
 def repair(client: redis.Redis, queues: list[str]) -> None:
-    """Writes once, and deletes keys whose type would fail every command of ours; the sweep restores what they held.
+    """Writes a canary, and deletes keys of a type that makes our commands fail; the sweep restores the jobs.
 
     Raises:
         redis.RedisError: Redis is away, read-only or out of memory.

@@ -56,11 +56,6 @@ class Expired(NamedTuple):
     max_retries: int
     request_id: str | None
 
-    @property
-    def key(self) -> Delivery:
-        """Which attempt this is of which row."""
-        return Delivery(self.id, self.delivery)
-
 
 class Rescued(NamedTuple):
     """An expired row, and its next status."""
@@ -196,7 +191,7 @@ class Rescue:
             self._batch = min(BATCH, 2 * self._batch)
             connection.execute(query("notify_relays"))
         for rescued in taken:
-            del self._seen_at[rescued.row.key]
+            del self._seen_at[Delivery.of(rescued.row)]
             _log(rescued)
         if len(taken) == batch:
             return 0.0  # there may be more
@@ -213,9 +208,10 @@ class Rescue:
         return connection.cursor(row_factory=named(Expired)).execute(query("expired_leases"), found).fetchall()
 
     def _take_settled(self, connection: Connection, expired: list[Expired], now: float) -> list[Rescued]:
-        self._seen_at = {row.key: self._seen_at.get(row.key, now) for row in expired}
-        settled = [row for row in expired if now - self._seen_at[row.key] >= self.settling]
-        self._touch(connection, [row for row in expired if now - self._seen_at[row.key] < self.settling])
+        seen = [(row, self._seen_at.get(Delivery.of(row), now)) for row in expired]
+        self._seen_at = {Delivery.of(row): at for row, at in seen}
+        settled = [row for row, at in seen if now - at >= self.settling]
+        self._touch(connection, [row for row, at in seen if now - at < self.settling])
         taken: list[Rescued] = []
 
         def take(some: Sequence[Rescued]) -> None:
@@ -250,7 +246,7 @@ class Rescue:
     def _refuse(self, refused: list[tuple[Expired, Exception]]) -> None:
         if not refused:
             return
-        self._refused |= {row.key: time.monotonic() for row, _ in refused}
+        self._refused |= {Delivery.of(row): time.monotonic() for row, _ in refused}
         rows, (_, error) = sorted(row.id for row, _ in refused), refused[0]
         logs.get().error("rows cannot be rescued", rows=rows, error=one_line(error))
 

@@ -1,24 +1,25 @@
-"""Moving due jobs from rq-scheduler's set to their queues."""
+"""Moves due jobs from rq-scheduler's set to their queues."""
 
 import redis
 from rq.job import Job
 from rq.queue import Queue
 from rq_scheduler import Scheduler
 
-from outbox.rq_jobs import OutboxJob
 from outbox.runtime.foreign_jobs import KEPT, ForeignJobs, aside_key
 
-SCHEDULED_JOBS = Scheduler.scheduled_jobs_key
+SCHEDULED_JOBS: str = Scheduler.scheduled_jobs_key
+"""The key of rq-scheduler's sorted set, scored by the time when a job is due."""
 
 LEFT = 1000
-"""Due members that are not ours to move and stay in the set all the same: each look goes past them."""
+"""Upper bound of due members that stay in the set because they are not ours to move: each move reads past them."""
 
 _BATCH = 500
 
-# One round trip per batch, and atomic: no crash can lose a job between the set and its queue, and relays side by
-# side move none twice. What is not ours to move stays: a foreign job is rq-scheduler's, where somebody runs that, and a
-# row's in a queue that this relay does not know is another relay's. Once too many of them are due, nobody moves them:
-# more go to a set of their own, a row's job goes for good, and the sweep notices. So do ids without a job.
+# One round trip per batch, and atomic: no crash can lose a job between the set and its queue, and relays side by side
+# move none twice. Members that are not ours to move stay: a foreign job is for its own rq-scheduler, and a row's job in
+# a queue that this relay does not know is for another relay. Too many of them mean that nothing moves them. Above the
+# limit, foreign jobs go to a set of their own, and a row's job is dropped, which the sweep notices. Ids without a job
+# are dropped too.
 _MOVE = """
 local now, batch, offset, prefix, queues, kept, left_limit = unpack(ARGV)
 local moved, left, foreign, aside, dropped = 0, 0, {}, {}, {}
@@ -54,44 +55,39 @@ return {moved, left, foreign, aside, dropped, upcoming or ''}
 """
 
 
-class Schedule(Scheduler):  # type: ignore[misc]  # rq-scheduler is untyped
-    """rq-scheduler's set and format, with JSON jobs, a clock that is Postgres', and a move of many jobs at once.
+class Schedule:
+    """The set of scheduled jobs, in rq-scheduler's format, so that its tools read it.
 
-    rq-scheduler's own loop installs signal handlers, catches nothing and moves one job per several round trips.
-    Its set stays as it is, so that its tools read it.
+    rq-scheduler's own loop is not used: it installs signal handlers, catches no errors, reads this machine's clock and
+    moves one job per several round trips.
     """
 
-    job_class = OutboxJob
-
     def __init__(self, client: redis.Redis, queues: list[str]) -> None:
-        super().__init__(connection=client, queue_name=queues[0])
         self._move = client.register_script(_MOVE)
         self._queues = queues
         self._foreign = ForeignJobs()
 
     def move_due(self, now: float) -> float | None:
-        """Moves the jobs whose time has come and returns when the next one's comes; None where there is none.
-
-        An id without a job is dropped; where it was a row's, the sweep notices. Foreign jobs are left to their owner.
+        """Moves due jobs to their queues and returns when the next one is due, or None if no job is left.
 
         Args:
-            now: seconds since the epoch, by Postgres' clock, as is what it returns.
+            now: Postgres' time, in seconds since the epoch, like the time that it returns.
 
         Raises:
             redis.RedisError: Redis is away.
         """
-        keys = [self.scheduled_jobs_key, Queue.redis_queues_keys, aside_key(self.scheduled_jobs_key)]
+        keys = [SCHEDULED_JOBS, Queue.redis_queues_keys, aside_key(SCHEDULED_JOBS)]
         prefixes = [Job.redis_job_namespace_prefix, Queue.redis_queue_namespace_prefix]
         left = 0
         while True:
             arguments: list[str | int | float] = [now, _BATCH, left, *prefixes, KEPT, LEFT, *self._queues]
             moved, stayed, foreign, aside, dropped, upcoming = self._move(keys=keys, args=arguments)
             for member in foreign:
-                self._foreign.left_alone(member, self.scheduled_jobs_key)
+                self._foreign.left_alone(member, SCHEDULED_JOBS)
             for member, _ in aside:
-                self._foreign.put_aside(member, self.scheduled_jobs_key)
+                self._foreign.put_aside(member, SCHEDULED_JOBS)
             for member, is_job in dropped:
-                self._foreign.dropped(member, is_job=is_job, key=self.scheduled_jobs_key)
+                self._foreign.dropped(member, is_job=is_job, key=SCHEDULED_JOBS)
             if moved + stayed + len(aside) + len(dropped) < _BATCH:
                 return float(upcoming) if upcoming else None
             left += stayed

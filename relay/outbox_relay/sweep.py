@@ -1,4 +1,4 @@
-"""Taking back rows that Redis has lost: one mechanism for every way in which Redis may forget."""
+"""Takes back rows whose job Redis has lost, in whatever way it was lost."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import redis
 
 from outbox.queries import query
 from outbox.row import named
-from outbox.rq_jobs import Delivery, intermediate_key, queue_key
+from outbox.rq_jobs import Delivery, columns, intermediate_key, queue_key
 from outbox.runtime import logs
 from outbox.runtime.batch_size import BatchSize
 from outbox.runtime.halving import write_by_halves
@@ -20,30 +20,30 @@ from outbox_relay.repair import CANARY, drop_long_ids
 from outbox_relay.schedule import SCHEDULED_JOBS
 
 POPPING_LIMIT = 300.0
-"""Seconds after its hand-over for which a job may be on a stock RQ worker's intermediate list; then that one died."""
+"""Seconds after the hand-over in which a job may be on a stock RQ worker's intermediate list; later, it died."""
 
 LATENESS = 1.0
-"""Seconds that a job may be scheduled after its row's time; another client may have put it off for ever."""
+"""Seconds after its row's `run_at` that a job may be scheduled for: another client may have postponed it for years."""
 
 MOVING_LIMIT = 60.0
-"""Seconds after its row's time, and its hand-over, for which a job may be scheduled: a relay that serves its queue has
-moved it by then, unless another client has changed its queue."""
+"""Seconds after the row's `run_at`, and after its hand-over, in which a job may still be scheduled. A relay that serves
+its queue has moved it by then, unless another client has changed its queue."""
 
 CLOCK_ERROR = 60.0
-"""Seconds ahead at which no row can have been handed over: the server's clock was set back since."""
+"""Seconds ahead at which no row can have been handed over: if one was, the server's clock was set back."""
 
 CLAIM_TIME = 0.25
-"""Seconds between the two steps of a sweep: in that time a worker claims what it has popped."""
+"""Seconds between the two steps of a sweep, in which a worker claims the jobs that it has popped."""
 
 MAX_SWEPT = 10_000
-"""Rows that are taken back in one statement."""
+"""Upper bound of rows that one statement takes back."""
 
 LEFT_OUT = 60.0
-"""Seconds until a row is tried again that Postgres refuses to take back."""
+"""Seconds until the next try to take back a row that Postgres has refused."""
 
 
-class Candidate(NamedTuple):
-    """A row of the statement `sweep_candidates`: handed over a while ago, and claimed by no worker."""
+class Unclaimed(NamedTuple):
+    """A row of the statement `unclaimed_rows`."""
 
     id: int
     delivery: int
@@ -55,14 +55,9 @@ class Candidate(NamedTuple):
     age: float
     """Seconds since it was handed over."""
 
-    @property
-    def key(self) -> Delivery:
-        """Which hand-over this is of which row."""
-        return Delivery(self.id, self.delivery)
-
 
 class Swept(NamedTuple):
-    """A row of the statement `sweep`: taken back."""
+    """A row of the statement `sweep`."""
 
     id: int
     delivery: int
@@ -73,30 +68,31 @@ class Swept(NamedTuple):
 
 @dataclass
 class Held:
-    """What Redis held at one moment."""
+    """A snapshot of the jobs that Redis holds."""
 
     queued: dict[str, set[Delivery]] = field(default_factory=dict)
-    """By queue: in another than its own, a job may have no worker."""
+    """By queue: a job in another queue than its row's may have no worker."""
     popping: dict[str, set[Delivery]] = field(default_factory=dict)
-    """On the intermediate lists."""
+    """On the intermediate lists, by queue."""
     scheduled: dict[Delivery, float] = field(default_factory=dict)
-    """When each comes due, in seconds since the epoch."""
+    """When each is due, in seconds since the epoch."""
 
-    def keeps(self, row: Candidate) -> bool:
-        """Whether the row will be offered to a worker without our doing, as far as Redis knows."""
-        if row.key in self.queued[row.queue]:
+    def keeps(self, row: Unclaimed) -> bool:
+        """Returns whether Redis will offer the row to a worker."""
+        delivery = Delivery.of(row)
+        if delivery in self.queued[row.queue]:
             return True
-        if row.key in self.popping[row.queue] and row.age < POPPING_LIMIT:
+        if delivery in self.popping[row.queue] and row.age < POPPING_LIMIT:
             return True
-        is_scheduled = row.key in self.scheduled and self.scheduled[row.key] <= row.run_at + LATENESS
+        is_scheduled = delivery in self.scheduled and self.scheduled[delivery] <= row.run_at + LATENESS
         return is_scheduled and min(row.age, row.overdue) < MOVING_LIMIT
 
 
 class Sweep:
-    """One relay's sweep, in two steps: a look at what Redis holds, and a moment later the taking back.
+    """One relay's sweep, in two steps: it finds rows whose job is missing, and `CLAIM_TIME` later takes them back.
 
-    A job that a worker had popped at the look is claimed by the time of the second step, and left alone. Were it taken
-    back all the same, the fence would settle that: the row's next delivery wins.
+    A job that a worker had popped before the first step is claimed by the second, and the row is left alone. If it were
+    taken back, the fence would decide: the row's next delivery wins.
     """
 
     def __init__(self, client: redis.Redis, settings: RelaySettings) -> None:
@@ -111,7 +107,7 @@ class Sweep:
 
         Raises:
             redis.RedisError: Redis could not be read completely, or takes no writes; nothing is swept.
-            psycopg.Error: Postgres is away, or refuses for what is no row's fault; the next look finds the rows again.
+            psycopg.Error: Postgres is away, or refuses for a reason that is not in the rows; the next sweep finds them.
         """
         if self._missing:
             self.take_back(connection)
@@ -119,41 +115,40 @@ class Sweep:
         return CLAIM_TIME if self.look(connection) else None
 
     def forget(self) -> None:
-        """Begins anew with a look: what the last one found was long ago."""
+        """Forgets what the first step found, because it was long ago."""
         self._missing = []
 
     def look(self, connection: Connection) -> int:
-        """Finds `enqueued` rows whose job is nowhere in Redis, and returns how many there are.
+        """Finds `enqueued` rows whose job is nowhere in Redis, and returns their number.
 
-        Postgres is read first and Redis after: a job that is missing then was popped, lost, or never written. Relays
-        need no lock to sweep side by side: `take_back` names the delivery that was looked for, so one of them takes a
-        row back and the others find it changed. Any role that may connect could hold an advisory lock for ever.
+        Postgres is read before Redis, so a missing job was popped, lost, or never written. Relays need no lock to sweep
+        side by side: `take_back` names the delivery that was missing, so one of them takes the row back and the others
+        find it changed. An advisory lock could be held by any role that may connect.
         """
         left_out = set(self._left_out.rows())
         ages = {"grace": self._settings.sweep_grace, "clock_error": CLOCK_ERROR}
-        cursor = connection.cursor(row_factory=named(Candidate))
+        cursor = connection.cursor(row_factory=named(Unclaimed))
         candidates = cursor.execute(query("unclaimed_rows"), ages).fetchall()
         if not candidates:
             return 0
-        # The rows' queues, not this relay's: during a deploy another may serve one that this does not know.
+        # The rows' queues, not this relay's: during a deploy another relay may serve queues that are not ours.
         queues = {row.queue for row in candidates}
         try:
             held = held_deliveries(self._client, queues)
         except TooLongError:
             drop_long_ids(self._client, _keys(queues))
             return 0
-        self._missing = [row.key for row in candidates if row.id not in left_out and not held.keeps(row)]
+        self._missing = [Delivery.of(row) for row in candidates if row.id not in left_out and not held.keeps(row)]
         return len(self._missing)
 
     def take_back(self, connection: Connection) -> int:
-        """Returns a batch of what was missing to `pending`, unless it moved since, and how many rows those were."""
+        """Returns a batch of missing rows to `pending`, except those that have changed since; returns their number."""
         missing, self._missing = self._missing, []
         swept: list[Swept] = []
         cursor = connection.cursor(row_factory=named(Swept))
 
         def sweep(some: Sequence[Delivery]) -> None:
-            ids, deliveries = [delivery.row_id for delivery in some], [delivery.number for delivery in some]
-            swept.extend(cursor.execute(query("sweep"), {"ids": ids, "deliveries": deliveries}).fetchall())
+            swept.extend(cursor.execute(query("sweep"), columns(some)).fetchall())
 
         with self._size.trial(len(missing)) as most:
             refused = write_by_halves(missing[:most], sweep)
@@ -176,12 +171,12 @@ class Sweep:
 
 
 def held_deliveries(client: redis.Redis, queues: Collection[str]) -> Held:
-    """Returns every delivery that Redis holds, in one snapshot.
+    """Returns all deliveries that Redis holds, in one snapshot.
 
-    The write that goes along makes a Redis that is read-only or out of memory fail here, as it would for a relay.
+    It also writes the canary, so that a Redis that is read-only or out of memory fails here.
 
     Raises:
-        TooLongError: there is an id that is too long to be read.
+        TooLongError: an id is too long to be read.
         redis.RedisError: Redis is away, or could not be read completely.
     """
     scheduled_jobs, *lists_of_queues = _keys(queues)
@@ -199,7 +194,7 @@ def held_deliveries(client: redis.Redis, queues: Collection[str]) -> Held:
 
 
 def _keys(queues: Collection[str]) -> list[str]:
-    """Returns where jobs of these queues are."""
+    """Returns the keys under which jobs of these queues are."""
     return [SCHEDULED_JOBS, *(key(name) for name in queues for key in (queue_key, intermediate_key))]
 
 
