@@ -1,4 +1,4 @@
-"""A backlog: handed over by two publishers in one relay, within the window, and with nothing lost on the way."""
+"""Two publishers of one relay hand a backlog over, within the window and without a loss."""
 
 import socketserver
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def add(connection: Connection, count: int) -> None:
 
 
 def enqueued(connection: Connection) -> int:
-    """Returns how many rows are handed over."""
+    """Returns the number of rows that are handed over."""
     return len(connection.execute("SELECT FROM outbox WHERE status = 'enqueued' AND delivery = 1").fetchall())
 
 
@@ -51,8 +51,8 @@ def test_both_hand_over_a_backlog(
     assert sorted(jobs) == sorted(f"{row}-1".encode() for row in range(1, rows + 1))
 
 
-def test_a_spell_ends(connection: Connection, drain: Drain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the backlog is, the relay has time for its other duties, and then goes on."""
+def test_a_drain_ends_in_time(connection: Connection, drain: Drain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the backlog is, the relay gets to its other duties, and then goes on."""
     monkeypatch.setattr("outbox_relay.drain.DRAIN_TIME", 1e-9)
     add(connection, 5 * BATCH)
     assert drain.drain(connection, "default")
@@ -63,7 +63,7 @@ def test_a_spell_ends(connection: Connection, drain: Drain, monkeypatch: pytest.
 
 
 def test_the_window_holds(connection: Connection, redis_client: redis.Redis, settings: RelaySettings) -> None:
-    """Neither sees what the other has not committed, and together they still do not overfill it."""
+    """Neither publisher sees uncommitted rows of the other, and still they do not overfill it together."""
     window = 5 * BATCH
     with Drain(redis_client, settings.model_copy(update={"window": window})) as drain:
         add(connection, 20 * BATCH)
@@ -77,7 +77,7 @@ def test_the_window_holds(connection: Connection, redis_client: redis.Redis, set
 def test_a_small_window_is_filled_at_once(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """A share that is less than a batch is no reason to wait: the room is counted again."""
+    """If a share is less than a batch, the room is counted again at once."""
     with Drain(redis_client, settings.model_copy(update={"window": 5 * BATCH})) as drain:
         add(connection, 20 * BATCH)
         drains = 1
@@ -87,10 +87,10 @@ def test_a_small_window_is_filled_at_once(
     assert 4 * BATCH < enqueued(connection) <= 5 * BATCH
 
 
-def test_a_redis_that_takes_nothing_marks_nothing(
+def test_rows_stay_pending_if_redis_takes_no_jobs(
     connection: Connection, redis_client: redis.Redis, drain: Drain
 ) -> None:
-    """Both give up, and everything is handed over later."""
+    """Both publishers fail, and all rows are handed over later."""
     add(connection, 4 * BATCH)
     redis_client.config_set("min-replicas-to-write", 1)
     try:
@@ -104,7 +104,7 @@ def test_a_redis_that_takes_nothing_marks_nothing(
 
 
 def test_a_connection_that_breaks_is_an_outage(connection: Connection, drain: Drain) -> None:
-    """Where one publisher loses Postgres, the relay hears of it after both have ended."""
+    """If one publisher loses Postgres, the error is raised after both have ended."""
     add(connection, BATCH)
     drain.drain(connection, "default")
     connection.execute(
@@ -115,10 +115,10 @@ def test_a_connection_that_breaks_is_an_outage(connection: Connection, drain: Dr
         drain.drain(connection, "default")
 
 
-def test_where_there_is_no_second_connection_the_relay_goes_on_alone(
+def test_without_a_second_connection_the_relay_goes_on_alone(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Postgres that lets nobody else in is no outage, and is not asked again at once: it may take seconds."""
+    """If Postgres has no connection left, that is no outage; the next try is later, because it may take seconds."""
     monkeypatch.setattr("outbox_relay.drain.DRAIN_TIME", 60.0)
     asked = []
 

@@ -1,6 +1,5 @@
-"""Users who do not verify their address go after a time, if that is set: never before their mail, never by halves."""
+"""Users who have not verified their address are deleted, if that is set: never before their mail, never in part."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from outbox_relay.expiry import INDEX, PAUSE, Expiry
 from outbox_relay.loop import Relay
 from tests.conftest import Connection
 from tests.support.api import Api, serve
+from tests.support.plans import MODES, plan_of
 from tests.support.processes import SECRET_KEY
 from tests.support.waiting import eventually
 
@@ -39,7 +39,7 @@ def connection(connection: Connection) -> Connection:
 
 @pytest.fixture
 def other(database_url: str) -> Iterator[Connection]:
-    """A second connection: a worker's, a service's or a stranger's."""
+    """A second connection: a worker's, a service's or another client's."""
     with postgres.connect(database_url, "other") as opened:
         yield opened
 
@@ -73,12 +73,12 @@ def sign_up(
 
 
 def users(connection: Connection) -> list[str]:
-    """Returns who there is."""
+    """Returns the names of all users."""
     return [row["username"] for row in connection.execute("SELECT username FROM users ORDER BY username")]
 
 
 def count(connection: Connection, table: str) -> int:
-    """Returns how many rows a table has."""
+    """Returns the number of rows of a table."""
     statement = psycopg.sql.SQL("SELECT count(*) AS rows FROM {}").format(psycopg.sql.Identifier(table))
     found = connection.execute(statement).fetchone()
     assert found is not None
@@ -92,8 +92,8 @@ def expire(connection: Connection, retention: float = DAY) -> None:
         pass
 
 
-def test_a_user_goes_with_what_belongs_to_it(connection: Connection) -> None:
-    """Once its time, its mail and its link are over; those who have verified, or have time left, stay."""
+def test_a_user_is_deleted_with_its_verification_and_row(connection: Connection) -> None:
+    """This happens when its time is over, its mail sent and its link expired; other users stay."""
     sign_up(connection, "expired")
     sign_up(connection, "verified")
     sign_up(connection, "recent", age=DAY - 60)
@@ -106,8 +106,8 @@ def test_a_user_goes_with_what_belongs_to_it(connection: Connection) -> None:
 
 
 @pytest.mark.parametrize("status", ["pending", "enqueued", "running", "dead"])
-def test_a_user_whose_mail_is_not_out_stays(connection: Connection, status: str) -> None:
-    """However old it is: the mail is still to come, or somebody has to decide about it. Nothing of it is touched."""
+def test_a_user_whose_mail_is_not_sent_stays(connection: Connection, status: str) -> None:
+    """However old it is: the mail is still to be sent, or an operator has to decide about it."""
     sign_up(connection, "alice", age=400 * DAY, status=status)
     expire(connection)
     assert users(connection) == ["alice"]
@@ -135,8 +135,8 @@ def test_a_user_who_never_had_a_verification_stays(connection: Connection) -> No
     assert users(connection) == ["alice"]
 
 
-def test_a_row_of_another_user_is_neither_heeded_nor_deleted(connection: Connection) -> None:
-    """Ids come again after a restore: what is found under a verification's id may be a new user's."""
+def test_a_row_of_another_user_is_neither_judged_nor_deleted(connection: Connection) -> None:
+    """Ids are used again after a restore: the row with a verification's id may be a new user's."""
     row = sign_up(connection, "alice")
     connection.execute('UPDATE outbox SET payload = \'{"username": "bob"}\' WHERE id = %s', [row])
     other_row = sign_up(connection, "carol")
@@ -146,8 +146,8 @@ def test_a_row_of_another_user_is_neither_heeded_nor_deleted(connection: Connect
     assert count(connection, "outbox") == 2
 
 
-def test_users_who_stay_keep_no_others(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes through all in small steps, past those who stay, and begins anew with the next round."""
+def test_users_who_stay_block_no_others(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round goes through all users in small steps, past those who stay; the next round starts again."""
     monkeypatch.setattr("outbox_relay.expiry.BATCH", 2)
     for number in range(5):
         sign_up(connection, f"stays_{number}", age=100 * DAY, status="dead")
@@ -172,8 +172,10 @@ def api(service_settings: ServiceSettings) -> Iterator[Api]:
         yield served
 
 
-def test_a_click_at_the_same_moment_comes_first_or_last(connection: Connection, other: Connection, api: Api) -> None:
-    """A user whose link is being used is passed over; a link whose user is being deleted is not valid any more."""
+def test_a_verification_at_the_same_time_comes_first_or_last(
+    connection: Connection, other: Connection, api: Api
+) -> None:
+    """A user whose link is being used is skipped; the link of a user who is being deleted is no longer valid."""
     sign_up(connection, "first")
     sign_up(connection, "last", link=60)
     with other.transaction():
@@ -194,7 +196,7 @@ def test_a_click_at_the_same_moment_comes_first_or_last(connection: Connection, 
                 api.client.post, "/v1/verify_email", params=link, headers={"Accept": "application/json"}
             )
             waiting = "SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"
-            eventually(lambda: connection.execute(waiting).fetchall(), 10, "the click waits")
+            eventually(lambda: connection.execute(waiting).fetchall(), 10, "the request waits")
             other.execute("UPDATE verify_emails SET expired_at = now()")  # as if it had just run out
             assert other.execute(query("delete_expired_users"), {"usernames": ["last"]}).fetchall()
         assert answer.result(10).status_code == 400
@@ -202,8 +204,8 @@ def test_a_click_at_the_same_moment_comes_first_or_last(connection: Connection, 
     assert not api.events("statement refused")
 
 
-def test_a_link_that_is_opened_at_the_same_moment_is_kept(connection: Connection, other: Connection) -> None:
-    """While a worker opens a verification anew its user is passed over, and what it has written is seen then."""
+def test_a_link_that_a_worker_opens_at_the_same_time_is_kept(connection: Connection, other: Connection) -> None:
+    """While a worker opens a verification again, its user is skipped; afterwards the new time is seen."""
     row = sign_up(connection, "alice", status="pending")
     given = {"outbox_ids": [row], "usernames": ["alice"], "lifetime": 900.0}
     with other.transaction():
@@ -218,7 +220,7 @@ def test_a_link_that_is_opened_at_the_same_moment_is_kept(connection: Connection
 def test_a_foreign_key_to_users_keeps_its_own_user_alone(
     connection: Connection,
 ) -> None:
-    """It has no ON DELETE: the user that it refers to stays and is named, and the others go."""
+    """Without ON DELETE, the user that it refers to stays and is logged, and the others are deleted."""
     connection.execute("CREATE TABLE orders (username text REFERENCES users)")
     for number in range(8):
         sign_up(connection, f"user_{number}")
@@ -230,8 +232,8 @@ def test_a_foreign_key_to_users_keeps_its_own_user_alone(
     assert (line["users"], "orders" in line["error"]) == (["user_3"], True)
 
 
-def test_without_the_index_nobody_expires_and_one_line_says_what_to_run(connection: Connection) -> None:
-    """Else each step would read all users. An index whose building was cut short is none."""
+def test_without_the_index_no_user_expires_and_one_line_says_what_to_run(connection: Connection) -> None:
+    """Otherwise each step would read all users. An index that is not valid does not count."""
     sign_up(connection, "alice")
     connection.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'users_unverified'::regclass")
     with capture_logs() as lines:
@@ -268,7 +270,7 @@ def start(relay_settings: RelaySettings, redis_client: redis.Redis) -> Iterator[
 
 
 def old_row(connection: Connection) -> int:
-    """Writes a row for the other retention."""
+    """Writes a row that the retention of done rows deletes."""
     found = connection.execute(
         "INSERT INTO outbox (task, payload, status, done_at) VALUES ('t', '{}', 'done', '2000-01-01') RETURNING id"
     ).fetchone()
@@ -277,20 +279,20 @@ def old_row(connection: Connection) -> int:
 
 
 def test_it_is_off_unless_it_is_set(connection: Connection, start: Callable[..., list[Any]]) -> None:
-    """A relay deletes old rows and no users; one that is told to deletes both."""
+    """Without the setting a relay deletes old rows and no users; with it, both."""
     sign_up(connection, "alice")
     old_row(connection)
     start()
-    eventually(lambda: count(connection, "outbox") == 1, 10, "the other retention")
+    eventually(lambda: count(connection, "outbox") == 1, 10, "the retention of done rows")
     assert users(connection) == ["alice"]
     start(unverified_retention=DAY)
     eventually(lambda: not users(connection), 10, "the user is gone")
 
 
-def test_a_role_without_the_right_is_told_and_the_rest_goes_on(
+def test_without_the_right_one_line_is_logged_and_the_rest_goes_on(
     file_postgres: EmbeddedServer, start: Callable[..., list[Any]]
 ) -> None:
-    """One line names the duty and what is denied; what the docs grant makes it work."""
+    """One line names the duty and the missing right; the grants of the docs make it work."""
     docs = Path("docs/deploy.md").read_text(encoding="utf-8")
     (narrow,) = re.findall(r"```sql\n(GRANT USAGE.*?)```", docs, re.DOTALL)
     (further,) = re.findall(r"```sql\n(CREATE INDEX.*?)```", docs, re.DOTALL)
@@ -306,7 +308,7 @@ def test_a_role_without_the_right_is_told_and_the_rest_goes_on(
         url = file_postgres.url.replace("outbox@", "outbox_relay@")
         lines = start(database_url=url, unverified_retention=DAY)
         eventually(lambda: [line for line in lines if line["event"] == "duty refused"], 10, "the line")
-        eventually(lambda: count(connection, "outbox") == 1, 10, "the other retention")
+        eventually(lambda: count(connection, "outbox") == 1, 10, "the retention of done rows")
         (line,) = [line for line in lines if line["event"] == "duty refused"]
         assert line["duty"] == "expiry of unverified users"
         assert "permission denied for table users" in line["error"]
@@ -318,7 +320,7 @@ def test_a_role_without_the_right_is_told_and_the_rest_goes_on(
 
 @pytest.mark.once
 def test_no_step_reads_all_users(connection: Connection) -> None:
-    """Of 40,000 users, most of whom have verified, it finds those who have not by the index, and theirs by names."""
+    """Among 40,000 users, most of them verified, it finds the others by the index, and their rows by name."""
     connection.execute(
         "INSERT INTO users (username, hashed_password, full_name, email, is_email_verified, created_at)"
         " SELECT 'user_' || n, 'hash', 'A User', n || '@example.com', n % 5 > 0, now() - make_interval(secs => n)"
@@ -340,38 +342,8 @@ def test_no_step_reads_all_users(connection: Connection) -> None:
         ("unverified_users", {**given, "after": "2026-01-01", "after_username": "user_5"}, "users_unverified"),
         ("delete_expired_users", {"usernames": names}, "users_pkey"),
     ):
-        for mode in ("force_custom_plan", "force_generic_plan"):
-            found = plan(connection, name, parameters, mode)
+        for mode in MODES:
+            found = plan_of(connection, name, parameters, mode)
             costly = [node["Node Type"] for node in found if node["Node Type"] in {"Seq Scan", "Sort"}]
             assert not costly, found
             assert index in {node.get("Index Name") for node in found}
-
-
-def plan(connection: Connection, name: str, parameters: dict[str, Any], mode: str) -> list[dict[str, Any]]:
-    """Returns the nodes of a prepared statement's plan."""
-    order: list[str] = []
-
-    def number(match: re.Match[str]) -> str:
-        if match[1] not in order:
-            order.append(match[1])
-        return f"${order.index(match[1]) + 1}"
-
-    text = re.sub(r"%\((\w+)\)s", number, query(name))
-    literals = psycopg.sql.SQL(", ").join(psycopg.sql.Literal(parameters[key]) for key in order)
-    with connection.transaction(force_rollback=True):
-        connection.execute(psycopg.sql.SQL("SET LOCAL plan_cache_mode = {}").format(psycopg.sql.Literal(mode)))
-        connection.execute(psycopg.sql.SQL("PREPARE statement AS " + text))
-        found = connection.execute(
-            psycopg.sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE statement({})").format(literals)
-        ).fetchone()
-        connection.execute("DEALLOCATE statement")
-    assert found is not None
-    whole = found["QUERY PLAN"]
-    return list(nodes((json.loads(whole) if isinstance(whole, str) else whole)[0]["Plan"]))
-
-
-def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields a node and all below it."""
-    yield node
-    for child in node.get("Plans", []):
-        yield from nodes(child)

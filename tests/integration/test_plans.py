@@ -1,6 +1,5 @@
 """What relay, worker and `outbox dead` execute never scans history: plans with 1,000,000 done rows."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 
 from outbox.queries import query
 from outbox.runtime import postgres
+from tests.support.plans import MODES, plan_of
 from tests.support.statements import STATEMENTS
 
 pytestmark = pytest.mark.once
@@ -60,61 +60,28 @@ def history(create_database: Callable[[str | None], str], template: str) -> Iter
         yield connection
 
 
-def _plan(connection: Connection, name: str, mode: str) -> list[dict[str, Any]]:
-    """Returns the nodes of a statement's plan as psycopg sends it from its sixth execution on: prepared."""
-    parameters = STATEMENTS[name]
-    order: list[str] = []
-
-    def number(match: re.Match[str]) -> str:
-        if match[1] not in order:
-            order.append(match[1])
-        return f"${order.index(match[1]) + 1}"
-
-    text = re.sub(r"%\((\w+)\)s", number, query(name))
-    literals = psycopg.sql.SQL(", ").join(psycopg.sql.Literal(parameters[key]) for key in order)
-    arguments = psycopg.sql.SQL("({})").format(literals) if order else psycopg.sql.SQL("")
-    with connection.transaction(force_rollback=True):
-        connection.execute(psycopg.sql.SQL("SET LOCAL plan_cache_mode = {}").format(psycopg.sql.Literal(mode)))
-        connection.execute(psycopg.sql.SQL("PREPARE statement AS " + text))
-        try:
-            found = connection.execute(
-                psycopg.sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE statement{}").format(arguments)
-            ).fetchone()
-        finally:
-            connection.execute("DEALLOCATE statement")
-    assert found is not None
-    plan = found["QUERY PLAN"]
-    return list(_nodes((json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]))
-
-
-def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for child in plan.get("Plans", []):
-        yield from _nodes(child)
-
-
 def _scans_everything(nodes: list[dict[str, Any]]) -> bool:
     return any(node["Node Type"].endswith("Seq Scan") and node.get("Relation Name") == "outbox" for node in nodes)
 
 
-@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_no_statement_scans_the_history(history: Connection, name: str, mode: str) -> None:
     """With 1,000,000 done rows every statement finds its rows by index, planned for its parameters or for any."""
-    nodes = _plan(history, name, mode)
+    nodes = plan_of(history, name, STATEMENTS[name], mode)
     assert not _scans_everything(nodes), nodes
     used = {node["Index Name"] for node in nodes if node.get("Index Name", "").startswith("outbox_")}
     allowed = {"outbox_pkey", "outbox_pending", "outbox_enqueued", "outbox_running", "outbox_dead"}
     assert used <= (allowed | {"outbox_done"} if name == "rows_past_retention" else allowed)
 
 
-@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["publish", "find_work"])
 def test_a_long_backlog_is_handed_over_by_index(connection: Connection, name: str, mode: str) -> None:
     """After a long outage most of the table may be pending; a batch is found by index all the same."""
     connection.execute("INSERT INTO outbox (task, payload) SELECT 't', '{}' FROM generate_series(1, 30000)")
     connection.execute("ANALYZE outbox")
-    assert not _scans_everything(_plan(connection, name, mode))
+    assert not _scans_everything(plan_of(connection, name, STATEMENTS[name], mode))
 
 
 @pytest.mark.parametrize(("name", "index"), INDEXES)
@@ -122,7 +89,7 @@ def test_without_its_index_a_statement_scans_the_history(history: Connection, na
     """The test above can fail: one index less, and the plan is a sequential scan."""
     with history.transaction(force_rollback=True):
         history.execute(psycopg.sql.SQL("DROP INDEX {}").format(psycopg.sql.Identifier(index)))
-        assert _scans_everything(_plan(history, name, "force_custom_plan"))
+        assert _scans_everything(plan_of(history, name, STATEMENTS[name], "force_custom_plan"))
 
 
 def test_every_statement_on_the_outbox_is_looked_at() -> None:

@@ -1,4 +1,4 @@
-"""Handing rows over: what Redis then holds, and what happens where Redis refuses."""
+"""Rows are published to Redis: what Redis then holds, and what happens if it refuses."""
 
 import re
 import zlib
@@ -58,7 +58,7 @@ def _queue(client: redis.Redis, name: str = "default") -> Queue:
 def test_payloads_stay_in_postgres(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """Of a large one only its size is read, which the log line shows; of a smaller one the beginning is shown."""
+    """A large payload is not read; the log line shows its size. Of a smaller one it shows the beginning."""
     connection.execute(
         "INSERT INTO outbox (task, payload) SELECT 'tell', jsonb_build_object('text', repeat('x', length))"
         " FROM unnest(ARRAY[1000000, 5000]) AS length"
@@ -72,7 +72,7 @@ def test_payloads_stay_in_postgres(
 def test_a_due_row_is_a_job_like_rqs_own(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """RQ's own tools read it, and its hash has the very fields that RQ would have written."""
+    """RQ's tools read it, and its hash has the same fields that RQ writes."""
     _add(connection)
     with capture_logs() as lines:
         assert publish(connection, redis_client, "default", relay_settings) == 1
@@ -129,7 +129,7 @@ def test_redis_holds_no_payload_and_no_code(
 def test_a_payload_that_python_cannot_read_is_handed_over(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """Postgres stores a number of any length, Python reads 4,300 digits: the log line has the beginning of its text."""
+    """Postgres stores numbers of any length, Python reads 4,300 digits: the log line has the beginning of the text."""
     connection.execute("""INSERT INTO outbox (task, payload) VALUES ('tell', '{"n": 1e5000}')""")
     with capture_logs() as lines:
         assert publish(connection, redis_client, "default", relay_settings) == 1
@@ -137,7 +137,7 @@ def test_a_payload_that_python_cannot_read_is_handed_over(
 
 
 @pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning")  # rq-scheduler's own
-def test_a_row_whose_time_has_not_come_is_scheduled(
+def test_a_row_that_is_not_due_is_scheduled(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
     """rq-scheduler's own tools list it with its time; it is in no queue yet."""
@@ -156,7 +156,7 @@ def test_a_row_whose_time_has_not_come_is_scheduled(
 def test_a_row_that_is_younger_than_the_relays_transaction_is_due(
     connection: Connection, database_url: str, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """It was added between the transaction's beginning, which now() tells, and the look at the rows."""
+    """It was added after the transaction's start, which is its now(), and before the statement."""
     with postgres.connect(database_url, "relay") as relays, relays.transaction():
         relays.execute("SELECT now()")
         _add(connection)
@@ -167,7 +167,7 @@ def test_a_row_that_is_younger_than_the_relays_transaction_is_due(
 def test_rows_beyond_the_horizon_stay_in_postgres(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """What is due in an hour is no business of Redis' yet."""
+    """A row that is due in an hour is not handed over yet."""
     _add(connection, delay=61)
     assert publish(connection, redis_client, "default", relay_settings) == 0
     assert publish(connection, redis_client, "default", _with(relay_settings, horizon=120)) == 1
@@ -176,17 +176,17 @@ def test_rows_beyond_the_horizon_stay_in_postgres(
 def test_a_batch_goes_in_the_order_of_its_time(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """Who waited longest goes first."""
+    """The row that has waited longest is first."""
     for delay in (-1, -3, -2):
         _add(connection, delay=delay)
     publish(connection, redis_client, "default", relay_settings)
     assert _queue(redis_client).get_job_ids() == ["2-1", "3-1", "1-1"]
 
 
-def test_the_window_bounds_each_queue_by_itself(
+def test_each_queue_has_its_own_window(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """A flood of default fills its own window and no more; critical goes through."""
+    """A flood in `default` fills that queue's window only; `critical` is handed over."""
     settings = _with(relay_settings, window=10, batch=4)
     _add(connection, 50)
     _add(connection, 3, "critical")
@@ -199,7 +199,7 @@ def test_the_window_bounds_each_queue_by_itself(
 def test_rows_that_are_not_due_leave_room_for_those_that_are(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """A flood of rows for a minute from now does not keep a row that is due now waiting for that minute."""
+    """A flood of rows that are due in a minute does not delay a row that is due now."""
     settings = _with(relay_settings, window=20, batch=5)
     _add(connection, 50, delay=50)
     while publish(connection, redis_client, "default", settings):
@@ -213,7 +213,7 @@ def test_rows_that_are_not_due_leave_room_for_those_that_are(
 def test_publishers_side_by_side_hand_no_row_over_twice(
     database_url: str, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """Four of them on 2,000 rows: each row once, and none left."""
+    """Four publishers hand over 2,000 rows, each once."""
     settings = _with(relay_settings, batch=50)
     barrier = Barrier(4)
 
@@ -237,10 +237,10 @@ def test_publishers_side_by_side_hand_no_row_over_twice(
 
 
 @pytest.mark.parametrize("kind", ["string", "list", "hash"])
-def test_a_strangers_key_does_not_stand_in_the_way(
+def test_a_foreign_key_under_a_jobs_name_is_replaced(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings, kind: str
 ) -> None:
-    """Whatever sits under the job's name, of whatever type, is replaced whole."""
+    """A key of any type under the job's name is replaced."""
     _add(connection, 2)
     key = "rq:job:1-1"
     if kind == "string":
@@ -272,7 +272,7 @@ def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServ
 def test_a_redis_that_takes_no_writes_changes_nothing(
     connection: Connection, own_redis: EmbeddedServer, relay_settings: RelaySettings, breakage: str, repair: str
 ) -> None:
-    """Out of memory, cut off from its replicas, or a replica itself: the rows stay pending, and go out later."""
+    """Out of memory, without its replicas, or a replica itself: the rows stay pending and are handed over later."""
     count = 1500  # several scripts in one transaction
     _add(connection, count)
     before = _rows(connection)
@@ -291,7 +291,7 @@ def test_a_redis_that_takes_no_writes_changes_nothing(
 def test_a_redis_that_is_gone_changes_nothing(
     connection: Connection, tmp_path: Path, relay_settings: RelaySettings
 ) -> None:
-    """Nobody listens: the rows stay pending with the delivery they had."""
+    """No server listens: the rows stay pending with the delivery they had."""
     _add(connection, 3)
     before = _rows(connection)
     with (

@@ -1,4 +1,4 @@
-"""A duty of a relay that Postgres refuses: it costs that duty a pause and a line, and no other duty anything."""
+"""If Postgres refuses a duty of a relay, that duty pauses and is logged; the others go on."""
 
 from collections.abc import Iterator
 from threading import Thread
@@ -29,14 +29,14 @@ FOR EACH ROW WHEN (NEW.id = 3) EXECUTE FUNCTION refuse()
 
 @pytest.fixture
 def settings(relay_settings: RelaySettings, request: pytest.FixtureRequest) -> RelaySettings:
-    """Settings of a relay; as behind a pooler, where the role's limits hold, if the parameter says so."""
+    """Settings of a relay; with a true parameter, as behind a pooler, where the role's limits hold."""
     pooled = {"transaction_pooling": getattr(request, "param", False)}
     return relay_settings.model_copy(update={"poll_interval": 0.2, "sweep_interval": 0.5, "batch": 32, **pooled})
 
 
 @pytest.fixture
 def lines(settings: RelaySettings, redis_client: redis.Redis) -> Iterator[list[Any]]:
-    """All that a relay logs, which runs in a thread until the test ends, and is never away from Postgres."""
+    """The log lines of a relay that runs in a thread until the test ends and never loses Postgres."""
     stop = Stop()
     with capture_logs() as captured:
         thread = Thread(target=Relay(settings, stop).run, name="relay", daemon=True)
@@ -55,7 +55,7 @@ def statuses(connection: Connection) -> list[str]:
 
 
 def named(lines: list[Any], event: str) -> list[Any]:
-    """Returns what the lines of an event name."""
+    """Returns the rows that the lines of an event list."""
     return [line["rows"] for line in lines if line["event"] == event]
 
 
@@ -70,7 +70,7 @@ def is_handed_over(connection: Connection, status: str = "enqueued") -> bool:
 def test_a_row_that_cannot_be_handed_over_keeps_no_other_from_it(
     connection: Connection, trigger: LiteralString, request: pytest.FixtureRequest
 ) -> None:
-    """A trigger refuses it: it is named, and handed over once the trigger lets it."""
+    """A row that a trigger refuses is logged, and handed over once the trigger allows it."""
     connection.execute(REFUSING)
     connection.execute(trigger)
     for _ in range(8):
@@ -89,7 +89,7 @@ def test_a_row_that_cannot_be_handed_over_keeps_no_other_from_it(
 def test_a_row_that_cannot_be_swept_keeps_no_other_from_it(
     connection: Connection, request: pytest.FixtureRequest
 ) -> None:
-    """A trigger refuses it: the others are taken back and handed over again."""
+    """A trigger refuses one row: the others are taken back and handed over again."""
     connection.execute(REFUSING)
     connection.execute(AT_ONCE)
     for _ in range(5):
@@ -114,19 +114,19 @@ SELECT 't', '{}', 'done', now() - interval '1 year' FROM generate_series(1, 10);
 def test_a_locked_child_row_holds_up_nobody(
     connection: Connection, database_url: str, request: pytest.FixtureRequest
 ) -> None:
-    """Somebody's row that goes with an old one is locked: the other old rows go, and that one once it is free."""
+    """A locked row would be deleted with an old one: the other old rows go, and that one when the lock is released."""
     connection.execute(DONE)
     connection.execute("CREATE TABLE audit (outbox_id bigint REFERENCES outbox ON DELETE CASCADE)")
     connection.execute("INSERT INTO audit SELECT id FROM outbox")
-    with postgres.connect(database_url, "test") as stranger, pytest.MonkeyPatch.context() as patched:
+    with postgres.connect(database_url, "test") as other, pytest.MonkeyPatch.context() as patched:
         patched.setattr("outbox_relay.retention.LEFT_OUT", 1.0)
         patched.setattr("outbox_relay.retention.INTERVAL", 0.5)
-        with stranger.transaction():
-            stranger.execute("SELECT FROM audit WHERE outbox_id = 1 FOR UPDATE")
+        with other.transaction():
+            other.execute("SELECT FROM audit WHERE outbox_id = 1 FOR UPDATE")
             lines: list[Any] = request.getfixturevalue("lines")
-            eventually(lambda: statuses(connection) == ["done"], 10, "the others go")
+            eventually(lambda: statuses(connection) == ["done"], 10, "the others are deleted")
             assert is_handed_over(connection)
-        eventually(lambda: statuses(connection) == ["enqueued"], 10, "the last one goes")
+        eventually(lambda: statuses(connection) == ["enqueued"], 10, "the last one is deleted")
     assert {"LockNotAvailable"} == {
         line["error"].partition(":")[0] for line in lines if line["event"] == "done rows cannot be deleted"
     }
@@ -134,12 +134,12 @@ def test_a_locked_child_row_holds_up_nobody(
 
 
 def test_a_foreign_key_keeps_its_own_row_alone(connection: Connection, request: pytest.FixtureRequest) -> None:
-    """It has no ON DELETE: the row that it refers to stays and is named, and the others go."""
+    """Without ON DELETE, the row that it refers to stays and is logged, and the others are deleted."""
     connection.execute(DONE)
     connection.execute("CREATE TABLE audit (outbox_id bigint REFERENCES outbox)")
     connection.execute("INSERT INTO audit VALUES (1)")
     lines: list[Any] = request.getfixturevalue("lines")
-    eventually(lambda: statuses(connection) == ["done"], 10, "the others go")
+    eventually(lambda: statuses(connection) == ["done"], 10, "the others are deleted")
     assert named(lines, "done rows cannot be deleted") == [[1]]
 
 
@@ -151,7 +151,7 @@ CREATE TRIGGER full_disk BEFORE DELETE ON outbox FOR EACH STATEMENT EXECUTE FUNC
 
 
 def test_a_duty_that_is_refused_is_one_line(connection: Connection, request: pytest.FixtureRequest) -> None:
-    """However often it is tried again; the others are done, and so is this one in the end."""
+    """It is tried again and again; the other duties are done, and in the end this one too."""
     connection.execute(DONE)
     connection.execute(FULL)
     lines: list[Any] = request.getfixturevalue("lines")
@@ -177,7 +177,7 @@ CREATE TRIGGER slow BEFORE UPDATE ON outbox FOR EACH ROW EXECUTE FUNCTION take_l
 def test_a_batch_that_was_cut_is_tried_smaller(
     connection: Connection, limited_by: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a `statement_timeout`, or because there was no answer in time, which ends the connection."""
+    """The limit is a `statement_timeout`, or the relay's own wait for an answer, which closes the connection."""
     connection.execute(SLOW)
     connection.execute("INSERT INTO outbox (task, payload) SELECT 't', '{}' FROM generate_series(1, 32)")
     if limited_by == "the server":

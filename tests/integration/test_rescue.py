@@ -1,4 +1,4 @@
-"""Taking rows from workers that died, and from no others."""
+"""Rescue takes rows from workers that died, and from no others."""
 
 import math
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def _run(connection: Connection, lease: float, attempts: int = 1, max_retries: i
 
 
 def rescue(connection: Connection) -> int:
-    """Rescues at the first look, and returns how many rows."""
+    """Rescues in one step, and returns the number of rows."""
     before = _states(connection)
     Rescue(lease=0).step(connection)
     return sum(was == "running" != now for was, now in zip(before, _states(connection), strict=True))
@@ -56,7 +56,7 @@ def test_a_dead_workers_row_is_tried_again(connection: Connection) -> None:
 
 
 def test_a_row_that_kills_its_workers_dies_in_the_end(connection: Connection) -> None:
-    """With the attempts used up it is dead; one attempt less, and it has another."""
+    """It is dead if all attempts are used, and pending if one is left."""
     _run(connection, lease=-1, attempts=2, max_retries=2)
     _run(connection, lease=-1, attempts=3, max_retries=2)
     _run(connection, lease=-1, attempts=1, max_retries=0)
@@ -65,7 +65,7 @@ def test_a_row_that_kills_its_workers_dies_in_the_end(connection: Connection) ->
 
 
 def test_a_row_that_lost_two_workers_waits(connection: Connection) -> None:
-    """The first time it is offered again at once; then it may be what kills them, and is kept from the others."""
+    """The first time it is offered again at once; then it waits, because it may be what kills its workers."""
     _run(connection, lease=-1, attempts=1)
     _run(connection, lease=-1, attempts=2)
     rescue(connection)
@@ -76,14 +76,14 @@ def test_a_row_that_lost_two_workers_waits(connection: Connection) -> None:
 
 @pytest.mark.parametrize("lease", [10, LONGEST_LEASE + 1])
 def test_a_living_workers_row_stays(connection: Connection, lease: float) -> None:
-    """A lease that has not passed is not touched, whatever the worker's setting, and the relay's."""
+    """A lease that has not expired is not touched, whatever the settings of worker and relay."""
     _run(connection, lease)
     assert rescue(connection) == 0
     assert _states(connection) == ["running"]
 
 
 def test_a_renewal_in_the_last_moment_wins(connection: Connection, other: Connection) -> None:
-    """A row that its worker is renewing or marking right now is left to it."""
+    """A row that its worker is renewing or completing right now is left to it."""
     _run(connection, lease=-1)
     _run(connection, lease=-1)
     with other.transaction():
@@ -103,8 +103,8 @@ def test_two_relays_rescue_a_row_once(connection: Connection, other: Connection)
     assert _states(other) == ["pending"]
 
 
-def test_a_row_that_somebody_had_locked_is_its_workers_for_a_moment(connection: Connection, other: Connection) -> None:
-    """A living worker could neither renew nor mark it meanwhile: once it is free, the worker gets to it first."""
+def test_a_row_that_was_locked_waits_for_its_worker(connection: Connection, other: Connection) -> None:
+    """A live worker could neither renew nor complete it: after the lock is released, the worker comes first."""
     _run(connection, lease=-1)
     patient = Rescue(lease=1.2)
     with other.transaction():
@@ -114,16 +114,16 @@ def test_a_row_that_somebody_had_locked_is_its_workers_for_a_moment(connection: 
     assert 0.3 <= patient.step(connection) < 0.4
     assert _states(connection) == ["running"]
     connection.execute(query("renew_leases"), {"ids": [1], "deliveries": [1], "lease": 15.0, "worker": "w1"})
-    patient.forget()  # as whoever finds no lease that has passed does
+    patient.forget()  # as after a look that finds no expired lease
     connection.execute("UPDATE outbox SET lease_until = now() - interval '1 s'")
 
-    assert 0.3 <= patient.step(connection) < 0.4, "it is seen anew"
+    assert 0.3 <= patient.step(connection) < 0.4, "it is seen for the first time again"
     eventually(lambda: patient.step(connection) == math.inf, 5, "it is rescued")
     assert _states(connection) == ["pending"]
 
 
 def test_a_late_worker_is_shut_out(connection: Connection) -> None:
-    """What a worker that was taken for dead still writes changes nothing, neither its lease nor its outcome."""
+    """A worker that was declared dead can write neither a renewal nor an outcome."""
     _run(connection, lease=-1)
     rescue(connection)
     late = {"ids": [1], "deliveries": [1], "worker": "w1"}

@@ -1,6 +1,5 @@
-"""Done rows go after their time; dead rows stay; rows that nobody will hand over are told of."""
+"""Old `done` rows are deleted, dead rows stay, and rows in unserved queues are logged."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg
@@ -10,6 +9,7 @@ from outbox.queries import query
 from outbox.runtime.settings import RelaySettings
 from outbox_relay.retention import BATCH, Retention
 from outbox_relay.unserved_queues import warn_about_unserved_queues
+from tests.support.plans import nodes
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -29,7 +29,7 @@ def _count(connection: Connection) -> int:
 
 
 def test_done_rows_go_after_the_retention_time(connection: Connection, relay_settings: RelaySettings) -> None:
-    """It counts from when they were done, and is what the setting says."""
+    """The retention time counts from `done_at` and is that of the setting."""
     _done(connection, 86_401)
     _done(connection, 86_390)
     assert Retention(relay_settings).delete(connection) == 1
@@ -39,7 +39,7 @@ def test_done_rows_go_after_the_retention_time(connection: Connection, relay_set
 
 
 def test_other_rows_stay_however_old(connection: Connection, relay_settings: RelaySettings) -> None:
-    """A dead row waits for somebody to decide; pending, enqueued and running rows are work."""
+    """A dead row waits for an operator; pending, enqueued and running rows are work."""
     for status, lease in (("dead", None), ("pending", None), ("enqueued", None), ("running", "2000-01-01")):
         connection.execute(
             "INSERT INTO outbox (task, payload, status, created_at, run_at, enqueued_at, started_at, lease_until)"
@@ -51,14 +51,14 @@ def test_other_rows_stay_however_old(connection: Connection, relay_settings: Rel
 
 
 def test_history_goes_in_batches(connection: Connection, relay_settings: RelaySettings) -> None:
-    """No statement deletes without bound."""
+    """No statement deletes an unlimited number of rows."""
     _done(connection, 100_000, BATCH + 5)
     retention = Retention(relay_settings)
     assert [retention.delete(connection) for _ in range(3)] == [BATCH, 5, 0]
 
 
-def test_rows_in_a_queue_that_nobody_serves_are_told_of(connection: Connection, relay_settings: RelaySettings) -> None:
-    """One line per queue with the number of rows; silence where all is served, or over with."""
+def test_pending_rows_in_an_unserved_queue_are_logged(connection: Connection, relay_settings: RelaySettings) -> None:
+    """One line per queue with the number of rows; none if all queues are served, or their rows are finished."""
     connection.execute("INSERT INTO outbox (task, payload, queue) VALUES ('t', '{}', 'default')")
     connection.execute(
         "INSERT INTO outbox (task, payload, queue, status, done_at)"
@@ -73,10 +73,10 @@ def test_rows_in_a_queue_that_nobody_serves_are_told_of(connection: Connection, 
     assert [(line["log_level"], line["queue"], line["rows"]) for line in lines] == [("error", "bulk", 3)]
 
 
-def test_rows_that_redis_holds_for_nobody_are_told_of_too(
+def test_enqueued_rows_in_an_unserved_queue_are_logged_too(
     connection: Connection, relay_settings: RelaySettings
 ) -> None:
-    """Those of a queue that was taken from OUTBOX_QUEUES while Redis had its jobs: no sweep misses them there."""
+    """Their queue was removed from OUTBOX_QUEUES while Redis had its jobs: no sweep misses these."""
     connection.execute(
         "INSERT INTO outbox (task, payload, queue, status, delivery, enqueued_at)"
         " VALUES ('t', '{}', 'critical', 'enqueued', 1, now()), ('t', '{}', 'retired', 'enqueued', 1, now()),"
@@ -90,7 +90,7 @@ def test_rows_that_redis_holds_for_nobody_are_told_of_too(
 def test_a_look_for_such_queues_does_not_read_the_backlog(
     connection: Connection, relay_settings: RelaySettings
 ) -> None:
-    """Of 30,000 pending rows it reads one for each queue, and of a queue that nobody serves as many as it counts."""
+    """Of 30,000 pending rows it reads one per served queue, and of an unserved queue as many as it counts."""
     connection.execute(
         "INSERT INTO outbox (task, payload, queue) SELECT 't', '{}', queue"
         " FROM generate_series(1, 10000), unnest(ARRAY['bulk', 'critical', 'default']) AS queue"
@@ -103,13 +103,7 @@ def test_a_look_for_such_queues_does_not_read_the_backlog(
     assert found is not None
     read = sum(
         node["Actual Rows"] * node["Actual Loops"]
-        for node in _nodes(found["QUERY PLAN"][0]["Plan"])
+        for node in nodes(found["QUERY PLAN"][0]["Plan"])
         if node.get("Relation Name") == "outbox"
     )
     assert 100 <= read < 200
-
-
-def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for child in plan.get("Plans", []):
-        yield from _nodes(child)

@@ -1,4 +1,4 @@
-"""Moving due jobs to their queues, whatever else is in rq-scheduler's set."""
+"""Due jobs are moved to their queues, whatever else is in rq-scheduler's set."""
 
 import time
 from contextlib import suppress
@@ -30,7 +30,7 @@ def schedule(redis_client: redis.Redis) -> Schedule:
 
 
 def _scheduled(connection: Connection, client: redis.Redis, settings: RelaySettings, *delays: float) -> list[float]:
-    """Hands rows over and returns their times."""
+    """Hands rows over and returns the times when they are due."""
     for delay in delays:
         connection.execute(
             "INSERT INTO outbox (task, payload, run_at) VALUES ('t', '{}', now() + make_interval(secs => %s))", [delay]
@@ -47,7 +47,7 @@ def _queued(client: redis.Redis, queue: str = "default") -> list[Any]:
 def test_a_job_is_moved_at_its_time_and_not_before(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings, schedule: Schedule
 ) -> None:
-    """A moment before its time it stays, and the caller learns when to look again; at its time it is a queued job."""
+    """Before its time it stays, and the caller gets that time; at its time it is a queued job."""
     first, second = _scheduled(connection, redis_client, relay_settings, 10, 20)
     assert schedule.move_due(first - 0.001) == first
     assert _queued(redis_client) == []
@@ -61,7 +61,7 @@ def test_a_job_is_moved_at_its_time_and_not_before(
 
 
 def test_any_number_is_moved_at_once(redis_client: redis.Redis, schedule: Schedule) -> None:
-    """More than one batch that came due together."""
+    """More jobs than one batch are due at the same time."""
     with redis_client.pipeline() as pipeline:
         for row in range(1, 1301):
             pipeline.hset(f"rq:job:{row}-1", "origin", "default")
@@ -73,7 +73,7 @@ def test_any_number_is_moved_at_once(redis_client: redis.Redis, schedule: Schedu
 
 @pytest.mark.parametrize(("foreign", "moved"), [([], 0), (["not an id of ours"], 2)])
 def test_a_full_redis_moves_all_jobs_or_none(own_redis: EmbeddedServer, foreign: list[str], moved: int) -> None:
-    """The script stops at its first write, or at none: a key that was freed before lets it go on over `maxmemory`."""
+    """The script fails at its first write or not at all: once a key is freed, it may write past `maxmemory`."""
     with redis_connection.connect(own_redis.url, "test") as client:
         for row in (1, 2):
             client.hset(f"rq:job:{row}-1", "origin", "default")
@@ -119,20 +119,20 @@ def test_hostile_members_stop_nothing(
 
 
 def test_a_hostile_member_in_the_future_changes_no_pace(redis_client: redis.Redis, schedule: Schedule) -> None:
-    """A score of infinity is just a time that never comes."""
+    """A score of infinity is a time that never comes."""
     redis_client.zadd(SCHEDULED_JOBS, {"x": float("inf")})
     assert schedule.move_due(time.time()) == float("inf")
 
 
 def test_the_script_is_loaded_again_after_a_restart(redis_client: redis.Redis, schedule: Schedule) -> None:
-    """A Redis that has lost its scripts is told them again."""
+    """A Redis that has lost its scripts gets them again."""
     schedule.move_due(0)
     redis_client.script_flush()
     assert schedule.move_due(0) is None
 
 
 def test_the_relays_own_clock_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock goes on from what Postgres told last, with nothing but the time that has passed."""
+    """The clock runs on from Postgres' last time by the monotonic clock."""
     passed = 100.0
     monkeypatch.setattr(time, "time", lambda: 0.0)
     monkeypatch.setattr(time, "monotonic", lambda: passed)
@@ -145,15 +145,15 @@ def test_the_relays_own_clock_does_not_matter(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_clock_is_never_early(connection: Connection) -> None:
-    """What it says is at most what Postgres says afterwards."""
+    """Its time is at most the time that Postgres returns afterwards."""
     clock = Clock()
 
-    def told() -> float:
+    def postgres_time() -> float:
         row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8 AS now").fetchone()
         assert row is not None
         return float(row["now"])
 
-    clock.set(told())
+    clock.set(postgres_time())
     for _ in range(100):
-        assert clock.now() <= told() + 0.0005
-    assert eventually(lambda: clock.now() > told() - 1, 2)
+        assert clock.now() <= postgres_time() + 0.0005
+    assert eventually(lambda: clock.now() > postgres_time() - 1, 2)

@@ -1,4 +1,4 @@
-"""Taking back what Redis has lost, and nothing else."""
+"""A sweep takes back rows whose job Redis has lost, and no others."""
 
 import time
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def other(database_url: str) -> Iterator[Connection]:
 
 
 def sweep(connection: Connection, client: redis.Redis, settings: RelaySettings) -> int:
-    """Both steps of a sweep; returns how many rows were taken back."""
+    """Does both steps of a sweep; returns the number of rows that were taken back."""
     both = Sweep(client, settings)
     both.look(connection)
     return both.take_back(connection)
@@ -77,7 +77,7 @@ def test_what_a_flush_lost_is_handed_over_again(
 
 
 def test_one_lost_id_is_noticed(connection: Connection, redis_client: redis.Redis, settings: RelaySettings) -> None:
-    """A single job that is gone, as by RQ's lossy pop, is told from those that wait."""
+    """A single job that is gone, as after a lost pop, is told apart from those that wait."""
     _hand_over(connection, redis_client, settings, 3)
     redis_client.lrem("rq:queue:default", 0, "2-1")
     redis_client.delete("rq:job:1-1")  # the hash alone is no loss: workers need the id only
@@ -88,7 +88,7 @@ def test_one_lost_id_is_noticed(connection: Connection, redis_client: redis.Redi
 def test_a_stale_replicas_older_delivery_is_not_the_row(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """A Redis that has gone back in time holds an older delivery, which no worker would claim."""
+    """A Redis that was restored holds an older delivery, which no worker would claim."""
     _hand_over(connection, redis_client, settings)
     redis_client.flushall()
     sweep(connection, redis_client, settings)
@@ -112,9 +112,9 @@ def test_a_job_that_a_stock_worker_pops_is_held(
 def test_a_job_in_another_queue_is_lost(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """A stranger may have moved it to where no worker looks."""
+    """Another client may have moved it to a queue that no worker serves."""
     _hand_over(connection, redis_client, settings, 2)
-    connection.execute("UPDATE outbox SET queue = 'elsewhere' WHERE id = 2")  # so that its queue is read as well
+    connection.execute("UPDATE outbox SET queue = 'elsewhere' WHERE id = 2")  # so that this queue is read too
     redis_client.rpush("rq:queue:elsewhere", "1-1", "2-1")
     redis_client.delete("rq:queue:default")
     assert sweep(connection, redis_client, settings) == 1
@@ -124,7 +124,7 @@ def test_a_job_in_another_queue_is_lost(
 def test_a_job_that_was_put_off_for_ever_is_lost(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """A stranger who moves a job to the year 3000 does not keep the row from being handed over."""
+    """If another client postpones a job to the year 3000, the row is still handed over again."""
     _hand_over(connection, redis_client, settings, delay=30)
     assert sweep(connection, redis_client, settings) == 0
     redis_client.zadd(SCHEDULED_JOBS, {"1-1": 32_503_680_000})
@@ -135,12 +135,12 @@ def test_a_job_that_was_put_off_for_ever_is_lost(
 def test_a_job_that_no_relay_moves_is_lost(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings, score: str
 ) -> None:
-    """One in rq-scheduler's set whose hash names a foreign queue stays there; its row is not kept for that."""
+    """A job in rq-scheduler's set whose hash names a foreign queue stays there; its row is taken back."""
     _hand_over(connection, redis_client, settings, 1)
     _hand_over(connection, redis_client, settings, 1, delay=30)
     redis_client.delete(queue_key("default"))
     for job_id in (b"1-1", b"2-1"):
-        redis_client.hset(b"rq:job:" + job_id, "origin", "nobodys")
+        redis_client.hset(b"rq:job:" + job_id, "origin", "foreign")
         redis_client.zadd(SCHEDULED_JOBS, {job_id: score})
     Schedule(redis_client, QUEUES).move_due(time.time())
     assert redis_client.zcard(SCHEDULED_JOBS) == 2, "no relay moves them"
@@ -181,7 +181,7 @@ def test_only_enqueued_rows_are_swept(
 def test_another_relays_queue_is_looked_at_too(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """A relay that does not serve a queue, as during a deploy, does not take its rows for lost."""
+    """Rows of a queue that this relay does not serve, as during a deploy, are not taken for lost."""
     _hand_over(connection, redis_client, settings)
     elsewhere = settings.model_copy(update={"queues": {"critical": 1}})
     assert sweep(connection, redis_client, elsewhere) == 0
@@ -192,7 +192,7 @@ def test_another_relays_queue_is_looked_at_too(
 def test_a_job_in_a_workers_hands_is_left_alone(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """What is popped at the look and claimed a moment later is not taken back; what stays missing is."""
+    """A job that is popped at the first step and claimed by the second is not taken back; one that stays missing is."""
     _hand_over(connection, redis_client, settings, 2)
     redis_client.flushall()
     both = Sweep(redis_client, settings)
@@ -224,7 +224,7 @@ def test_a_row_that_moves_between_the_two_looks_is_left_alone(
 def test_relays_sweep_side_by_side(
     connection: Connection, other: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """Both miss the same rows. One takes them back, and the other leaves them, handed over again or not."""
+    """Both miss the same rows. One takes them back, and the other skips them, handed over again or not."""
     _hand_over(connection, redis_client, settings, 2)
     redis_client.flushall()
     first, second = Sweep(redis_client, settings), Sweep(redis_client, settings)
@@ -238,7 +238,7 @@ def test_relays_sweep_side_by_side(
 def test_garbage_in_the_lists_changes_nothing(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """Ids that name no delivery hold nothing and break nothing."""
+    """Ids that name no delivery are ignored."""
     _hand_over(connection, redis_client, settings, 2)
     redis_client.lpop("rq:queue:default")
     redis_client.rpush("rq:queue:default", b"\xff", b"1-1 ", "01-1", b"x" * 10_000_000, "9" * 30 + "-1")
@@ -250,7 +250,7 @@ def test_garbage_in_the_lists_changes_nothing(
 def test_a_redis_that_cannot_serve_is_not_believed(
     connection: Connection, settings: RelaySettings, tmp_path: Any, breakage: str
 ) -> None:
-    """Where Redis takes no writes or cannot be read completely, nothing is swept: handing over could not follow."""
+    """If Redis takes no writes or cannot be read completely, nothing is swept: no hand-over could follow."""
     with embedded_redis(tmp_path) as server, redis_connection.connect(server.url, "test") as client:
         _hand_over(connection, client, settings)
         client.flushall()
@@ -263,7 +263,7 @@ def test_a_redis_that_cannot_serve_is_not_believed(
 def test_a_redis_that_is_gone_is_not_believed(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings, tmp_path: Any
 ) -> None:
-    """An outage is no loss yet."""
+    """An outage of Redis alone is no reason to sweep."""
     _hand_over(connection, redis_client, settings)
     with redis_connection.connect(f"unix://{tmp_path}/none.sock", "test") as gone, pytest.raises(redis_connection.AWAY):
         sweep(connection, gone, settings)
@@ -273,7 +273,7 @@ def test_a_redis_that_is_gone_is_not_believed(
 def test_strangers_keys_are_replaced(
     connection: Connection, redis_client: redis.Redis, settings: RelaySettings
 ) -> None:
-    """Keys of a wrong type under names of ours go, with a line each; those of the right type stay."""
+    """Keys of a wrong type under our names are deleted, with a line each; those of the right type stay."""
     _hand_over(connection, redis_client, settings, 2)
     for key in ("rq:queue:critical", SCHEDULED_JOBS, "rq:queues", "rq:workers", "rq:queue:default:intermediate"):
         redis_client.set(key, "x")
