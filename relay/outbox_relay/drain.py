@@ -9,6 +9,7 @@ from typing import Self
 
 import psycopg
 import redis
+from psycopg.rows import scalar_row
 
 from outbox.queries import query
 from outbox.runtime import postgres
@@ -57,18 +58,18 @@ class Drain:
         """
         if self._second is None and time.monotonic() >= self._retry_at:
             self._open_second()
-        room = connection.execute(query("window_room"), {"queue": queue, "window": self._settings.window}).fetchone()
-        assert room is not None
+        asked = {"queue": queue, "window": self._settings.window}
+        (room,) = connection.cursor(row_factory=scalar_row).execute(query("window_room"), asked)
         if self._second is None:
-            return self._publish_all(connection, queue, room["rows"], left_out)
+            return self._publish_all(connection, queue, room, left_out)
         try:
-            other = self._thread.submit(self._publish_all, self._second, queue, room["rows"], left_out)
+            other = self._thread.submit(self._publish_all, self._second, queue, room, left_out)
         except RuntimeError:  # no thread can be started: the relay's own publisher goes on alone
             self._thread.shutdown(wait=False, cancel_futures=True)  # it would run the refused call later
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="drain")
-            return self._publish_all(connection, queue, room["rows"], left_out)
+            return self._publish_all(connection, queue, room, left_out)
         try:
-            more = self._publish_all(connection, queue, room["rows"], left_out)
+            more = self._publish_all(connection, queue, room, left_out)
         finally:
             wait([other])
         return other.result() and more

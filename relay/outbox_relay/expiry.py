@@ -1,8 +1,12 @@
 """Deletes users who have not verified their address in time, if `OUTBOX_UNVERIFIED_RETENTION` is set."""
 
 from functools import partial
+from typing import NamedTuple
+
+from psycopg.rows import scalar_row
 
 from outbox.queries import query
+from outbox.row import named
 from outbox.runtime import logs
 from outbox.runtime.postgres import Connection
 from outbox_relay.batches import Batches
@@ -23,6 +27,13 @@ INDEX = "CREATE INDEX CONCURRENTLY users_unverified ON users (created_at, userna
 verification would cost more."""
 
 _START = {"after": "-infinity", "after_username": ""}
+
+
+class _Unverified(NamedTuple):
+    """A row of the statement `unverified_users`."""
+
+    username: str
+    signed_up_at: str
 
 
 class Expiry:
@@ -52,9 +63,8 @@ class Expiry:
         Raises:
             psycopg.Error: Postgres is away, or refuses for a reason that is not in the users, such as a missing right.
         """
-        found = connection.execute(query("has_index_of_unverified")).fetchone()
-        assert found is not None
-        if not found["has"]:
+        has_index = connection.cursor(row_factory=scalar_row).execute(query("has_index_of_unverified")).fetchone()
+        if not has_index:
             logs.get().error("unverified users cannot expire", why="there is no index users_unverified", run=INDEX)
             return None
         looked_at = self._batches.write(connection, partial(self._delete, connection))
@@ -65,27 +75,28 @@ class Expiry:
         self._place = _START
         return None
 
-    def _delete(self, connection: Connection, most: int) -> int:
+    def _delete(self, connection: Connection, limit: int) -> int:
         """Locks users, then judges them, so that no worker opens a verification and no request uses one in between."""
+        unverified = {**self._place, "retention": self._retention, "left_out": self._batches.left_out.rows()}
         with connection.transaction():
             connection.execute(query("limit_transaction_lock_wait"))
-            users = connection.execute(
-                query("unverified_users"),
-                {
-                    **self._place,
-                    "retention": self._retention,
-                    "left_out": self._batches.left_out.rows(),
-                    "batch": most,
-                },
-            ).fetchall()
+            users = (
+                connection.cursor(row_factory=named(_Unverified))
+                .execute(query("unverified_users"), {**unverified, "batch": limit})
+                .fetchall()
+            )
             if not users:
                 return 0
-            names = self._batches.tried = [user["username"] for user in users]
+            self._batches.tried = [user.username for user in users]
             # A statement of its own sees what was committed before the locks were granted.
-            deleted = connection.execute(query("delete_expired_users"), {"usernames": names}).fetchall()
-            if rows := [row for user in deleted for row in user["rows"]]:
-                connection.execute(query("delete_rows"), {"ids": rows})
-        if deleted:
-            logs.get().info("unverified users deleted", users=len(deleted))
-        self._place = {"after": users[-1]["signed_up_at"], "after_username": names[-1]}
+            rows_of_deleted = (
+                connection.cursor(row_factory=scalar_row)
+                .execute(query("delete_expired_users"), {"usernames": self._batches.tried})
+                .fetchall()
+            )
+            if row_ids := [row_id for rows in rows_of_deleted for row_id in rows]:
+                connection.execute(query("delete_rows"), {"ids": row_ids})
+        if rows_of_deleted:
+            logs.get().info("unverified users deleted", users=len(rows_of_deleted))
+        self._place = {"after": users[-1].signed_up_at, "after_username": users[-1].username}
         return len(users)

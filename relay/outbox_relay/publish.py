@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import redis
+from psycopg.rows import scalar_row
 from rq.job import Job
 from rq.queue import Queue
 from rq.utils import now as rq_now
@@ -116,7 +117,7 @@ def publish(
     payload_limit = logs.PAYLOAD_LIMIT if logs.get().is_enabled_for(logging.INFO) else 0
     with connection.transaction():
         if limit == 1 and tried is not None:
-            tried += [row["id"] for row in connection.execute(query("first_pending"), pending)]
+            tried += connection.cursor(row_factory=scalar_row).execute(query("first_pending"), pending)
         # Reading numbers from text would take psycopg a fifth longer.
         cursor = connection.cursor(binary=True, row_factory=named(Published))
         rows = cursor.execute(

@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from psycopg.rows import scalar_row
+
 from outbox.queries import query
 from outbox.runtime.postgres import Connection
 from outbox.runtime.settings import RelaySettings
@@ -50,14 +52,15 @@ class Retention:
         """
         return self._batches.write(connection, partial(self._delete, connection))
 
-    def _delete(self, connection: Connection, most: int) -> int:
+    def _delete(self, connection: Connection, limit: int) -> int:
+        retention, left_out = self._settings.retention, self._batches.left_out.rows()
         with connection.transaction():
             connection.execute(query("limit_transaction_lock_wait"))
-            found = connection.execute(
-                query("rows_past_retention"),
-                {"retention": self._settings.retention, "batch": most, "left_out": self._batches.left_out.rows()},
+            row_ids = self._batches.tried = (
+                connection.cursor(row_factory=scalar_row)
+                .execute(query("rows_past_retention"), {"retention": retention, "batch": limit, "left_out": left_out})
+                .fetchall()
             )
-            ids = self._batches.tried = [row["id"] for row in found]
-            if ids:
-                connection.execute(query("delete_rows"), {"ids": ids})
-        return len(ids)
+            if row_ids:
+                connection.execute(query("delete_rows"), {"ids": row_ids})
+        return len(row_ids)
