@@ -1,1 +1,1 @@
-"""`python -m bench`: how fast this project is beside what people would use instead, measured in one run."""
+"""`python -m bench`: benchmarks of this project and its alternatives, measured side by side in one run."""

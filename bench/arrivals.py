@@ -1,4 +1,4 @@
-"""`python -m bench.arrivals`: a mail server that notes when each mail came, and nothing else; a process of its own."""
+"""`python -m bench.arrivals`: a mail server that records the arrival time of each mail."""
 
 import asyncio
 import json
@@ -13,24 +13,24 @@ import uvloop
 
 
 class Arrivals:
-    """The mail server, as the bench sees it."""
+    """Controls the process of the mail server."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
-        self.url = f"smtp://127.0.0.1:{self._line().strip()}"
-        """What SMTP_URL should be."""
+        self.url = f"smtp://127.0.0.1:{self._read_line().strip()}"
+        """Value for SMTP_URL."""
 
     def take(self) -> dict[str, float]:
-        """Returns the recipients whose mail came since the last call, and when the end of its DATA was there.
+        """Returns and forgets the arrival time of each mail by recipient: when the end of its DATA was received.
 
-        That is by `time.monotonic`, which all processes of a machine share.
+        Times are of `time.monotonic`, which all processes of a machine share.
         """
         assert self._process.stdin
         self._process.stdin.write("take\n")
         self._process.stdin.flush()
-        return cast("dict[str, float]", json.loads(self._line()))
+        return cast("dict[str, float]", json.loads(self._read_line()))
 
-    def _line(self) -> str:
+    def _read_line(self) -> str:
         assert self._process.stdout
         if not (line := self._process.stdout.readline()):
             raise RuntimeError(f"the mail server ended with {self._process.wait(10)}")
@@ -38,8 +38,8 @@ class Arrivals:
 
 
 @contextmanager
-def note_arrivals() -> Iterator[Arrivals]:
-    """Runs the mail server on a free port until the block is left."""
+def record_arrivals() -> Iterator[Arrivals]:
+    """Runs the mail server on a free port until the block ends."""
     with subprocess.Popen(
         [sys.executable, "-m", "bench.arrivals"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -50,10 +50,10 @@ def note_arrivals() -> Iterator[Arrivals]:
 
 
 class _Session(asyncio.Protocol):
-    """One client. It is believed whatever it says, as long as that is SMTP."""
+    """One connection. The client is trusted to speak correct SMTP."""
 
-    def __init__(self, came: dict[str, float]) -> None:
-        self._came = came
+    def __init__(self, arrivals: dict[str, float]) -> None:
+        self._arrivals = arrivals
         self._received = b""
         self._in_data = False
         self._recipients: list[str] = []
@@ -72,9 +72,9 @@ class _Session(asyncio.Protocol):
         if not separator:
             return False
         now = time.monotonic()
-        self._came.update(dict.fromkeys(self._recipients, now))
+        self._arrivals.update(dict.fromkeys(self._recipients, now))
         self._received, self._in_data, self._recipients = rest, False, []
-        self._transport.write(b"250 taken\r\n")
+        self._transport.write(b"250 accepted\r\n")
         return True
 
     def _take_command(self) -> bool:
@@ -89,7 +89,7 @@ class _Session(asyncio.Protocol):
                 self._recipients.append(line[line.index(b"<") + 1 : line.index(b">")].decode())
                 self._transport.write(b"250 OK\r\n")
             case b"DATA":
-                # The empty line goes before a mail that is nothing but the final dot.
+                # The line break lets an empty mail, which is only the final dot, match.
                 self._in_data, self._received = True, b"\r\n" + self._received
                 self._transport.write(b"354 go on\r\n")
             case b"QUIT":
@@ -104,17 +104,17 @@ class _Session(asyncio.Protocol):
 
 
 async def _serve() -> None:
-    came: dict[str, float] = {}
-    server = await asyncio.get_running_loop().create_server(lambda: _Session(came), "127.0.0.1", 0, backlog=512)
-    _say(str(server.sockets[0].getsockname()[1]))
+    arrivals: dict[str, float] = {}
+    server = await asyncio.get_running_loop().create_server(lambda: _Session(arrivals), "127.0.0.1", 0, backlog=512)
+    _write_line(str(server.sockets[0].getsockname()[1]))
     commands = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    while await commands.readline():  # until whoever started this has ended
-        _say(json.dumps(came))
-        came.clear()
+    while await commands.readline():  # until the parent process ends
+        _write_line(json.dumps(arrivals))
+        arrivals.clear()
 
 
-def _say(line: str) -> None:
+def _write_line(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

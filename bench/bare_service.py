@@ -1,4 +1,4 @@
-"""`python -m bench.bare_service`: the service as it is, but without the outbox: no row, and no hint to the relays."""
+"""`python -m bench.bare_service`: the service without the outbox: no row, and no hint to the relays."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from outbox_service.wakeup import Wakeup
 
 
 async def _add_nothing(*_: Any, **__: Any) -> None:
-    """Stands for `outbox.add`."""
+    """Replaces `outbox.add`."""
 
 
-def _hint_nobody(_: Wakeup) -> None:
-    """Stands for `Wakeup.hint`."""
+def _send_no_hint(_: Wakeup) -> None:
+    """Replaces `Wakeup.hint`."""
 
 
-def bare() -> None:
-    """Runs the service."""
+def run_bare_service() -> None:
+    """Runs the service without the outbox."""
     outbox.add = _add_nothing  # type: ignore[assignment]
-    Wakeup.hint = _hint_nobody  # type: ignore[method-assign, assignment]
+    Wakeup.hint = _send_no_hint  # type: ignore[method-assign, assignment]
     process.run(main)
 
 
 if __name__ == "__main__":
-    bare()
+    run_bare_service()

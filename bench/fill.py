@@ -1,4 +1,4 @@
-"""Big tables for the bench, made quickly: rows as the processes would have left them."""
+"""Fills large tables quickly, with rows as the processes would leave them."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 import psycopg
 from psycopg import sql
 
-from bench.stage import Bench
+from bench.testbed import Bench
 
-_CONNECTIONS = 2
-"""How many fill at once."""
+_CONNECTION_COUNT = 2
+"""Number of connections that insert concurrently."""
 
 _PENDING = """
 INSERT INTO outbox (task, payload, queue, max_retries, request_id)
@@ -28,30 +28,30 @@ SELECT 'send_verify_email', jsonb_build_object('username', 'user_' || number), '
 FROM generate_series(%(first)s::bigint, %(last)s) AS number,
      LATERAL (SELECT now() - make_interval(secs => number * 0.001) AS at) AS times
 """
-"""A millisecond apart: ten million are within three hours, and younger than any retention."""
+"""Rows are a millisecond apart: ten million span less than three hours, which is shorter than any retention."""
 
 
 def add_pending(database_url: str, rows: int, queues: Sequence[str] = ("critical", "default")) -> None:
-    """Adds due rows, as many for each of the queues."""
+    """Adds due rows, evenly distributed over the queues."""
     _insert(database_url, _PENDING, rows, queues=list(queues))
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("VACUUM (ANALYZE) outbox")
 
 
 def add_done(database_url: str, rows: int) -> None:
-    """Adds rows that were done within the last hours, and vacuums, as autovacuum would have long since.
+    """Adds rows that were done within the last hours, and vacuums the table, as autovacuum would have.
 
-    The rows come first and the two indexes that they are in after, and the checks are put back without looking at what
-    is there: that is three times as fast, and leaves the same table.
+    The primary key, the index `outbox_done` and the checks are dropped before the rows are inserted and created again
+    afterwards, the checks as NOT VALID. That is three times as fast and leaves the same table.
     """
-    with psycopg.connect(database_url, autocommit=True) as connection, _without_costly_parts(connection):
+    with psycopg.connect(database_url, autocommit=True) as connection, _without_indexes_and_checks(connection):
         _insert(database_url, _DONE, rows)
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("VACUUM (ANALYZE) outbox")
 
 
 @contextmanager
-def _without_costly_parts(connection: psycopg.Connection[Any]) -> Iterator[None]:
+def _without_indexes_and_checks(connection: psycopg.Connection[Any]) -> Iterator[None]:
     indexes = _definitions(
         connection,
         "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'outbox' AND indexname = 'outbox_done'",
@@ -68,34 +68,34 @@ def _without_costly_parts(connection: psycopg.Connection[Any]) -> Iterator[None]
     yield
     connection.execute("SET maintenance_work_mem = '512MB'")
     for name, definition in constraints.items():
-        late = " NOT VALID" if definition.startswith("CHECK") else ""
+        suffix = " NOT VALID" if definition.startswith("CHECK") else ""
         add = sql.SQL("ALTER TABLE outbox ADD CONSTRAINT {} ").format(sql.Identifier(name))
-        connection.execute(add + sql.SQL(_trusted(definition + late)))
+        connection.execute(add + sql.SQL(_trusted(definition + suffix)))
     for definition in indexes.values():
         connection.execute(sql.SQL(_trusted(definition)))
 
 
 def clone(bench: Bench, database_url: str) -> str:
-    """Makes a copy of a database that nobody is connected to, and returns its URL."""
-    copy = bench.database()
+    """Copies a database that has no connections, and returns the URL of the copy."""
+    copy = bench.create_database()
     name, original = (sql.Identifier(urlsplit(url).path.removeprefix("/")) for url in (copy, database_url))
-    with bench.server() as connection:
+    with bench.connect_to_server() as connection:
         connection.execute(sql.SQL("DROP DATABASE {}").format(name))
-        # A copy of files, and not page by page through the WAL; before Postgres 15 there was no other way.
+        # Copies files instead of pages through the WAL. Before Postgres 15 this was the only strategy.
         strategy = sql.SQL(" STRATEGY file_copy" if connection.info.server_version >= 150_000 else "")
         connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(name, original) + strategy)
     return copy
 
 
 def _insert(database_url: str, statement: LiteralString, rows: int, **parameters: object) -> None:
-    share = -(-rows // _CONNECTIONS)
-    parts = [{"first": first, "last": min(first + share - 1, rows)} for first in range(1, rows + 1, share)]
+    part_size = -(-rows // _CONNECTION_COUNT)
+    parts = [{"first": first, "last": min(first + part_size - 1, rows)} for first in range(1, rows + 1, part_size)]
 
     def insert(part: dict[str, int]) -> None:
         with psycopg.connect(database_url, autocommit=True) as connection:
             connection.execute(statement, {**parameters, **part})
 
-    with ThreadPoolExecutor(_CONNECTIONS) as threads:
+    with ThreadPoolExecutor(_CONNECTION_COUNT) as threads:
         list(threads.map(insert, parts))
 
 
@@ -104,5 +104,5 @@ def _definitions(connection: psycopg.Connection[Any], statement: LiteralString) 
 
 
 def _trusted(definition: str) -> LiteralString:
-    """Returns what Postgres itself has told of its catalogue."""
+    """Marks a definition from the catalog of Postgres as trusted SQL."""
     return definition

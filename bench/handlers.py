@@ -4,24 +4,24 @@ import time
 
 from pydantic import BaseModel
 
-from bench.peers.functions import NAP
+from bench.peers.functions import SLEEP_SECONDS
 from outbox import Context, Task, handler
 
 
-class Nothing(BaseModel):
-    """A payload of nothing."""
+class Empty(BaseModel):
+    """An empty payload."""
 
 
-NOOP = Task("bench_noop", Nothing)
-SLEEP = Task("bench_sleep", Nothing)
+NOOP = Task("bench_noop", Empty)
+SLEEP = Task("bench_sleep", Empty)
 
 
 @handler(NOOP)
-def noop(payload: Nothing, context: Context) -> None:
-    """Is done at once."""
+def noop(payload: Empty, context: Context) -> None:
+    """Does nothing."""
 
 
 @handler(SLEEP)
-def sleep(payload: Nothing, context: Context) -> None:  # noqa: ARG001
-    """Waits for something outside."""
-    time.sleep(NAP)
+def sleep(payload: Empty, context: Context) -> None:  # noqa: ARG001
+    """Waits, as a call to another server would."""
+    time.sleep(SLEEP_SECONDS)

@@ -1,7 +1,6 @@
-"""`python -m bench.hashing`: argon2 alone, with the service's parameters, on so many threads.
+"""`python -m bench.hashing`: measures argon2 alone, with the service's parameters, on a number of threads.
 
-`service` hashes with the service's own function, `argon2-cffi` with the library of that name, which is what most would
-use.
+`service` hashes with the service's own function, `argon2-cffi` with the library of that name, the common choice.
 """
 
 import argparse
@@ -15,19 +14,19 @@ import argon2
 
 from outbox_service.passwords import hash_password
 
-PASSWORD = "correct horse battery"  # noqa: S105 - as bench.load's users have
+PASSWORD = "correct horse battery"  # noqa: S105 - the password in bench.load
 
 
-def hash_alone(kind: str, threads: int, seconds: float) -> tuple[float, float]:
-    """Hashes on that many threads, in a process of their own, while nothing else is measured.
+def measure_hashing(kind: str, threads: int, seconds: float) -> tuple[float, float]:
+    """Measures hashing in a process of its own.
 
     Args:
         kind: `service` or `argon2-cffi`.
-        threads: how many.
-        seconds: for how long.
+        threads: number of threads.
+        seconds: measured time.
 
     Returns:
-        Hashes per second, and the ms of CPU that each took.
+        Hashes per second, and CPU milliseconds per hash.
     """
     command = [sys.executable, "-m", "bench.hashing", kind, str(threads), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603
@@ -41,15 +40,15 @@ def _hasher(kind: str) -> Callable[[str], str]:
     return argon2.PasswordHasher.from_parameters(argon2.extract_parameters(hash_password(PASSWORD))).hash
 
 
-def _hash(kind: str, threads: int, seconds: float) -> tuple[float, float]:
-    hasher = _hasher(kind)
+def _measure(kind: str, threads: int, seconds: float) -> tuple[float, float]:
+    hash_once = _hasher(kind)
     ended: list[float] = []
     cpu = time.process_time()
-    over = time.perf_counter() + seconds
+    ends_at = time.perf_counter() + seconds
 
     def work() -> None:
-        while time.perf_counter() < over or len(ended) < 2:
-            hasher(PASSWORD)
+        while time.perf_counter() < ends_at or len(ended) < 2:
+            hash_once(PASSWORD)
             ended.append(time.perf_counter())
 
     workers = [threading.Thread(target=work) for _ in range(threads)]
@@ -58,21 +57,21 @@ def _hash(kind: str, threads: int, seconds: float) -> tuple[float, float]:
     for worker in workers:
         worker.join()
     cpu = time.process_time() - cpu
-    # Without the last of each thread, beside which the others may have ended already.
-    counted = [at for at in ended if at <= over]
+    # The last hash of each thread does not count: other threads may have stopped before it ends.
+    counted = [at for at in ended if at <= ends_at]
     if len(counted) < 2:
         counted = ended
     return (len(counted) - 1) / (counted[-1] - counted[0]), cpu * 1000 / len(ended)
 
 
 def main() -> None:
-    """Prints the rate and the ms."""
+    """Prints hashes per second and CPU milliseconds per hash."""
     parser = argparse.ArgumentParser(prog="python -m bench.hashing")
     parser.add_argument("kind", choices=["service", "argon2-cffi"])
     parser.add_argument("threads", type=int)
     parser.add_argument("seconds", type=float)
-    given = parser.parse_args()
-    print(*_hash(given.kind, given.threads, given.seconds))  # noqa: T201 - its output
+    arguments = parser.parse_args()
+    print(*_measure(arguments.kind, arguments.threads, arguments.seconds))  # noqa: T201 - the result
 
 
 if __name__ == "__main__":

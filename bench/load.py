@@ -1,6 +1,6 @@
-"""`python -m bench.load`: clients that create users, in a process of their own so that they hold up nobody else.
+"""`python -m bench.load`: HTTP clients that create users, in a separate process.
 
-It speaks just enough HTTP on bare sockets: a client library would take more of the cores than the service's own code.
+It speaks a minimum of HTTP on bare sockets: a client library would use more CPU than the service's own code.
 """
 
 import argparse
@@ -17,55 +17,55 @@ import uvloop
 
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
-_PATIENCE = 30.0
-"""Seconds for the last answers."""
+_TIMEOUT = 30.0
+"""Seconds that the last responses may take."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the clients saw."""
+    """What the clients measured."""
 
     rate: float
     """Users created per second."""
-    waits: list[float]
-    """How long each answer took, in ms."""
+    latencies: list[float]
+    """Milliseconds to each response with status 201."""
     refused: int
-    """Answers other than 201."""
+    """Responses with another status than 201."""
     requests: int
-    """All that were answered, before and after the measured time too."""
+    """All requests with a response, including those outside the measured time."""
     cpu: float
-    """Seconds of CPU that the clients themselves took for all of them."""
+    """CPU seconds that the clients used for `requests`."""
 
 
 def create_users(port: int, clients: int, seconds: float, name: str, warmup: float = 0.2) -> Load:
-    """Creates users for a while, each client one after the other on a connection that it keeps.
+    """Creates users. Each client sends one request after the other on one connection.
 
     Args:
-        port: where the service is, on this machine.
-        clients: how many at a time.
-        seconds: how long it is measured.
-        name: what the users' names begin with; no two loads on one database may have the same.
-        warmup: seconds before that.
+        port: port of the service on this machine.
+        clients: number of concurrent clients.
+        seconds: measured time.
+        name: prefix of the user names, which must be unique per database.
+        warmup: seconds before the measured time.
 
     Raises:
-        RuntimeError: an answer did not come, or too few did.
+        RuntimeError: a client failed or got no response, or fewer than two users were created.
     """
     command = [sys.executable, "-m", "bench.load", str(port), str(clients), str(seconds), name, str(warmup)]
-    done = subprocess.run(  # noqa: S603 - this very module
-        command, capture_output=True, text=True, timeout=seconds + warmup + 2 * _PATIENCE, check=False
+    done = subprocess.run(  # noqa: S603 - this module
+        command, capture_output=True, text=True, timeout=seconds + warmup + 2 * _TIMEOUT, check=False
     )
     if done.returncode != 0:
         raise RuntimeError(f"the clients ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return Load(**json.loads(done.stdout))
 
 
-class _Answers:
-    """What all clients share: the time that is left, and what was answered so far."""
+class _Session:
+    """The end time and the responses that all clients share."""
 
-    def __init__(self, over: float, name: str, clients: int) -> None:
-        self.over = over
-        self.ended: list[tuple[float, float, int]] = []
-        """When an answer was complete, how long it took, and its status."""
+    def __init__(self, ends_at: float, name: str, clients: int) -> None:
+        self.ends_at = ends_at
+        self.responses: list[tuple[float, float, int]] = []
+        """Time of completion, latency in seconds and status of each response."""
         self.failures: list[str] = []
         self.done = asyncio.Event()
         self._name = name
@@ -84,36 +84,36 @@ class _Answers:
         head = b"POST /v1/users HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
         return b"%b%d\r\n\r\n%b" % (head, len(body), body)
 
-    def client_ended(self, failure: str | None) -> None:
-        """Takes note that a client stops, for a reason that is none of its own if there is one."""
+    def client_stopped(self, failure: str | None) -> None:
+        """Records that a client has stopped, and why if it failed."""
         if failure:
             self.failures.append(failure)
         self._clients -= 1
         if self._clients == 0:
             self.done.set()
 
-    def load(self, warm: float) -> Load:
-        """Returns what there is to say of the answers that came between `warm` and the end."""
-        counted = [(ended, wait, status) for ended, wait, status in self.ended if warm <= ended <= self.over]
-        created = [ended for ended, _, status in counted if status == 201]
+    def load(self, begun: float) -> Load:
+        """Returns the load between `begun` and the end time."""
+        counted = [response for response in self.responses if begun <= response[0] <= self.ends_at]
+        created = [at for at, _, status in counted if status == 201]
         if self.failures or len(created) < 2:
             raise SystemExit(f"{len(created)} users were created; failures: {self.failures[:3] or 'none'}")
         return Load(
-            # From one answer to another: a window cut at fixed times would count one answer more or less.
+            # From the first response to the last: between two fixed times, the count would be off by up to one.
             rate=(len(created) - 1) / (max(created) - min(created)),
-            waits=[round(wait * 1000, 3) for _, wait, status in counted if status == 201],
+            latencies=[round(seconds * 1000, 3) for _, seconds, status in counted if status == 201],
             refused=len(counted) - len(created),
-            requests=len(self.ended),
+            requests=len(self.responses),
             cpu=time.process_time() - self._cpu_before,
         )
 
 
 class _Client(asyncio.Protocol):
-    def __init__(self, answers: _Answers) -> None:
-        self._answers = answers
+    def __init__(self, session: _Session) -> None:
+        self._session = session
         self._received = b""
         self._sent_at = 0.0
-        self._is_over = False
+        self._has_ended = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -121,7 +121,7 @@ class _Client(asyncio.Protocol):
 
     def _send(self) -> None:
         self._sent_at = time.perf_counter()
-        self._transport.write(self._answers.request())
+        self._transport.write(self._session.request())
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -129,44 +129,44 @@ class _Client(asyncio.Protocol):
         if not separator or not (length := _LENGTH.search(head)) or len(body) < int(length[1]):
             return
         now = time.perf_counter()
-        self._answers.ended.append((now, now - self._sent_at, int(head[9:12])))
+        self._session.responses.append((now, now - self._sent_at, int(head[9:12])))
         self._received = b""
-        if now < self._answers.over:
+        if now < self._session.ends_at:
             self._send()
         else:
             self._end(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._is_over:
-            self._end(f"the service hung up: {exc!r}")
+        if not self._has_ended:
+            self._end(f"the service closed the connection: {exc!r}")
 
     def _end(self, failure: str | None) -> None:
-        self._is_over = True
+        self._has_ended = True
         self._transport.close()
-        self._answers.client_ended(failure)
+        self._session.client_stopped(failure)
 
 
 async def _run(port: int, clients: int, seconds: float, name: str, warmup: float) -> Load:
     begun = time.perf_counter()
-    answers = _Answers(begun + warmup + seconds, name, clients)
+    session = _Session(begun + warmup + seconds, name, clients)
     loop = asyncio.get_running_loop()
     for _ in range(clients):
-        await loop.create_connection(lambda: _Client(answers), "127.0.0.1", port)
-    async with asyncio.timeout(warmup + seconds + _PATIENCE):
-        await answers.done.wait()
-    return answers.load(begun + warmup)
+        await loop.create_connection(lambda: _Client(session), "127.0.0.1", port)
+    async with asyncio.timeout(warmup + seconds + _TIMEOUT):
+        await session.done.wait()
+    return session.load(begun + warmup)
 
 
 def main() -> None:
-    """Prints what the clients saw, as JSON."""
+    """Prints the load as JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.load")
     parser.add_argument("port", type=int)
     parser.add_argument("clients", type=int)
     parser.add_argument("seconds", type=float)
     parser.add_argument("name")
     parser.add_argument("warmup", type=float)
-    given = parser.parse_args()
-    print(json.dumps(asdict(uvloop.run(_run(**vars(given))))))  # noqa: T201 - its output
+    arguments = parser.parse_args()
+    print(json.dumps(asdict(uvloop.run(_run(**vars(arguments))))))  # noqa: T201 - the result
 
 
 if __name__ == "__main__":

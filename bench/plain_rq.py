@@ -1,4 +1,4 @@
-"""`python -m bench.plain_rq`: what people do without an outbox: RQ's SimpleWorker, which runs a function that mails."""
+"""`python -m bench.plain_rq`: the alternative without an outbox: RQ's SimpleWorker and a function that sends mail."""
 
 import os
 import smtplib
@@ -16,7 +16,7 @@ QUEUE = "plain"
 
 
 def send(number: int, recipient: str, full_name: str) -> None:
-    """Sends what our handler sends, over the process' one connection, and reads nothing from a database."""
+    """Sends the mail that our handler sends, over the one connection of the process, without reading a database."""
     link = f"{_settings().public_url}/v1/verify_email?email_id={number}&secret_code={'0' * 64}"
     _connection().send_message(_compose(recipient, full_name, link))
 
@@ -56,7 +56,7 @@ def _connection() -> smtplib.SMTP:
 
 
 def main() -> None:
-    """Works until SIGTERM."""
+    """Runs the worker until SIGTERM."""
     with redis.Redis.from_url(os.environ["REDIS_URL"]) as client:
         SimpleWorker([QUEUE], connection=client).work(logging_level="WARNING")
 

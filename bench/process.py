@@ -1,4 +1,4 @@
-"""A process under measurement: ended with its block, and never dead unnoticed."""
+"""Runs a process under measurement, and raises if it ends early."""
 
 from types import TracebackType
 from typing import Self
@@ -7,7 +7,7 @@ from tests.support import processes
 
 
 class Process(processes.Process):
-    """One of the three processes. As a context manager it ends by SIGTERM, or is killed where the block failed."""
+    """A service, relay or worker. As a context manager it is stopped by SIGTERM, or killed if the block raised."""
 
     def __enter__(self) -> Self:
         return self
@@ -16,19 +16,19 @@ class Process(processes.Process):
         if kind is not None:
             self.kill()
             return
-        died = self.popen.poll() is not None
+        had_ended = self.popen.poll() is not None
         try:
             code = self.stop()
         finally:
             self.kill()
-        if died or code != 0:
+        if had_ended or code != 0:
             raise RuntimeError(f"{self.module} ended with {code} while it was measured:\n{self.text()[-2000:]}")
 
     def check(self) -> None:
-        """Checks that it still runs.
+        """Checks that the process is running.
 
         Raises:
-            RuntimeError: it does not; with its log's end.
+            RuntimeError: it has ended. The message has the end of its log.
         """
         if not self.is_up():
             raise RuntimeError(f"{self.module} ended with {self.popen.returncode}:\n{self.text()[-2000:]}")

@@ -1,4 +1,4 @@
-"""What a run leaves behind: all samples, and on what machine and settings they were measured."""
+"""Collects the results of a run: all samples, and the machine, versions and settings that produced them."""
 
 import importlib.metadata
 import os
@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import redis
 
-from bench.measure import Figure
-from bench.stage import Bench
+from bench.figure import Figure
+from bench.testbed import Bench
 
 _PACKAGES = (
     *("outbox-service", "psycopg", "redis", "hiredis", "rq", "rq-scheduler", "litestar", "uvicorn", "uvloop"),
@@ -29,19 +29,19 @@ _POSTGRES_SETTINGS = (
 _REDIS_SETTINGS = ("save", "appendonly", "maxmemory", "maxmemory-policy", "io-threads")
 
 
-def results(bench: Bench, figures: Sequence[Figure], load: float | None) -> dict[str, Any]:
-    """Returns all of it, ready for JSON.
+def collect_results(bench: Bench, figures: Sequence[Figure], load_before: float | None) -> dict[str, Any]:
+    """Returns the results of a run, in JSON types.
 
     Args:
-        bench: the stage; its servers still run.
-        figures: what was measured.
-        load: what `load_average` returned before that.
+        bench: the bench; its servers are running.
+        figures: the figures of all parts.
+        load_before: the `load_average` before the run.
     """
     return {
-        "machine": {**_machine(), "load average before": load, "load average after": load_average()},
+        "machine": {**_machine(), "load average before": load_before, "load average after": load_average()},
         "versions": {
             "python": platform.python_version(),
-            **_servers(bench),
+            **_server_versions(bench),
             **{name: version for name in _PACKAGES if (version := _version(name))},
         },
         "postgres settings": _postgres_settings(bench),
@@ -70,7 +70,7 @@ def _machine() -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Returns how many processes wanted to run in the last minute; None where the system does not tell."""
+    """Returns the load average of the last minute, or None if the system does not report one."""
     with suppress(OSError, AttributeError):
         return round(os.getloadavg()[0], 2)
     return None
@@ -84,14 +84,14 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _servers(bench: Bench) -> dict[str, str]:
-    with bench.server() as connection, bench.client() as client:
-        shown = connection.execute("SHOW server_version").fetchone()
-        assert shown is not None
+def _server_versions(bench: Bench) -> dict[str, str]:
+    with bench.connect_to_server() as connection, bench.redis_client() as client:
+        row = connection.execute("SHOW server_version").fetchone()
+        assert row is not None
         info: dict[str, Any] = dict(client.info("server"))
         if "valkey_version" in info:
-            return {"postgres": str(shown[0]), "valkey": str(info["valkey_version"])}
-        return {"postgres": str(shown[0]), "redis server": str(info["redis_version"])}
+            return {"postgres": str(row[0]), "valkey": str(info["valkey_version"])}
+        return {"postgres": str(row[0]), "redis server": str(info["redis_version"])}
 
 
 def _version(package: str) -> str | None:
@@ -102,14 +102,14 @@ def _version(package: str) -> str | None:
 
 def _postgres_settings(bench: Bench) -> dict[str, str]:
     statement = "SELECT name, current_setting(name) FROM pg_settings WHERE name = ANY (%s) ORDER BY name"
-    with bench.server() as connection:
+    with bench.connect_to_server() as connection:
         return {str(name): str(value) for name, value in connection.execute(statement, [list(_POSTGRES_SETTINGS)])}
 
 
 def _commit_time(bench: Bench) -> float:
-    """Returns how long the smallest durable commit takes, in the median: what `fsync` means on this machine."""
+    """Returns the median time of the smallest durable commit, in ms. It shows what an fsync costs on this machine."""
     seconds = []
-    with bench.server() as connection:
+    with bench.connect_to_server() as connection:
         for _ in range(200):
             begun = time.perf_counter()
             connection.execute("SELECT pg_logical_emit_message(true, 'bench', '')")
@@ -118,8 +118,8 @@ def _commit_time(bench: Bench) -> float:
 
 
 def _redis_settings(bench: Bench) -> dict[str, str]:
-    found: dict[str, str] = {}
-    with bench.client() as client, suppress(redis.RedisError):  # a hosted one may not tell
+    settings: dict[str, str] = {}
+    with bench.redis_client() as client, suppress(redis.RedisError):  # a hosted server may forbid CONFIG
         for name in _REDIS_SETTINGS:
-            found |= {str(key): str(value) for key, value in client.config_get(name).items()}
-    return found
+            settings |= {str(key): str(value) for key, value in client.config_get(name).items()}
+    return settings

@@ -1,6 +1,6 @@
-"""Rows of the outbox on the bench: how they come into being, into Redis, and when the last of them has got there.
+"""Adds outbox rows, hands them over, and times relays and workers.
 
-All times are Postgres' own, so that no two clocks are ever compared.
+All times in this module are read from the clock of Postgres, so that two clocks are never compared.
 """
 
 import datetime as dt
@@ -15,21 +15,21 @@ from rq.worker_registration import REDIS_WORKER_KEYS
 from rq_scheduler import Scheduler
 
 from bench.process import Process
-from bench.stage import Bench
+from bench.testbed import Bench
 from outbox.rq_jobs import queue_key
 from outbox.runtime import postgres, redis_connection
 from outbox.runtime.settings import RelaySettings
 from outbox_relay.publish import publish
 
 QUEUE = "default"
-QUEUED = queue_key(QUEUE)
-"""The key of that queue's list."""
-SCHEDULED = Scheduler.scheduled_jobs_key
-"""The key of rq-scheduler's set."""
+QUEUE_KEY = queue_key(QUEUE)
+"""Key of the list of `QUEUE` in Redis."""
+SCHEDULE_KEY = Scheduler.scheduled_jobs_key
+"""Key of rq-scheduler's sorted set."""
 AMPLE_WINDOW = 1_000_000
-"""`OUTBOX_WINDOW` where all rows are to be in Redis at once."""
+"""`OUTBOX_WINDOW` with room for all rows of a part."""
 
-_ASIDE = "bench:aside"
+_PARKED_KEY = "bench:parked"
 _NONE_PENDING = "SELECT clock_timestamp() WHERE NOT EXISTS (SELECT FROM outbox WHERE status = 'pending')"
 _NONE_OPEN = """
 SELECT clock_timestamp()
@@ -41,21 +41,22 @@ _SECONDS_SINCE_ENQUEUED = "SELECT extract(epoch FROM %s - min(enqueued_at)) FROM
 _SECONDS_SINCE_STARTED = "SELECT extract(epoch FROM %s - min(started_at)) FROM outbox"
 _FAILED = "SELECT count(*), min(last_error) FROM outbox WHERE status <> 'done' OR attempts <> 1"
 
-_PATIENCE = 120.0
-_LOOK = 0.02
-"""Seconds between two looks at Redis; each costs it microseconds."""
-_CLOSE_LOOK = 0.002
-"""Seconds between two looks at Postgres, once Redis has told that the end is near."""
+_TIMEOUT = 120.0
+"""Seconds that a wait may take."""
+_POLL_INTERVAL = 0.02
+"""Seconds between two polls of Redis. A poll takes Redis microseconds."""
+_SHORT_POLL_INTERVAL = 0.002
+"""Seconds between two polls of Postgres, once Redis holds the expected number of jobs."""
 
 
 def add_rows(connection: psycopg.Connection[Any], rows: int, task: str, *, delay: float = 0) -> None:
-    """Adds rows in one statement and lets the planner know.
+    """Adds rows to `QUEUE` in one statement, and analyzes the table.
 
     Args:
-        connection: in autocommit mode.
-        rows: how many.
-        task: the name of a task without payload, for the queue `default`.
-        delay: seconds until they are due.
+        connection: a connection in autocommit mode.
+        rows: number of rows.
+        task: name of a task without payload.
+        delay: seconds until the rows are due.
     """
     connection.execute(
         "INSERT INTO outbox (task, payload, queue, run_at) "
@@ -66,7 +67,7 @@ def add_rows(connection: psycopg.Connection[Any], rows: int, task: str, *, delay
 
 
 def hand_over(bench: Bench, queue: str = QUEUE) -> None:
-    """Hands all pending rows of a queue to Redis, as a relay does."""
+    """Hands over all pending rows of a queue, as a relay does."""
     settings = RelaySettings(database_url=bench.database_url, redis_url=bench.redis_url, window=AMPLE_WINDOW)
     with (
         postgres.connect(bench.database_url, "bench") as connection,
@@ -76,97 +77,97 @@ def hand_over(bench: Bench, queue: str = QUEUE) -> None:
             pass
 
 
-def seconds_to_work_off(bench: Bench, queue: str, workers: int, **env: str) -> float:
-    """Has workers do all jobs of a queue, and returns the seconds from the first claim until every row is done.
+def time_workers(bench: Bench, queue: str, workers: int, **env: str) -> float:
+    """Starts workers, and returns the seconds from the first claim until every row is done.
 
-    The jobs are put aside until all workers wait for them: no start of a process is measured, and workers side by
-    side begin at the same moment.
+    The jobs are under another key until all workers have registered. So no start of a process is measured, and all
+    workers begin at the same moment.
 
     Args:
-        bench: the stage; all rows have been handed over.
-        queue: where they are.
-        workers: how many processes.
+        bench: the bench; all rows have been handed over.
+        queue: queue of the rows.
+        workers: number of processes.
         env: further settings of the workers.
     """
     key = queue_key(queue)
-    with bench.connect() as connection, bench.client() as client, ExitStack() as stack:
-        client.rename(key, _ASIDE)
+    with bench.connect() as connection, bench.redis_client() as client, ExitStack() as stack:
+        client.rename(key, _PARKED_KEY)
         started = [stack.enter_context(bench.start("worker", **env)) for _ in range(workers)]
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while int(client.scard(REDIS_WORKER_KEYS)) < workers:
-            _check(started, deadline, "the workers have not all signed on")
-            time.sleep(_LOOK)
-        client.rename(_ASIDE, key)
+            _check_progress(started, deadline, "not all workers have registered")
+            time.sleep(_POLL_INTERVAL)
+        client.rename(_PARKED_KEY, key)
         await_length(client, key, 0, started)
-        return seconds_to_do(connection, started)
+        return time_completion(connection, started)
 
 
 def await_length(
-    client: redis.Redis, key: str, length: int, processes: Sequence[Process], *, pause: float = _LOOK
+    client: redis.Redis, key: str, length: int, processes: Sequence[Process], *, interval: float = _POLL_INTERVAL
 ) -> None:
-    """Waits until a list or a sorted set in Redis has that many members.
+    """Waits until a list or sorted set in Redis has a number of members.
 
     Args:
-        client: of Redis.
-        key: `QUEUED` or `SCHEDULED`.
-        length: how many.
-        processes: who must live meanwhile.
-        pause: seconds between two looks.
+        client: a client of Redis.
+        key: `SCHEDULE_KEY`, or the key of a list.
+        length: number of members to wait for.
+        processes: processes that must keep running.
+        interval: seconds between two polls.
 
     Raises:
-        RuntimeError: one of the processes has died.
-        TimeoutError: it takes too long.
+        RuntimeError: one of the processes has ended.
+        TimeoutError: the wait took too long.
     """
-    look = client.zcard if key == SCHEDULED else client.llen
-    deadline = time.monotonic() + _PATIENCE
-    while (found := int(look(key))) != length:
-        _check(processes, deadline, f"{found} of {length} jobs in {key}")
-        time.sleep(pause)
+    get_length = client.zcard if key == SCHEDULE_KEY else client.llen
+    deadline = time.monotonic() + _TIMEOUT
+    while (found := int(get_length(key))) != length:
+        _check_progress(processes, deadline, f"{found} of {length} jobs in {key}")
+        time.sleep(interval)
 
 
-def seconds_to_hand_over(connection: psycopg.Connection[Any], processes: Sequence[Process]) -> float:
-    """Waits until no row is pending, and returns the seconds since the first was claimed for Redis."""
-    ended = _await(connection, _NONE_PENDING, processes, _CLOSE_LOOK)
-    return _first(connection, _SECONDS_SINCE_ENQUEUED, ended)
+def time_hand_over(connection: psycopg.Connection[Any], processes: Sequence[Process]) -> float:
+    """Waits until no row is pending, and returns the seconds since the hand-over of the first began."""
+    ended = _await_time(connection, _NONE_PENDING, processes)
+    return _seconds_since(connection, _SECONDS_SINCE_ENQUEUED, ended)
 
 
-def seconds_to_do(connection: psycopg.Connection[Any], processes: Sequence[Process]) -> float:
-    """Waits until every row is done, and returns the seconds since the first was claimed by a worker.
+def time_completion(connection: psycopg.Connection[Any], processes: Sequence[Process]) -> float:
+    """Waits until every row is done, and returns the seconds since the claim of the first began.
 
     Args:
-        connection: in autocommit mode.
-        processes: who must live meanwhile.
+        connection: a connection in autocommit mode.
+        processes: processes that must keep running.
 
     Raises:
-        RuntimeError: a row is dead or was tried twice: whatever this measures, it is not what was meant.
+        RuntimeError: a row is dead or had a second attempt, so the time means nothing.
     """
-    ended = _await(connection, _NONE_OPEN, processes, _CLOSE_LOOK)
+    ended = _await_time(connection, _NONE_OPEN, processes)
     failed = connection.execute(_FAILED).fetchone()
     if failed and failed[0]:
         raise RuntimeError(f"{failed[0]} rows failed: {failed[1]}")
-    return _first(connection, _SECONDS_SINCE_STARTED, ended)
+    return _seconds_since(connection, _SECONDS_SINCE_STARTED, ended)
 
 
-def _await(
-    connection: psycopg.Connection[Any], statement: LiteralString, processes: Sequence[Process], pause: float
+def _await_time(
+    connection: psycopg.Connection[Any], statement: LiteralString, processes: Sequence[Process]
 ) -> dt.datetime:
-    """Waits until the statement yields a time, and returns that."""
-    deadline = time.monotonic() + _PATIENCE
+    """Waits until the statement returns a time, and returns it."""
+    deadline = time.monotonic() + _TIMEOUT
     while (row := connection.execute(statement).fetchone()) is None:
-        _check(processes, deadline, "the rows are not all that far")
-        time.sleep(pause)
-    found: dt.datetime = row[0]
-    return found
+        _check_progress(processes, deadline, "some rows are not finished")
+        time.sleep(_SHORT_POLL_INTERVAL)
+    at: dt.datetime = row[0]
+    return at
 
 
-def _first(connection: psycopg.Connection[Any], statement: LiteralString, ended: dt.datetime) -> float:
+def _seconds_since(connection: psycopg.Connection[Any], statement: LiteralString, ended: dt.datetime) -> float:
     row = connection.execute(statement, [ended]).fetchone()
     assert row is not None
     return float(row[0])
 
 
-def _check(processes: Sequence[Process], deadline: float, state: str) -> None:
+def _check_progress(processes: Sequence[Process], deadline: float, state: str) -> None:
     for process in processes:
         process.check()
     if time.monotonic() > deadline:
-        raise TimeoutError(f"not within {_PATIENCE:g} s: {state}")
+        raise TimeoutError(f"not within {_TIMEOUT:g} s: {state}")

@@ -1,6 +1,6 @@
-"""A mail server that takes every mail and throws it away: postfix' smtp-sink where there is one, else our own.
+"""Runs a mail server that accepts and discards all mail: Postfix's smtp-sink if it is installed, else our own.
 
-Our own runs as `python -m bench.sink PORT`: it knows just enough SMTP, so that it costs the machine little.
+`python -m bench.sink PORT` runs our own. It speaks a minimum of SMTP, to use little CPU.
 """
 
 import asyncio
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from outbox.devstack.unprivileged import is_root
 from tests.support.mailbox import free_port
 
-_START_LIMIT = 10.0
-_CONNECTIONS = 1000
+_START_TIMEOUT = 10.0
+"""Seconds that the server may take to start."""
+_MAX_CONNECTIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,28 @@ class Sink:
 
     url: str
     kind: str
-    """What it is, for the notes."""
+    """Name of the program, for the results."""
 
 
 @contextmanager
 def open_sink() -> Iterator[Sink]:
-    """Runs a mail server in a process of its own until the block is left.
+    """Runs a mail server in a process of its own until the block ends.
 
     Raises:
-        RuntimeError: it does not come up.
+        RuntimeError: it does not start.
     """
     port = free_port()
-    # Debian has it in a folder for administrators, which is not on everybody's path.
+    # Debian installs it into /usr/sbin, which is not on every PATH.
     program = shutil.which("smtp-sink") or shutil.which("smtp-sink", path="/usr/sbin:/usr/local/sbin")
     if program:
-        user = ["-u", "nobody"] if is_root() else []  # it insists
+        user = ["-u", "nobody"] if is_root() else []  # it refuses to run as root
         kind = "smtp-sink"
-        command = [program, *user, "-m", str(_CONNECTIONS), f"127.0.0.1:{port}", str(_CONNECTIONS)]
+        command = [program, *user, "-m", str(_MAX_CONNECTIONS), f"127.0.0.1:{port}", str(_MAX_CONNECTIONS)]
     else:
         kind, command = "bench.sink", [sys.executable, "-m", "bench.sink", str(port)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 - both are what is meant
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 - fixed commands
     try:
-        _await(process, port)
+        _await_greeting(process, port)
         yield Sink(f"smtp://127.0.0.1:{port}", kind)
     finally:
         process.terminate()
@@ -58,19 +59,19 @@ def open_sink() -> Iterator[Sink]:
             process.wait()
 
 
-def _await(process: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + _START_LIMIT
+def _await_greeting(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             if connection.recv(3) == b"220":
                 return
         time.sleep(0.02)
-    raise RuntimeError(f"the mail server does not come up (exit code {process.poll()})")
+    raise RuntimeError(f"the mail server did not start (exit code {process.poll()})")
 
 
 async def serve(port: int) -> None:
-    """Serves for ever."""
-    server = await asyncio.start_server(_session, "127.0.0.1", port, backlog=_CONNECTIONS)
+    """Serves until the process is stopped."""
+    server = await asyncio.start_server(_session, "127.0.0.1", port, backlog=_MAX_CONNECTIONS)
     await server.serve_forever()
 
 
@@ -82,7 +83,7 @@ async def _session(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
             if command == b"DATA":
                 writer.write(b"354 go on\r\n")
                 await reader.readuntil(b"\r\n.\r\n")
-                writer.write(b"250 taken\r\n")
+                writer.write(b"250 accepted\r\n")
             elif command == b"QUIT":
                 writer.write(b"221 bye\r\n")
                 break

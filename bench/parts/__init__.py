@@ -1,1 +1,1 @@
-"""The parts of the bench: one module each, whose docstring says what is measured, from when to when."""
+"""The parts of the bench. The docstring of each module says what it measures, from when to when."""

@@ -1,12 +1,12 @@
-"""What the three processes take while nothing happens.
+"""Resource usage of the three processes while they are idle.
 
-One service, one relay and one worker at default settings, with nothing to do, after five quiet seconds. Each sample is
-a slice of 12 s, and the slices follow each other. CPU is what the system has charged to the process; memory is its
-resident set at the slice's end (`extra` has what it shares with nobody, and its proportional share, where the system
-tells). Statements at Postgres are pg_stat_statements' calls in the processes' database, BEGIN and COMMIT among them;
-a server that does not count them is left alone, and an embedded one that does takes its place. Commands at Redis are
-its `total_commands_processed`, which counts what a script calls as well as the script; `extra` has each kind of command
-and of statement by itself. What the bench itself asks of either is subtracted.
+One service, one relay and one worker have default settings and no work, and are measured after five idle seconds. Each
+sample is an interval of 12 s, and the intervals follow each other. CPU is the CPU time of the process; memory is its
+resident set at the end of the interval (`extra` has its unique and its proportional set, if the system reports them).
+Postgres statements are the calls in pg_stat_statements for the database of the processes, BEGIN and COMMIT included. If
+the server does not preload it, an embedded server that does is used instead. Redis commands are
+`total_commands_processed`, which counts a script and each command that it calls; `extra` lists commands and statements
+by kind. The commands and statements of the bench itself are subtracted.
 """
 
 import time
@@ -20,17 +20,18 @@ import psutil
 import psycopg
 import redis
 
-from bench.measure import OURS, Figure
-from bench.stage import Bench
+from bench.figure import OURS, Figure
+from bench.testbed import Bench
 from outbox.devstack.embedded import embedded_postgres
 from outbox.runtime.migrations import migrate
 from tests.support.mailbox import free_port
 
 _MODULES = ("service", "relay", "worker")
-_SETTLING = 5.0
-_SLICE = 12.0
+_SETTLING_TIME = 5.0
+_INTERVAL = 12.0
+"""Seconds."""
 
-_COUNTED = "SELECT current_setting('shared_preload_libraries') ~ '\\mpg_stat_statements\\M'"
+_COUNTS_STATEMENTS = "SELECT current_setting('shared_preload_libraries') ~ '\\mpg_stat_statements\\M'"
 _STATEMENTS = """
 SELECT query, calls FROM pg_stat_statements
 WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND query !~ 'pg_stat_statements'
@@ -38,21 +39,22 @@ WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AN
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Reading:
     """All counters at one moment."""
 
     at: float
     cpu: dict[str, float]
-    """Seconds by process."""
+    """CPU seconds by process."""
     statements: dict[str, int]
     """Calls by statement."""
     commands: int
-    """That Redis has processed, but for our own."""
+    """Commands that Redis has processed, without those of the bench."""
     by_command: dict[str, int]
+    """Calls by Redis command."""
 
 
 def measure(bench: Bench) -> list[Figure]:
-    """Measures the part."""
+    """Returns the figures of this part."""
     with ExitStack() as stack:
         database_url = stack.enter_context(_counting_database(bench))
         port = free_port()
@@ -60,30 +62,30 @@ def measure(bench: Bench) -> list[Figure]:
         started = {module: stack.enter_context(bench.start(module, **settings)) for module in _MODULES}
         for process in started.values():
             process.await_event("started")
-        watch = _Watch(
+        counters = _Counters(
             {module: psutil.Process(process.popen.pid) for module, process in started.items()},
             stack.enter_context(psycopg.connect(database_url, autocommit=True)),
-            stack.enter_context(bench.client()),
+            stack.enter_context(bench.redis_client()),
         )
-        time.sleep(1.0 if bench.smoke else _SETTLING)
-        looks, memory = [watch.look()], []
+        time.sleep(1.0 if bench.smoke else _SETTLING_TIME)
+        readings, memory = [counters.read()], []
         for _ in range(bench.runs):
-            time.sleep(2.0 if bench.smoke else _SLICE)
-            looks.append(watch.look())
-            memory.append(watch.memory())
-    return _figures(looks, memory)
+            time.sleep(2.0 if bench.smoke else _INTERVAL)
+            readings.append(counters.read())
+            memory.append(counters.memory())
+    return _figures(readings, memory)
 
 
 @contextmanager
 def _counting_database(bench: Bench) -> Iterator[str]:
     """Yields the URL of a migrated database whose server counts statements."""
-    bench.fresh()
+    bench.reset()
     with bench.connect() as connection:
-        row = connection.execute(_COUNTED).fetchone()
-        counts = bool(row and row[0])
+        row = connection.execute(_COUNTS_STATEMENTS).fetchone()
+        counts_statements = bool(row and row[0])
     with ExitStack() as stack:
         url = bench.database_url
-        if not counts:
+        if not counts_statements:
             settings = ["shared_preload_libraries=pg_stat_statements"]
             url = stack.enter_context(embedded_postgres(bench.folder / "idle", settings=settings)).url
             migrate(url)
@@ -92,8 +94,8 @@ def _counting_database(bench: Bench) -> Iterator[str]:
         yield url
 
 
-class _Watch:
-    """Reads the counters."""
+class _Counters:
+    """Reads the counters of the processes, Postgres and Redis."""
 
     def __init__(
         self, processes: dict[str, psutil.Process], connection: psycopg.Connection[Any], client: redis.Redis
@@ -101,64 +103,64 @@ class _Watch:
         self._processes = processes
         self._connection = connection
         self._client = client
-        self._own = 0
+        self._own_commands = 0
 
-    def look(self) -> _Look:
-        """Reads all of them."""
+    def read(self) -> _Reading:
+        """Reads all counters."""
         statements = {" ".join(text.split())[:150]: calls for text, calls in self._connection.execute(_STATEMENTS)}
         commands: Any = self._client.info("stats")
         by_command: Any = self._client.info("commandstats")
-        own, self._own = self._own, self._own + 2
-        return _Look(
+        own_commands, self._own_commands = self._own_commands, self._own_commands + 2
+        return _Reading(
             at=time.monotonic(),
             cpu={name: sum(process.cpu_times()[:2]) for name, process in self._processes.items()},
             statements=statements,
-            commands=int(commands["total_commands_processed"]) - own,
+            commands=int(commands["total_commands_processed"]) - own_commands,
             by_command={
-                name.removeprefix("cmdstat_"): int(counted["calls"])
-                for name, counted in by_command.items()
+                name.removeprefix("cmdstat_"): int(stats["calls"])
+                for name, stats in by_command.items()
                 if name != "cmdstat_info"
             },
         )
 
     def memory(self) -> dict[str, dict[str, float]]:
-        """Returns MB by process, and by how they are counted: `rss`, and `uss` and `pss` where the system tells."""
-        found = {}
+        """Returns MB by process and kind: `rss`, and `uss` and `pss` if the system reports them."""
+        memory = {}
         for name, process in self._processes.items():
-            told = process.memory_full_info()
-            found[name] = {
-                kind: round(getattr(told, kind) / 2**20, 2) for kind in ("rss", "uss", "pss") if hasattr(told, kind)
+            info = process.memory_full_info()
+            memory[name] = {
+                kind: round(getattr(info, kind) / 2**20, 2) for kind in ("rss", "uss", "pss") if hasattr(info, kind)
             }
-        return found
+        return memory
 
 
-def _figures(looks: list[_Look], memory: list[dict[str, dict[str, float]]]) -> list[Figure]:
-    slices = list(pairwise(looks))
+def _figures(readings: list[_Reading], memory: list[dict[str, dict[str, float]]]) -> list[Figure]:
+    intervals = list(pairwise(readings))
     figures = [
         _figure(
             f"CPU of an idle {name}",
             "% of a core",
-            [100 * (after.cpu[name] - before.cpu[name]) / (after.at - before.at) for before, after in slices],
+            [100 * (after.cpu[name] - before.cpu[name]) / (after.at - before.at) for before, after in intervals],
             "at most 1",
         )
         for name in _MODULES
     ]
-    statements = _rates([(before.statements, after.statements, after.at - before.at) for before, after in slices])
+    statements = _rates([(before.statements, after.statements, after.at - before.at) for before, after in intervals])
     figures.append(
         _figure(
-            "statements at Postgres, by all three idle",
-            "a second",
+            "Postgres statements, all three processes idle",
+            "per second",
             [sum(calls.values()) for calls in statements],
             "at most 2",
             by_statement=_mean(statements),
         )
     )
-    commands = _rates([(before.by_command, after.by_command, after.at - before.at) for before, after in slices])
+    commands = _rates([(before.by_command, after.by_command, after.at - before.at) for before, after in intervals])
     figures.append(
         _figure(
-            "commands at Redis, by all three idle",
-            "a second",
-            [(after.commands - before.commands) / (after.at - before.at) for before, after in slices],
+            "Redis commands, all three processes idle",
+            "per second",
+            [(after.commands - before.commands) / (after.at - before.at) for before, after in intervals],
             "at most 5",
             by_command=_mean(commands),
         )
@@ -167,9 +169,9 @@ def _figures(looks: list[_Look], memory: list[dict[str, dict[str, float]]]) -> l
         _figure(
             f"memory of an idle {name}",
             "MB",
-            [taken[name]["rss"] for taken in memory],
+            [usage[name]["rss"] for usage in memory],
             "at most 80",
-            **{kind: [taken[name][kind] for taken in memory] for kind in memory[0][name]},
+            **{kind: [usage[name][kind] for usage in memory] for kind in memory[0][name]},
         )
         for name in _MODULES
     ]
@@ -180,11 +182,11 @@ def _figure(title: str, unit: str, samples: list[float], target: str, **extra: A
     return Figure("idle", title, unit, higher_is_better=False, samples={OURS: samples}, target=target, extra=extra)
 
 
-def _rates(counted: list[tuple[dict[str, int], dict[str, int], float]]) -> list[dict[str, float]]:
-    """Returns how much each counter rose per second, for those that did."""
+def _rates(changes: list[tuple[dict[str, int], dict[str, int], float]]) -> list[dict[str, float]]:
+    """Returns the increase per second of each counter that has increased, for each interval."""
     return [
         {name: (calls - before.get(name, 0)) / seconds for name, calls in after.items() if calls > before.get(name, 0)}
-        for before, after, seconds in counted
+        for before, after, seconds in changes
     ]
 
 

@@ -1,17 +1,17 @@
 """Verification mails, from Redis to a mail server.
 
-Users and their rows are in Postgres and the jobs in Redis before the workers begin, all at the same moment; then
-`send_verify_email` reads the user, writes the verification, composes the mail and sends it over SMTP, with the default
-settings of the worker. Timed from the transaction that claims the first row until every row is marked done and
-committed, by Postgres' clock. The mail server throws everything away: postfix' smtp-sink where it is
-installed, else `bench/sink.py`; which one it was is in the results. It runs on the same machine, as do Postgres and
-Redis. Nobody else sends these mails, so there are no peers; the figure of one worker shows what a second adds.
+Users and rows are in Postgres and the jobs in Redis before the workers begin, all at the same moment. The handler
+`send_verify_email` then reads the user, writes the verification, composes the mail and sends it over SMTP, with the
+default settings of the worker. Timed by the clock of Postgres, from the transaction that claims the first row until
+every row is done and committed. The mail server discards all mail: Postfix's smtp-sink if it is installed, else
+`bench/sink.py`; the results name it. It runs on the same machine, as do Postgres and Redis. There are no peers, because
+no other library sends these mails; the rate of one worker shows what the second adds.
 """
 
-from bench.measure import OURS, Figure
-from bench.rows import hand_over, seconds_to_work_off
+from bench.figure import OURS, Figure
+from bench.rows import hand_over, time_workers
 from bench.sink import open_sink
-from bench.stage import Bench
+from bench.testbed import Bench
 from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL
 from tests.support.processes import add_users
 
@@ -19,10 +19,10 @@ _ONE, _TWO = "one worker", "two workers"
 
 
 def measure(bench: Bench) -> list[Figure]:
-    """Measures the part."""
+    """Returns the figures of this part."""
     mails = bench.size(6_000, 50)
     with open_sink() as sink:
-        both = bench.in_turn(
+        both = bench.measure_in_turn(
             "mails",
             "verification mails",
             "mails/s",
@@ -39,9 +39,9 @@ def measure(bench: Bench) -> list[Figure]:
 
 
 def _sent_per_second(bench: Bench, smtp_url: str, workers: int, mails: int) -> float:
-    bench.fresh()
+    bench.reset()
     with bench.connect() as connection:
         add_users(connection, [f"user_{number}" for number in range(mails)])
         connection.execute("ANALYZE")
     hand_over(bench, SEND_VERIFY_EMAIL.queue)
-    return mails / seconds_to_work_off(bench, SEND_VERIFY_EMAIL.queue, workers, SMTP_URL=smtp_url)
+    return mails / time_workers(bench, SEND_VERIFY_EMAIL.queue, workers, SMTP_URL=smtp_url)

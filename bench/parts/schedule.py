@@ -1,65 +1,66 @@
-"""Rows of the near future through rq-scheduler's set.
+"""Delayed rows through rq-scheduler's set.
 
-One relay process finds rows that are all due at the same moment some seconds ahead, hands them to rq-scheduler's set,
-and moves them to the queue when their time has come. The rate is rows / (writing + moving), without the waiting in
-between. Writing is timed as in the part `relay`: from the transaction that claims the first row until none is pending,
-by Postgres' clock. Moving is timed from the last look (every 2 ms) at which the set was still whole, its jobs being
-due, until the last is in the queue. The peer is rq-scheduler's own path: a loop of `Scheduler.enqueue_at`, and its
-`enqueue_jobs()`, which moves job by job; both added up, with jobs that are due at once, so that it waits for nothing.
+One relay process finds rows that are all due at the same moment some seconds ahead, writes them to rq-scheduler's set,
+and moves them to the queue when they are due. The rate is rows / (writing + moving), without the time in between.
+Writing is timed as in the part `relay`: from the transaction that hands over the first row until none is pending, by
+the clock of Postgres. Moving is timed from the last poll (every 2 ms) that found the set complete until the last job is
+in the queue. The peer is rq-scheduler itself: a loop of `Scheduler.enqueue_at`, and `enqueue_jobs()`, which moves one
+job at a time. Its rate covers both, with jobs that are due from the start, so that it never waits.
 """
 
 import time
 
 import redis
 
+from bench.figure import OURS, Figure
 from bench.handlers import NOOP
-from bench.measure import OURS, Figure
 from bench.process import Process
-from bench.rows import AMPLE_WINDOW, QUEUED, SCHEDULED, add_rows, await_length, seconds_to_hand_over
-from bench.stage import Bench
+from bench.rows import AMPLE_WINDOW, QUEUE_KEY, SCHEDULE_KEY, add_rows, await_length, time_hand_over
+from bench.testbed import Bench
 
-_LOOK = 0.002
+_POLL_INTERVAL = 0.002
+"""Seconds."""
 
 
 def measure(bench: Bench) -> list[Figure]:
-    """Measures the part."""
+    """Returns the figures of this part."""
     peer_jobs = bench.size(1_500, 100)
-    figure = bench.in_turn(
+    figure = bench.measure_in_turn(
         "schedule",
-        "rows of the near future through rq-scheduler's set",
+        "delayed rows through rq-scheduler's set",
         "rows/s",
         {
-            OURS: lambda: _ours(bench, bench.size(20_000, 500)),
-            "rq-scheduler": lambda: _peer(bench, peer_jobs),
+            OURS: lambda: _measure_ours(bench, bench.size(20_000, 500)),
+            "rq-scheduler": lambda: _measure_peer(bench, peer_jobs),
         },
         target="at least 20,000 and 8 x rq-scheduler",
     )
     return [figure]
 
 
-def _ours(bench: Bench, rows: int) -> float:
-    bench.fresh()
-    delay = 2.5 + rows / 10_000  # by then a slow machine, too, must have started a relay that has written all of them
-    with bench.connect() as connection, bench.client() as client:
+def _measure_ours(bench: Bench, rows: int) -> float:
+    bench.reset()
+    delay = 2.5 + rows / 10_000  # enough for a slow machine to start a relay that writes them all
+    with bench.connect() as connection, bench.redis_client() as client:
         add_rows(connection, rows, NOOP.name, delay=delay)
         with bench.start("relay", OUTBOX_WINDOW=str(AMPLE_WINDOW)) as relay:
-            await_length(client, SCHEDULED, rows, [relay])
-            writing = seconds_to_hand_over(connection, [relay])
-            begun = _end_of_waiting(client, rows, relay)
-            await_length(client, QUEUED, rows, [relay], pause=_LOOK)
+            await_length(client, SCHEDULE_KEY, rows, [relay])
+            writing = time_hand_over(connection, [relay])
+            begun = _await_move(client, rows, relay)
+            await_length(client, QUEUE_KEY, rows, [relay], interval=_POLL_INTERVAL)
             return rows / (writing + time.perf_counter() - begun)
 
 
-def _end_of_waiting(client: redis.Redis, rows: int, relay: Process) -> float:
-    """Waits for the first job to leave the set, and returns when that was last seen whole."""
-    whole = time.perf_counter()
-    while client.zcard(SCHEDULED) == rows:
-        whole = time.perf_counter()
+def _await_move(client: redis.Redis, rows: int, relay: Process) -> float:
+    """Waits for the first job to leave the set, and returns the last time at which the set was complete."""
+    complete_at = time.perf_counter()
+    while client.zcard(SCHEDULE_KEY) == rows:
+        complete_at = time.perf_counter()
         relay.check()
-        time.sleep(_LOOK)
-    return whole
+        time.sleep(_POLL_INTERVAL)
+    return complete_at
 
 
-def _peer(bench: Bench, jobs: int) -> float:
+def _measure_peer(bench: Bench, jobs: int) -> float:
     bench.empty_redis()
-    return bench.peer("rq_scheduled", bench.redis_url, jobs)
+    return bench.run_peer("rq_scheduled", bench.redis_url, jobs)

@@ -1,17 +1,16 @@
-"""How long a user waits for the mail: commit to mailbox.
+"""Latency from commit to mail.
 
-Users sign up at a steady rate, 10, 100 and 500 a second, whatever becomes of those before them; each is a transaction
-of a user and an outbox row, as the service writes it, with no delay. Timed for every row from the return of its commit
-until the mail server has the end of the mail's DATA, with one relay and one worker at default settings; the first
-mails, for which the worker connects, are not counted. `p50`, `p99` and `worst` are of the rows of one run; at 10 a
-second, of which a run has 25, the p99 is the worst.
+Users sign up at a constant rate of 10, 100 or 500 per second, independent of how fast mails are sent. Each sign-up is a
+transaction with a user and an outbox row, as the service writes it, without delay. Latency is the time from the return
+of the commit until the mail server has received the end of DATA, with one relay and one worker at default settings. The
+first mails, for which the worker opens its connections, do not count. `p50`, `p99` and `worst` are of the rows of one
+run. At 10 per second, a run has 25 rows, so its p99 is the worst.
 
-`polling alone` is the same with a relay that cannot LISTEN, as behind a PgBouncer in transaction mode
-(`OUTBOX_TRANSACTION_POOLING`): it finds the rows when it looks. Of the two relays the one whose turn it is not is
-stopped (SIGSTOP). `RQ after the commit` puts a job into RQ when the user's transaction is over, which
-may lose it, and RQ's SimpleWorker sends the same mail over one connection; it reads and marks nothing in Postgres.
-At 500 a second it cannot keep up, and its waits grow for as long as the users come: it gets one second of them.
-The users' clock, the mail server and all of these share the machine.
+`polling only` is the same with a relay that cannot LISTEN, as behind a PgBouncer in transaction mode
+(`OUTBOX_TRANSACTION_POOLING`): it finds rows when it polls. One of the two relays is stopped (SIGSTOP) while the other
+is measured. `RQ after the commit` enqueues a job in RQ after the commit of the user, which may lose it. RQ's
+SimpleWorker sends the same mail over one connection, without reading or writing Postgres. At 500 per second it cannot
+keep up and its latency grows, so it runs for one second only. All processes share one machine.
 """
 
 import signal
@@ -26,150 +25,152 @@ import numpy as np
 from rq import Queue
 
 import outbox
-from bench.arrivals import Arrivals, note_arrivals
-from bench.measure import OURS, Figure
+from bench.arrivals import Arrivals, record_arrivals
+from bench.figure import OURS, Figure
 from bench.plain_rq import QUEUE, send
 from bench.process import Process
-from bench.stage import Bench
+from bench.testbed import Bench
 from outbox.queries import query
 from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
 from outbox_service.wakeup import DEBOUNCE
 
-POLLING, PLAIN = "polling alone", "RQ after the commit"
+POLLING, PLAIN = "polling only", "RQ after the commit"
 
 _SECONDS = {10: 2.5, 100: 2.0, 500: 1.5}
-"""Rate -> for how long users sign up in one run."""
+"""Seconds of one run, by users per second."""
 _PLAIN_LIMIT = 1.0
+"""Seconds of one run of RQ at most."""
 _TARGETS = {
     (100, "p50"): "at most 10 ms",
-    (100, "p99"): "at most 40 ms; polling alone: the poll interval (1,000 ms) + 40 ms",
+    (100, "p99"): "at most 40 ms; polling only: the poll interval (1,000 ms) + 40 ms",
 }
 _WARMUP = 64
-"""Mails: more than the worker has threads."""
-_LOOK = 0.02
-_PATIENCE = 30.0
+"""Number of mails. The worker has fewer threads."""
+_POLL_INTERVAL = 0.02
+_TIMEOUT = 30.0
+"""Seconds that the last mails may take."""
 
-Offer = Callable[[int, float, str], list[float]]
-"""Has users sign up (a second, seconds, their name) and returns what each of them waited, in ms."""
+SignUp = Callable[[int, float, str], list[float]]
+"""Takes users per second, seconds and a prefix of names; returns the latency of each mail in ms."""
 
 
 def measure(bench: Bench) -> list[Figure]:
-    """Measures the part."""
-    bench.fresh()
+    """Returns the figures of this part."""
+    bench.reset()
     figures = []
     with ExitStack() as stack:
-        arrivals = stack.enter_context(note_arrivals())
+        arrivals = stack.enter_context(record_arrivals())
         settings = {"SMTP_URL": arrivals.url, "LOG_LEVEL": "info"}
         for module in ("worker", "bench.plain_rq"):
             stack.enter_context(bench.start(module, **settings))
         listening = stack.enter_context(bench.start("relay", **settings))
         polling = stack.enter_context(bench.start("relay", OUTBOX_TRANSACTION_POOLING="true", **settings))
         users = stack.enter_context(Users(bench, arrivals))
-        contenders: Mapping[str, Offer] = {
-            OURS: _without(polling, users.sign_up),
-            POLLING: _without(listening, users.sign_up),
-            PLAIN: users.plain,
+        contenders: Mapping[str, SignUp] = {
+            OURS: _with_stopped(polling, users.sign_up),
+            POLLING: _with_stopped(listening, users.sign_up),
+            PLAIN: users.sign_up_with_rq,
         }
-        for offer in contenders.values():
-            offer(_WARMUP * 2, 0.5, "warm")
+        for sign_up in contenders.values():
+            sign_up(_WARMUP * 2, 0.5, "warm")
         for rate, seconds in _SECONDS.items():
-            figures += _of_rate(bench, contenders, rate, seconds if not bench.smoke else 0.3)
+            figures += _measure_rate(bench, contenders, rate, seconds if not bench.smoke else 0.3)
     return figures
 
 
-def _without(relay: Process, offer: Offer) -> Offer:
-    """Returns the offer, during which that relay is stopped."""
+def _with_stopped(relay: Process, sign_up: SignUp) -> SignUp:
+    """Returns a function that calls `sign_up` while a relay is stopped."""
 
-    def stopped(rate: int, seconds: float, name: str) -> list[float]:
+    def sign_up_while_stopped(rate: int, seconds: float, name: str) -> list[float]:
         relay.await_event("started")
         relay.send(signal.SIGSTOP)
         try:
-            return offer(rate, seconds, f"{name}_{relay.popen.pid}")
+            return sign_up(rate, seconds, f"{name}_{relay.popen.pid}")
         finally:
             relay.send(signal.SIGCONT)
             relay.check()
 
-    return stopped
+    return sign_up_while_stopped
 
 
-def _of_rate(bench: Bench, contenders: Mapping[str, Offer], rate: int, seconds: float) -> list[Figure]:
-    waits: dict[str, list[list[float]]] = {name: [] for name in contenders}
+def _measure_rate(bench: Bench, contenders: Mapping[str, SignUp], rate: int, seconds: float) -> list[Figure]:
+    latencies: dict[str, list[list[float]]] = {name: [] for name in contenders}
 
     def one_run(name: str) -> Callable[[], float]:
         def run() -> float:
-            waits[name].append(contenders[name](rate, seconds, f"user_{rate}_{len(waits[name])}"))
-            return _quantile(waits[name][-1], 0.5)
+            latencies[name].append(contenders[name](rate, seconds, f"user_{rate}_{len(latencies[name])}"))
+            return _quantile(latencies[name][-1], 0.5)
 
         return run
 
     title = f"commit to mail at {rate} users/s"
-    p50 = bench.in_turn(
+    p50 = bench.measure_in_turn(
         "wait", f"{title}, p50", "ms", {name: one_run(name) for name in contenders}, higher_is_better=False
     )
-    quantiles = {name: _curve([wait for run in runs for wait in run]) for name, runs in waits.items()}
+    quantiles = {name: _curve([latency for run in runs for latency in run]) for name, runs in latencies.items()}
     figures = [replace(p50, target=_TARGETS.get((rate, "p50")), extra={"rate": rate, "quantiles": quantiles})]
-    for what, share in (("p99", 0.99), ("worst", 1.0)):
-        samples = {name: [_quantile(run, share) for run in runs] for name, runs in waits.items()}
-        figures.append(replace(p50, title=f"{title}, {what}", samples=samples, target=_TARGETS.get((rate, what))))
+    for label, share in (("p99", 0.99), ("worst", 1.0)):
+        samples = {name: [_quantile(run, share) for run in runs] for name, runs in latencies.items()}
+        figures.append(replace(p50, title=f"{title}, {label}", samples=samples, target=_TARGETS.get((rate, label))))
     return figures
 
 
-def _quantile(waits: list[float], share: float) -> float:
-    return float(np.quantile(waits, share, method="higher"))  # one that was waited, and not between two
+def _quantile(latencies: list[float], share: float) -> float:
+    return float(np.quantile(latencies, share, method="higher"))  # a measured latency, not an interpolated one
 
 
-def _curve(waits: list[float]) -> list[float]:
-    """Returns 200 quantiles, from the shortest wait to the longest, for the picture."""
-    return [round(float(wait), 3) for wait in np.quantile(waits, np.linspace(0, 1, 200))]
+def _curve(latencies: list[float]) -> list[float]:
+    """Returns 200 quantiles, from the shortest latency to the longest, for the chart."""
+    return [round(float(latency), 3) for latency in np.quantile(latencies, np.linspace(0, 1, 200))]
 
 
 class Users:
-    """Whoever signs up, in the three ways that are compared. A context manager."""
+    """Signs up users with an outbox row or with a job in RQ, and returns latencies. A context manager."""
 
     def __init__(self, bench: Bench, arrivals: Arrivals) -> None:
         self._arrivals = arrivals
         self._connection = bench.connect()
-        self._hints = bench.connect()
-        self._client = bench.client()
+        self._hint_connection = bench.connect()
+        self._client = bench.redis_client()
         self._queue = Queue(QUEUE, connection=self._client)
         self._committed = Event()
-        self._closing = False
-        self._hinting = Thread(target=self._hint, name="hints")
+        self._is_closing = False
+        self._hint_thread = Thread(target=self._send_hints, name="hints")
 
     def __enter__(self) -> Self:
-        self._hinting.start()
+        self._hint_thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing = True
+        self._is_closing = True
         self._committed.set()
-        self._hinting.join()
-        self._hints.close()
+        self._hint_thread.join()
+        self._hint_connection.close()
         self._connection.close()
         self._client.close()
 
-    def _hint(self) -> None:
-        """Does what `service.wakeup.Wakeup` does, for users who are no coroutines."""
-        while self._committed.wait() and not self._closing:
+    def _send_hints(self) -> None:
+        """Sends hints to the relays, as `outbox_service.wakeup.Wakeup` does, but in a thread."""
+        while self._committed.wait() and not self._is_closing:
             self._committed.clear()
-            self._hints.execute(query("notify_relays"))
+            self._hint_connection.execute(query("notify_relays"))
             time.sleep(DEBOUNCE)
 
     def sign_up(self, rate: int, seconds: float, name: str) -> list[float]:
-        """Has users sign up, with a row each and a hint to the relays."""
-        return self._offer(rate, seconds, f"{name}_h", self._write_row, lambda *_: self._committed.set())
+        """Signs up users with an outbox row and a hint to the relays."""
+        return self._sign_up(rate, seconds, f"{name}_h", self._write_row, lambda *_: self._committed.set())
 
-    def plain(self, rate: int, seconds: float, name: str) -> list[float]:
-        """Has users sign up, with a job in RQ each after the commit."""
-        return self._offer(rate, min(seconds, _PLAIN_LIMIT), f"{name}_q", lambda *_: None, self._enqueue)
+    def sign_up_with_rq(self, rate: int, seconds: float, name: str) -> list[float]:
+        """Signs up users, and enqueues a job in RQ after each commit."""
+        return self._sign_up(rate, min(seconds, _PLAIN_LIMIT), f"{name}_q", lambda *_: None, self._enqueue)
 
-    def _offer(
+    def _sign_up(
         self,
         rate: int,
         seconds: float,
         name: str,
-        inside: Callable[[str], None],
-        after: Callable[[int, str], object],
+        in_transaction: Callable[[str], None],
+        after_commit: Callable[[int, str], object],
     ) -> list[float]:
         committed: dict[str, float] = {}
         begun = time.monotonic()
@@ -178,10 +179,10 @@ class Users:
             user = f"{name}_{number}"
             with self._connection.transaction():
                 self._connection.execute(query("add_user"), _user(user))
-                inside(user)
+                in_transaction(user)
             committed[f"{user}@example.com"] = time.monotonic()
-            after(number, user)
-        return self._waits(committed)
+            after_commit(number, user)
+        return self._await_latencies(committed)
 
     def _write_row(self, user: str) -> None:
         outbox.add(self._connection, SEND_VERIFY_EMAIL, SendVerifyEmail(username=user), delay=0)
@@ -189,20 +190,20 @@ class Users:
     def _enqueue(self, number: int, user: str) -> None:
         self._queue.enqueue(send, number, f"{user}@example.com", "A User of the Bench")
 
-    def _waits(self, committed: dict[str, float]) -> list[float]:
-        """Waits until all mails are there, and returns what each took, in ms.
+    def _await_latencies(self, committed: dict[str, float]) -> list[float]:
+        """Waits until all mails have arrived, and returns the latency of each in ms.
 
         Raises:
-            TimeoutError: some do not come.
+            TimeoutError: some mails did not arrive.
         """
-        came: dict[str, float] = {}
-        deadline = time.monotonic() + _PATIENCE
-        while len(came) < len(committed):
+        arrived: dict[str, float] = {}
+        deadline = time.monotonic() + _TIMEOUT
+        while len(arrived) < len(committed):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{len(committed) - len(came)} mails did not come within {_PATIENCE:g} s")
-            time.sleep(_LOOK)
-            came |= self._arrivals.take()
-        return [(came[address] - at) * 1000 for address, at in committed.items()]
+                raise TimeoutError(f"{len(committed) - len(arrived)} mails did not arrive within {_TIMEOUT:g} s")
+            time.sleep(_POLL_INTERVAL)
+            arrived |= self._arrivals.take()
+        return [(arrived[address] - at) * 1000 for address, at in committed.items()]
 
 
 def _user(name: str) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What people would use instead: small programs that do a part's work with another library and print their figure."""
+"""The alternatives: programs that do the work of a part with another library and print their rate."""

@@ -1,15 +1,15 @@
-"""What the peers' jobs do: what the handlers in `bench.handlers` do, as plain functions."""
+"""The functions of the peers' jobs, the same as the handlers in `bench.handlers`."""
 
 import time
 
-NAP = 0.05
+SLEEP_SECONDS = 0.05
 """Seconds that a job of the part `sleep` waits, here and in our handler."""
 
 
-def nothing() -> None:
+def noop() -> None:
     """Does nothing."""
 
 
-def nap() -> None:
-    """Waits for something outside."""
-    time.sleep(NAP)
+def sleep() -> None:
+    """Waits, as a call to another server would."""
+    time.sleep(SLEEP_SECONDS)

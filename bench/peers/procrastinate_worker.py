@@ -1,8 +1,8 @@
-"""`python -m bench.peers.procrastinate_worker DATABASE_URL CONCURRENCY nothing|nap JOBS`: one procrastinate worker.
+"""`python -m bench.peers.procrastinate_worker DATABASE_URL CONCURRENCY noop|sleep JOBS`: runs one procrastinate worker.
 
-Prints jobs per second between the first `started` and the last `succeeded` of its own table of events, so by
-Postgres' clock as ours. Its psycopg connector with its default pool (a connection for each of 20 jobs was slower on two
-cores), and asynchronous tasks.
+Prints jobs per second between the first `started` and the last `succeeded` in procrastinate's table of events: by the
+clock of Postgres, as for ours. It uses the psycopg connector with its default pool (a connection per job was slower for
+20 jobs on two cores) and asynchronous tasks.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import sys
 import procrastinate
 import psycopg
 
-from bench.peers.functions import NAP
+from bench.peers.functions import SLEEP_SECONDS
 
 _BATCH = 1000
 _RATE = """
@@ -26,16 +26,16 @@ async def main(database_url: str, concurrency: int, function: str, jobs: int) ->
     connector = procrastinate.PsycopgConnector(conninfo=database_url)
     app = procrastinate.App(connector=connector)
 
-    @app.task(name="nothing")
-    async def nothing() -> None: ...
+    @app.task(name="noop")
+    async def noop() -> None: ...
 
-    @app.task(name="nap")
-    async def nap() -> None:
-        await asyncio.sleep(NAP)
+    @app.task(name="sleep")
+    async def sleep() -> None:
+        await asyncio.sleep(SLEEP_SECONDS)
 
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
-        task = {"nothing": nothing, "nap": nap}[function]
+        task = {"noop": noop, "sleep": sleep}[function]
         for first in range(0, jobs, _BATCH):
             await task.batch_defer_async(*({} for _ in range(min(_BATCH, jobs - first))))
         await connector.execute_query_async("ANALYZE")
@@ -44,7 +44,7 @@ async def main(database_url: str, concurrency: int, function: str, jobs: int) ->
         row = connection.execute(_RATE).fetchone()
     assert row is not None
     assert row[0] == jobs
-    print(jobs / float(row[1]))  # noqa: T201 - the answer
+    print(jobs / float(row[1]))  # noqa: T201 - the result
 
 
 if __name__ == "__main__":

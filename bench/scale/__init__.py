@@ -1,1 +1,1 @@
-"""What size does to the speed: the pieces of the part `scale`."""
+"""The measurements of the part `scale`."""

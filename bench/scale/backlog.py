@@ -1,28 +1,28 @@
-"""What a long backlog does: ten thousand, a hundred thousand and half a million rows of a queue wait in Postgres."""
+"""Measures the drain rate with 10,000, 100,000 and 500,000 pending rows in a queue."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from bench.figure import Figure
 from bench.fill import add_pending
-from bench.measure import Figure
-from bench.scale.lives import QUEUE, batches_of_a_window, live, settings_of
-from bench.stage import Bench
+from bench.scale.lifecycle import QUEUE, batches_per_window, relay_settings, run_lifecycle
+from bench.testbed import Bench
 from outbox.runtime import postgres, redis_connection
 from outbox.runtime.migrations import migrate
 
-_PARTS = (50, 5)
-"""How many times smaller than the longest the others are."""
+_DIVISORS = (50, 5)
+"""Divisors of the longest backlog for the shorter ones."""
 
 
-def of_backlogs(bench: Bench, longest: str, length: int) -> Figure:
-    """Measures the drain rate with backlogs of several lengths.
+def measure_backlogs(bench: Bench, longest: str, length: int) -> Figure:
+    """Measures the drain rate by length of the backlog.
 
     Args:
-        bench: the stage.
-        longest: the database with the longest.
-        length: how many rows of `QUEUE` there are in it.
+        bench: the bench.
+        longest: URL of the database with the longest backlog.
+        length: number of pending rows of `QUEUE` in it.
     """
-    databases = {length // part: bench.database() for part in _PARTS}
+    databases = {length // divisor: bench.create_database() for divisor in _DIVISORS}
     for rows, database_url in databases.items():
         migrate(database_url)
         add_pending(database_url, rows, [QUEUE])
@@ -34,22 +34,23 @@ def of_backlogs(bench: Bench, longest: str, length: int) -> Figure:
 
         def one_run(rows: int) -> Callable[[], float]:
             def run() -> float:
-                lives = live(connections[rows], client, settings_of(bench, databases[rows]), batches_of_a_window(bench))
-                add_pending(databases[rows], lives.rows, [QUEUE])  # the next run finds as many
-                return lives.rows / sum(lives.publishing)
+                settings = relay_settings(bench, databases[rows])
+                times = run_lifecycle(connections[rows], client, settings, batches_per_window(bench))
+                add_pending(databases[rows], times.rows, [QUEUE])  # restores the backlog for the next run
+                return times.rows / sum(times.publish_times)
 
             return run
 
         for rows in databases:
-            one_run(rows)()  # what a process does once is not counted
-        figure = bench.in_turn(
+            one_run(rows)()  # warms up
+        figure = bench.measure_in_turn(
             "scale",
-            "drain rate, by rows pending",
+            "drain rate, by pending rows",
             "rows/s",
             {names[rows]: one_run(rows) for rows in sorted(databases, reverse=True)},
         )
     figure.extra["curve"] = {
-        "by": "rows pending in the queue",
+        "by": "pending rows in the queue",
         "points": [[rows, figure.median(names[rows])] for rows in databases],
     }
     return figure

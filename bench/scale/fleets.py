@@ -1,4 +1,4 @@
-"""What more processes do: relays and workers side by side, on one machine."""
+"""Measures throughput by the number of relays and of workers on one machine."""
 
 import signal
 import time
@@ -12,47 +12,48 @@ from urllib.parse import urlsplit
 import psycopg
 import redis
 
+from bench.figure import Figure
 from bench.fill import add_pending
 from bench.handlers import NOOP
-from bench.measure import Figure
 from bench.process import Process
-from bench.rows import add_rows, seconds_to_do
-from bench.scale.lives import settings_of
-from bench.stage import Bench
+from bench.rows import add_rows, time_completion
+from bench.scale.lifecycle import relay_settings
+from bench.testbed import Bench
 from outbox.queries import query
 from outbox.rq_jobs import queue_key
 from outbox.runtime.migrations import migrate
 
 _QUEUES = ("critical", "default")
-_NUMBERS = (1, 2, 4)
-"""Of relays, and of workers."""
-_PROCESSES = "processes on one machine"
-_PATIENCE = 60.0
-_LOOK = 0.002
-_MEMORY_LOOK = 0.02
+_FLEET_SIZES = (1, 2, 4)
+"""Numbers of relays, and of workers."""
+_BY_PROCESSES = "processes on one machine"
+_TIMEOUT = 60.0
+_POLL_INTERVAL = 0.002
+_MEMORY_INTERVAL = 0.02
+"""Seconds."""
 
 _EMPTY_WINDOWS = "UPDATE outbox SET status = 'done', done_at = now() WHERE status = 'enqueued'"
 
 
-def of_relays(bench: Bench, database_url: str) -> list[Figure]:
-    """Measures the drain rate of one relay, two and four, and how much memory Redis takes for four.
+def measure_relays(bench: Bench, database_url: str) -> list[Figure]:
+    """Measures the drain rate of one, two and four relays, and the memory of Redis with four.
 
     Args:
-        bench: the stage.
-        database_url: a database with a long backlog.
+        bench: the bench.
+        database_url: URL of a database with a long backlog.
     """
-    highest: list[float] = []
-    jobs = min(2 * settings_of(bench, database_url).window, bench.size(1_000_000, 1_000))
+    peak_memory: list[float] = []
+    jobs = min(2 * relay_settings(bench, database_url).window, bench.size(1_000_000, 1_000))
     with ExitStack() as stack:
         connection = stack.enter_context(psycopg.connect(database_url, autocommit=True))
-        client = stack.enter_context(bench.client())
+        client = stack.enter_context(bench.redis_client())
         bench.empty_redis()
         relays = [
             stack.enter_context(bench.start("relay", DATABASE_URL=database_url, LOG_LEVEL="info"))
-            for _ in range(max(_NUMBERS))
+            for _ in range(max(_FLEET_SIZES))
         ]
         _await_jobs(client, jobs, relays)
-        time.sleep(1.0)  # all of them have seen that the windows are full
+        time.sleep(1.0)  # lets all relays see that the windows are full
 
         def one_run(number: int) -> Callable[[], float]:
             def run() -> float:
@@ -72,87 +73,89 @@ def of_relays(bench: Bench, database_url: str) -> list[Figure]:
                 finally:
                     for relay in relays:
                         relay.send(signal.SIGCONT)
-                if number == max(_NUMBERS):
-                    highest.append(memory / 2**20)
-                time.sleep(0.2)  # a batch that is on its way belongs to this run
+                if number == max(_FLEET_SIZES):
+                    peak_memory.append(memory / 2**20)
+                time.sleep(0.2)  # batches in progress belong to this run
                 return jobs / seconds
 
             return run
 
-        drained = bench.in_turn(
+        drain_rates = bench.measure_in_turn(
             "scale",
-            "drain rate of relays side by side",
+            "drain rate, by number of relays",
             "rows/s",
-            {_relays(number): one_run(number) for number in _NUMBERS},
+            {_relay_label(number): one_run(number) for number in _FLEET_SIZES},
         )
-    drained.extra["curve"] = {
-        "by": _PROCESSES,
-        "points": [[number, drained.median(_relays(number))] for number in _NUMBERS],
+    drain_rates.extra["curve"] = {
+        "by": _BY_PROCESSES,
+        "points": [[number, drain_rates.median(_relay_label(number))] for number in _FLEET_SIZES],
     }
     memory = Figure(
         "scale",
-        "Redis with a million rows of backlog, at most",
+        "Redis memory with a backlog of a million rows",
         "MB",
         higher_is_better=False,
-        samples={_relays(max(_NUMBERS)): highest},
+        samples={_relay_label(max(_FLEET_SIZES)): peak_memory},
         target="under 64",
     )
-    return [drained, memory]
+    return [drain_rates, memory]
 
 
-def _relays(number: int) -> str:
+def _relay_label(number: int) -> str:
     return f"{number} relay{'s' if number > 1 else ''}"
 
 
 def _await_jobs(client: redis.Redis, jobs: int, relays: Sequence[Process]) -> int:
-    """Waits until the queues hold that many jobs, and returns the highest of Redis' used bytes until then.
+    """Waits until the queues hold a number of jobs, and returns the highest memory usage of Redis in bytes.
 
     Raises:
-        TimeoutError: they do not come to hold them.
+        TimeoutError: they do not hold that many in time.
     """
-    deadline = time.perf_counter() + _PATIENCE
-    highest, memory_at = 0, 0.0
+    deadline = time.perf_counter() + _TIMEOUT
+    highest, next_sample = 0, 0.0
     while True:
         length = sum(int(client.llen(queue_key(name))) for name in _QUEUES)
-        if length >= jobs or time.perf_counter() > memory_at:
+        if length >= jobs or time.perf_counter() > next_sample:
             used: Any = client.info("memory")
             highest = max(highest, int(used["used_memory"]))
-            memory_at = time.perf_counter() + _MEMORY_LOOK
+            next_sample = time.perf_counter() + _MEMORY_INTERVAL
         if length >= jobs:
             return highest
         for relay in relays:
             relay.check()
         if time.perf_counter() > deadline:
-            raise TimeoutError(f"Redis holds {length} of {jobs} jobs after {_PATIENCE:g} s")
-        time.sleep(_LOOK)
+            raise TimeoutError(f"Redis holds {length} of {jobs} jobs after {_TIMEOUT:g} s")
+        time.sleep(_POLL_INTERVAL)
 
 
-def of_workers(bench: Bench) -> Figure:
-    """Measures the rate of one worker, two and four."""
+def measure_workers(bench: Bench) -> Figure:
+    """Measures the throughput of one, two and four workers."""
     rows = bench.size(20_000, 500)
     with ExitStack() as stack:
-        fleets = {number: _Fleet(bench, stack, number) for number in _NUMBERS}
-        figure = bench.in_turn(
+        fleets = {number: _Fleet(bench, stack, number) for number in _FLEET_SIZES}
+        figure = bench.measure_in_turn(
             "scale",
-            "rows that do nothing, by workers side by side",
+            "no-op rows, by number of workers",
             "rows/s",
             {
-                f"{number} worker{'s' if number > 1 else ''}": partial(fleet.done_per_second, rows)
+                f"{number} worker{'s' if number > 1 else ''}": partial(fleet.rows_per_second, rows)
                 for number, fleet in fleets.items()
             },
         )
     figure.extra["curve"] = {
-        "by": _PROCESSES,
-        "points": [[number, median(rates)] for number, rates in zip(_NUMBERS, figure.samples.values(), strict=True)],
+        "by": _BY_PROCESSES,
+        "points": [
+            [number, median(rates)] for number, rates in zip(_FLEET_SIZES, figure.samples.values(), strict=True)
+        ],
     }
     return figure
 
 
 class _Fleet:
-    """A relay and some workers, with a database of Postgres and one of Redis to themselves."""
+    """A relay and a number of workers, with their own databases in Postgres and Redis."""
 
     def __init__(self, bench: Bench, stack: ExitStack, workers: int) -> None:
-        database_url = bench.database()
+        database_url = bench.create_database()
         migrate(database_url)
         self._connection = stack.enter_context(psycopg.connect(database_url, autocommit=True))
         settings = {
@@ -167,9 +170,9 @@ class _Fleet:
         for process in self._processes:
             process.await_event("started")
 
-    def done_per_second(self, rows: int) -> float:
-        """Has so many rows done, and returns how many were per second, from the first claim to the last mark."""
+    def rows_per_second(self, rows: int) -> float:
+        """Runs a number of rows, and returns rows per second, from the first claim to the last completion."""
         self._connection.execute("DELETE FROM outbox")
         add_rows(self._connection, rows, NOOP.name)
         self._connection.execute(query("notify_relays"))
-        return rows / seconds_to_do(self._connection, self._processes)
+        return rows / time_completion(self._connection, self._processes)

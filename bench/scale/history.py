@@ -1,4 +1,4 @@
-"""What a long history does: a million pending rows beside none, one or ten million done ones."""
+"""Measures drain rate and claim time with no, one million and ten million done rows."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -6,35 +6,35 @@ from statistics import median
 
 import psycopg
 
+from bench.figure import Figure
 from bench.fill import add_done, add_pending, clone
-from bench.measure import Figure
-from bench.scale.lives import CLAIMED_AT_ONCE, batches_of_a_window, live, settings_of
-from bench.stage import Bench
+from bench.scale.lifecycle import CLAIMED_AT_ONCE, batches_per_window, relay_settings, run_lifecycle
+from bench.testbed import Bench
 from outbox.runtime import postgres, redis_connection
 from outbox.runtime.migrations import migrate
 
 
-def histories(bench: Bench, million: int) -> dict[int, str]:
-    """Returns databases by the number of done rows in them."""
+def create_histories(bench: Bench, million: int) -> dict[int, str]:
+    """Creates databases with a backlog, and returns their URLs by millions of done rows."""
     bench.empty_redis()
-    none = bench.database()
-    migrate(none)
-    add_pending(none, million)
-    databases = {0: none}
+    without_history = bench.create_database()
+    migrate(without_history)
+    add_pending(without_history, million)
+    databases = {0: without_history}
     for millions in (1, 10):
-        databases[millions] = clone(bench, none)
+        databases[millions] = clone(bench, without_history)
     for millions in (1, 10):
         add_done(databases[millions], millions * million)
-    with psycopg.connect(none, autocommit=True) as connection:
-        connection.execute("CHECKPOINT")  # or it would come in the middle
+    with psycopg.connect(without_history, autocommit=True) as connection:
+        connection.execute("CHECKPOINT")  # so that none begins during a measurement
     return databases
 
 
-def of_histories(bench: Bench, databases: dict[int, str]) -> list[Figure]:
-    """Measures the drain rate and the claim time on `histories`."""
+def measure_histories(bench: Bench, databases: dict[int, str]) -> list[Figure]:
+    """Measures drain rate and claim time on the databases of `create_histories`."""
     names = {millions: f"{millions} million done rows" if millions else "no done rows" for millions in databases}
-    claiming: dict[int, list[float]] = {millions: [] for millions in databases}
-    batches = batches_of_a_window(bench)
+    claim_times: dict[int, list[float]] = {millions: [] for millions in databases}
+    batches = batches_per_window(bench)
     with ExitStack() as stack:
         connections = {
             millions: stack.enter_context(postgres.connect(url, "bench")) for millions, url in databases.items()
@@ -43,34 +43,35 @@ def of_histories(bench: Bench, databases: dict[int, str]) -> list[Figure]:
 
         def one_run(millions: int) -> Callable[[], float]:
             def run() -> float:
-                lives = live(connections[millions], client, settings_of(bench, databases[millions]), batches)
-                claiming[millions].append(median(lives.claiming) * 1000)
-                return lives.rows / sum(lives.publishing)
+                settings = relay_settings(bench, databases[millions])
+                times = run_lifecycle(connections[millions], client, settings, batches)
+                claim_times[millions].append(median(times.claim_times) * 1000)
+                return times.rows / sum(times.publish_times)
 
             return run
 
         for millions in databases:
-            one_run(millions)()  # what a process does once is not counted
-            claiming[millions].clear()
+            one_run(millions)()  # warms up
+            claim_times[millions].clear()
         longest_first = sorted(databases, reverse=True)
-        drained = bench.in_turn(
+        drain_rates = bench.measure_in_turn(
             "scale",
-            "drain rate, by rows done before",
+            "drain rate, by done rows in the table",
             "rows/s",
             {names[millions]: one_run(millions) for millions in longest_first},
             target="within 10 %",
         )
-    drained.extra["curve"] = {
-        "by": "rows done, still in the table",
-        "points": [[millions * 1_000_000, drained.median(names[millions])] for millions in databases],
+    drain_rates.extra["curve"] = {
+        "by": "done rows in the table",
+        "points": [[millions * 1_000_000, drain_rates.median(names[millions])] for millions in databases],
     }
-    claimed = Figure(
+    claims = Figure(
         "scale",
-        f"claim of {CLAIMED_AT_ONCE} rows, by rows done before",
+        f"claim of {CLAIMED_AT_ONCE} rows, by done rows in the table",
         "ms",
         higher_is_better=False,
-        samples={names[millions]: claiming[millions] for millions in longest_first},
+        samples={names[millions]: claim_times[millions] for millions in longest_first},
         target="within 10 %",
-        extra={"times": [[millions * 1_000_000, median(claiming[millions])] for millions in databases]},
+        extra={"times": [[millions * 1_000_000, median(claim_times[millions])] for millions in databases]},
     )
-    return [drained, claimed]
+    return [drain_rates, claims]

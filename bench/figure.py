@@ -1,4 +1,4 @@
-"""A comparison: what was measured, of whom, and what it comes to."""
+"""The result of one comparison."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 OURS = "outbox"
-"""What this project is called among the contenders."""
+"""The name of this project among the contenders."""
 
 
 @dataclass(frozen=True)
@@ -14,31 +14,31 @@ class Figure:
     """One comparison of this project with its peers."""
 
     part: str
-    """The part's name, as on the command line."""
+    """Name of the part, as on the command line."""
     title: str
-    """What is compared, in a few words."""
+    """What was measured, in a few words."""
     unit: str
-    """Of all samples: `rows/s`, `ms`, …"""
+    """Unit of all samples: `rows/s`, `ms`, …"""
     higher_is_better: bool
     samples: Mapping[str, list[float]]
-    """Contender -> one number per run, in the order of the runs. The first contender is this project."""
+    """One number per run, in order, by contender. The first contender is this project."""
     target: str | None = None
-    """What this project is to reach, in words; shown beside the figures."""
+    """The target of this project, in words; shown beside the figures."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Raw material, JSON only, for notes and for `bench.pictures`, which draws what has `quantiles` and `rate`, or a
-    `curve`: what it goes `by`, and its `points` (a list of [size, rate])."""
+    """More data, in JSON types. `bench.charts` draws figures that have `quantiles` and a `rate`, or a `curve` with `by`
+    (the label of the x axis) and `points` (a list of [size, rate])."""
 
     @property
     def ours(self) -> str:
-        """The contender that is this project."""
+        """The name of the contender that is this project."""
         return next(iter(self.samples))
 
     def median(self, contender: str) -> float:
-        """Returns the median of a contender's runs."""
+        """Returns the median of the samples of a contender."""
         return median(self.samples[contender])
 
     def ratio(self, peer: str) -> float:
-        """Returns how many times better this project is than a peer, by their medians; below 1 it is worse."""
+        """Returns how many times better than a peer this project is, by the medians; below 1 it is worse."""
         ours, theirs = self.median(self.ours), self.median(peer)
         better, worse = (ours, theirs) if self.higher_is_better else (theirs, ours)
         return better / worse if worse else float("inf")
