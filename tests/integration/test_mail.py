@@ -173,7 +173,7 @@ def test_what_is_said_to_all_mails_is_an_outage(mailbox: Mailbox, step: str, rep
             assert sender.is_away
         setattr(mailbox, step, "250 OK")
         send_when_back(sender)
-    shouts = ["mail server refuses us"] if reply.startswith("5") else []
+    shouts = ["mail server rejected our request"] if reply.startswith("5") else []
     assert [line["event"] for line in lines] == [*shouts, "mail server is away", "mail server is back"]
     assert reply in str(lines)
     assert not sender.is_away
@@ -235,7 +235,7 @@ def test_a_5xx_that_may_be_our_fault_is_shouted_about_and_tried_again(mailbox: M
         sender.send(mail())
     assert not isinstance(caught.value, MailServerError)
     assert [(line["log_level"], line["event"], line["reply"]) for line in lines] == [
-        ("error", "mail server refuses us", reply)
+        ("error", "mail server rejected our request", reply)
     ]
     setattr(mailbox, step, "250 OK")
     sender.send(mail())
@@ -371,7 +371,7 @@ def test_an_international_address() -> None:
         sender = mailer(mailbox.url)
         with capture_logs() as lines, pytest.raises(MailError, match="international address: it offers no SMTPUTF8"):
             sender.send(mail("jürgen@example.com"))
-        assert [(line["log_level"], line["event"]) for line in lines] == [("error", "mail server refuses us")]
+        assert [(line["log_level"], line["event"]) for line in lines] == [("error", "mail server rejected our request")]
         sender.send(mail("alice@example.com"))
         with pytest.raises(MailError, match="international address: it offers no SMTPUTF8"):
             sender.send(mail("jürgen@example.com"))

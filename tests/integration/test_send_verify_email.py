@@ -197,7 +197,7 @@ def test_a_mail_server_that_fails(
         eventually(lambda: server.mails == (status == "done"), 5)
     assert (outcome.status, outcome.attempts, outcome.delay > 0) == (status, 1, status == "pending")
     assert (error or "") in (outcome.error or "")
-    assert "mail server refuses us" not in [line["event"] for line in lines], "it is nobody's mistake"
+    assert "mail server rejected our request" not in [line["event"] for line in lines], "it is nobody's mistake"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_mail_server_that_refuses_us(
     reply = (next(reversed(replies.values())) or b"").decode()
     told = reply.removesuffix(" not you") if refused == "the login" else reply  # which may be quoted there
     assert_not_counted(outcome, f"does not take {refused}: {told}")
-    shouts = [line for line in lines if line["event"] == "mail server refuses us"]
+    shouts = [line for line in lines if line["event"] == "mail server rejected our request"]
     assert [(line["log_level"], line["refused"]) for line in shouts] == [("error", refused)]
 
 

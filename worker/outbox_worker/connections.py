@@ -156,7 +156,7 @@ class Connections:
             is_refusal = error.reply.startswith("5")
             self._refusals += is_refusal
             if is_refusal and self._refusals == 1:  # a retry alone does not help: an operator must look
-                logs.get().error("mail server refuses us", refused=error.refused, reply=error.reply)
+                logs.get().error("mail server rejected our request", refused=error.refused, reply=error.reply)
             backoff = min(LONGEST_BACKOFF, 2 ** max(0, self._refusals - 1))
             self._try_at = time.monotonic() + self._outage.away(error) * backoff
         self._away, self._is_tried = error, False

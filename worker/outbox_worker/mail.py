@@ -121,7 +121,7 @@ class Mailer:
         options = [] if recipient.isascii() else ["SMTPUTF8", "BODY=8BITMIME"]
         if options and not smtp.has_extn("smtputf8"):
             logs.get().error(
-                "mail server refuses us", refused="an international address", reply="it offers no SMTPUTF8"
+                "mail server rejected our request", refused="an international address", reply="it offers no SMTPUTF8"
             )
             raise MailError("the mail server does not take an international address: it offers no SMTPUTF8")
         if not _pipelines(smtp):

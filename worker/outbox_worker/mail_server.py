@@ -123,7 +123,7 @@ def refusal(refused: Refused, code: int, text: bytes | str) -> MailError:
         return MailServerError(sentence, refused, reply)
     if code >= 500:
         # A retry alone does not help, and the recipient is not at fault: an operator must look.
-        logs.get().error("mail server refuses us", refused=refused, reply=reply)
+        logs.get().error("mail server rejected our request", refused=refused, reply=reply)
     return MailError(sentence)
 
 
