@@ -58,7 +58,7 @@ def test_a_server_with_a_limit_of_connections_takes_all_mails(limit: int) -> Non
 
 def test_a_limited_pool_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """One more is tried from time to time: others may have closed theirs."""
-    monkeypatch.setattr(connections, "GROWING", 0.1)
+    monkeypatch.setattr(connections, "GROWTH_INTERVAL", 0.1)
     with serve_script(limit=1) as server:
         sender = mailer(server.url, smtp_timeout=10)
         send_all(lambda: sender.send(mail()), 20)
@@ -105,7 +105,7 @@ def test_a_wait_for_a_connection_is_the_mail_servers(mailbox: Mailbox) -> None:
     thread = threading.Thread(target=lambda: sender.send(mail()))
     thread.start()
     eventually(lambda: mailbox.taking, 5, "the first mail is under way")
-    with capture_logs() as lines, pytest.raises(MailServerError, match="came free in time"):
+    with capture_logs() as lines, pytest.raises(MailServerError, match="became free in time"):
         within(1, lambda: sender.send(mail()))
     assert not sender.is_away
     assert not lines

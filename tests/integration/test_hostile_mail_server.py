@@ -16,7 +16,7 @@ def test_an_answer_without_end_is_not_read_to_its_end(step: str) -> None:
     code = {"CONNECT": b"220", "DATA": b"354"}.get(step, b"250")
     with serve_script({step: (code + b"-" + b"x" * 500 + b"\r\n") * 400 + code + b" go on"}) as server:
         sender = mailer(server.url, smtp_timeout=5)
-        with pytest.raises(MailError, match="its answer is over 64 KiB"):
+        with pytest.raises(MailError, match="its reply is over 64 KiB"):
             sender.send(mail())
         close(sender)
 

@@ -196,7 +196,7 @@ def test_a_5xx_that_names_the_mailbox_is_final(mailbox: Mailbox, reply: str) -> 
     """The server knows that this mailbox will never do; the next address is not affected."""
     sender = mailer(mailbox.url)
     mailbox.rcpt_reply = reply
-    with capture_logs() as lines, pytest.raises(SkipRetry, match=f"refuses alice@example.com for good: {reply}"):
+    with capture_logs() as lines, pytest.raises(SkipRetry, match=f"rejected alice@example.com permanently: {reply}"):
         sender.send(mail())
     assert not lines
     mailbox.rcpt_reply = "250 OK"
@@ -247,7 +247,7 @@ def test_a_failed_login_is_shouted_about_and_tried_again() -> None:
     """Without the password in the error or the log."""
     with serve_mailbox(auth_require_tls=False, **LOGIN) as mailbox:
         sender = mailer(f"smtp://user%40x:wrong-password@127.0.0.1:{mailbox.port}")
-        with capture_logs() as lines, pytest.raises(MailError, match="does not take the login: 535") as caught:
+        with capture_logs() as lines, pytest.raises(MailError, match="rejected the login: 535") as caught:
             sender.send(mail())
     assert [line["log_level"] for line in lines] == ["error", "warning"]
     assert "wrong-password" not in f"{caught.value}{lines}"
@@ -282,7 +282,7 @@ def test_data_refused_before_the_mail() -> None:
     """A DATA command that is answered with 4xx or 5xx is a refusal like any other."""
     with serve_script(replies={"DATA": b"554 5.7.0 no mails today"}) as server:
         sender = mailer(server.url)
-        with capture_logs() as lines, pytest.raises(MailError, match=r"does not take the mail: 554 5\.7\.0 no mails"):
+        with capture_logs() as lines, pytest.raises(MailError, match=r"rejected the mail: 554 5\.7\.0 no mails"):
             sender.send(mail())
         assert [line["log_level"] for line in lines] == ["error"]
         close(sender)
@@ -327,7 +327,7 @@ def test_a_mail_that_was_not_asked_for_is_not_sent() -> None:
     """An answer to DATA that is neither yes nor no belongs to something else: the mail is tried again."""
     with serve_script(replies={"DATA": b"250 fine"}) as server:
         sender = mailer(server.url)
-        with pytest.raises(MailError, match="does not take the mail: 250 fine"):
+        with pytest.raises(MailError, match="rejected the mail: 250 fine"):
             sender.send(mail())
         server.replies.clear()
         sender.send(mail())

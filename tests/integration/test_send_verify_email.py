@@ -95,7 +95,7 @@ def test_a_user_who_is_gone_gets_none(connection: Connection, context: KnownCont
     """The row is dead with a sentence that names the user."""
     row = add_row(connection, task="send_verify_email", payload='{"username": "gone"}').row_id
     outcome = run(connection, context, row)
-    assert (outcome.status, outcome.error) == ("dead", "the user gone is gone")
+    assert (outcome.status, outcome.error) == ("dead", "the user gone does not exist")
     assert not mailbox.mails
 
 
@@ -242,7 +242,7 @@ def test_a_mail_server_that_refuses_us(
         outcome = tried(connection, context, url)
     reply = (next(reversed(replies.values())) or b"").decode()
     told = reply.removesuffix(" not you") if refused == "the login" else reply  # which may be quoted there
-    assert_not_counted(outcome, f"does not take {refused}: {told}")
+    assert_not_counted(outcome, f"rejected {refused}: {told}")
     shouts = [line for line in lines if line["event"] == "mail server rejected our request"]
     assert [(line["log_level"], line["refused"]) for line in shouts] == [("error", refused)]
 

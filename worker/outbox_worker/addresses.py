@@ -1,7 +1,7 @@
-"""The names that sending a mail needs: the mail server's addresses, and what this machine calls itself.
+"""Looks up the mail server's addresses and this machine's own name.
 
-No time limit reaches the system's resolver, so each look-up has a thread of its own, and whoever waits for it gives up
-in time.
+The system's resolver takes no time limit. So each look-up runs in its own thread, and the caller waits for a limited
+time.
 """
 
 import re
@@ -14,58 +14,62 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 OWN_NAME_LIMIT = 1.0
-"""Seconds that the first connection waits for this machine's name; the others take it if it is known by then."""
-NEWS_LIMIT = 1.0
-"""Seconds that a look-up of a server may take whose addresses are known from an earlier one."""
+"""Seconds that the first connection waits for this machine's name; later ones use it only if it is known by then."""
+REFRESH_LIMIT = 1.0
+"""Seconds to wait for a look-up if the addresses are known from an earlier one."""
 
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _DOMAIN = re.compile(rf"(?=.{{1,255}}$){_LABEL}(?:\.{_LABEL})+")
 
 
 class Address(NamedTuple):
-    """Where a server may listen."""
+    """A socket address of a server."""
 
     family: socket.AddressFamily
     sockaddr: tuple[Any, ...]
 
 
 class Addresses:
-    """A server's addresses, in the order in which they are worth a try. Safe to share between threads."""
+    """A server's addresses in the order to try them. Safe to share between threads."""
 
     def __init__(self, host: str, port: int) -> None:
         self._host = host
         self._port = port
         self._known: list[Address] = []
-        """The latest answer; one that comes too late for its caller serves the next."""
-        self._asked: Future[list[Address]] | None = None
-        self._works: Address | None = None
-        self._failures: dict[Address, int] = {}
-        """When those failed that have, by the count of failures."""
-        self._failed = 0
+        """The latest result; one that is too late for its caller serves the next."""
+        self._lookup: Future[list[Address]] | None = None
+        self._reached: Address | None = None
+        """The address that was reached last, unless it has failed since."""
+        self._failed_at: dict[Address, int] = {}
+        """The count of failures when an address last failed."""
+        self._failures = 0
         self._lock = Lock()
 
     def find(self, seconds: float) -> list[Address]:
-        """Returns the addresses: the one that worked last first, those last that have failed, the latest behind.
+        """Returns the addresses: first the one that was reached last, and at the end those that failed, latest last.
 
-        Where no new answer comes in time, or an error, the earlier one holds.
+        If the look-up fails or takes too long, the result of the latest one that succeeded is used.
+
+        Args:
+            seconds: limit of the look-up.
 
         Raises:
-            OSError, UnicodeError: there is no answer, and none is known from before.
+            OSError, UnicodeError: the look-up failed, and no earlier result is known.
         """
         try:
-            found = self._look_up(socket.AI_NUMERICHOST)
+            addresses = self._look_up(socket.AI_NUMERICHOST)
         except (OSError, UnicodeError):
-            found = self._ask(seconds)
+            addresses = self._resolve(seconds)
         with self._lock:
-            return sorted(found, key=lambda address: (address != self._works, self._failures.get(address, 0)))
+            return sorted(addresses, key=lambda address: (address != self._reached, self._failed_at.get(address, 0)))
 
-    def _ask(self, seconds: float) -> list[Address]:
+    def _resolve(self, seconds: float) -> list[Address]:
         with self._lock:
-            if self._asked is None or self._asked.done():
-                self._asked = _begin(self._learn)
-            asked = self._asked
+            if self._lookup is None or self._lookup.done():
+                self._lookup = _start_lookup(self._refresh)
+            lookup = self._lookup
         try:
-            return asked.result(min(seconds, NEWS_LIMIT) if self._known else seconds)
+            return lookup.result(min(seconds, REFRESH_LIMIT) if self._known else seconds)
         except (OSError, UnicodeError) as error:
             if not self._known:
                 if isinstance(error, TimeoutError):
@@ -73,7 +77,7 @@ class Addresses:
                 raise
             return self._known
 
-    def _learn(self) -> list[Address]:
+    def _refresh(self) -> list[Address]:
         self._known = self._look_up()
         return self._known
 
@@ -81,65 +85,66 @@ class Addresses:
         found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=flags)
         return [Address(family, sockaddr) for family, _, _, _, sockaddr in found]
 
-    def works(self, address: Address) -> None:
-        """Takes note of a success."""
+    def mark_reached(self, address: Address) -> None:
+        """Makes an address the first to try."""
         with self._lock:
-            self._works = address
-            self._failures.pop(address, None)
+            self._reached = address
+            self._failed_at.pop(address, None)
 
-    def fails(self, address: Address) -> None:
-        """Takes note of a failure."""
+    def mark_failed(self, address: Address) -> None:
+        """Makes an address the last to try."""
         with self._lock:
-            self._failed += 1
-            self._failures[address] = self._failed
-            if self._works == address:
-                self._works = None
+            self._failures += 1
+            self._failed_at[address] = self._failures
+            if self._reached == address:
+                self._reached = None
 
 
 class OwnName:
-    """What this machine calls itself to a mail server. Safe to share between threads."""
+    """The name that this machine sends in EHLO. Safe to share between threads."""
 
-    def __init__(self, given: str | None) -> None:
-        """Takes the name if it is set; else it is looked up, once."""
-        self._given = given
-        self._found: Future[str] | None = None
-        self._patience = OWN_NAME_LIMIT
+    def __init__(self, configured: str | None) -> None:
+        """Takes the configured name; without one, the name is looked up once."""
+        self._configured = configured
+        self._lookup: Future[str] | None = None
+        self._wait_limit = OWN_NAME_LIMIT
         self._lock = Lock()
 
-    def on(self, connected: socket.socket) -> str:
-        """Returns the name, or what RFC 5321 (4.1.4) wants where there is none: the address of this end, in brackets.
+    def for_connection(self, connected: socket.socket) -> str:
+        """Returns the name, or the local address of the connection in brackets if there is none (RFC 5321, 4.1.4).
 
-        No name is one that is no domain, such as `my_host` or `localhost`: some servers refuse it for every mail.
+        A name that is not a domain, such as `my_host` or `localhost`, is not used: some servers reject all mails after
+        it.
         """
-        if self._given is not None:
-            return self._given
+        if self._configured is not None:
+            return self._configured
         with self._lock:
-            self._found = self._found or _begin(socket.getfqdn)
+            self._lookup = self._lookup or _start_lookup(socket.getfqdn)
         try:
-            name = self._found.result(self._patience)
+            name = self._lookup.result(self._wait_limit)
         except (OSError, UnicodeError):
-            self._patience = 0.0
+            self._wait_limit = 0.0
             name = ""
         return name if _DOMAIN.fullmatch(name) else address_literal(connected)
 
 
 def address_literal(connected: socket.socket) -> str:
-    """Returns the address of this end of a connection as EHLO takes it (RFC 5321, 4.1.3)."""
+    """Returns the local address of a connection in the form for EHLO (RFC 5321, 4.1.3)."""
     address = connected.getsockname()[0].partition("%")[0]
     return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
 
 
-def _begin(find: Callable[[], T]) -> Future[T]:
-    found: Future[T] = Future()
+def _start_lookup(look_up: Callable[[], T]) -> Future[T]:
+    lookup: Future[T] = Future()
 
     def run() -> None:
         try:
-            found.set_result(find())
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
-            found.set_exception(error)
+            lookup.set_result(look_up())
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for the result
+            lookup.set_exception(error)
 
     try:
         Thread(target=run, name="look-up", daemon=True).start()
     except RuntimeError:
-        found.set_exception(OSError("no thread can be started for a look-up"))
-    return found
+        lookup.set_exception(OSError("no thread can be started for a look-up"))
+    return lookup

@@ -1,17 +1,17 @@
-"""What a handler may meet that sends a mail."""
+"""Errors of sending a mail."""
 
 from outbox.errors import NotNowError, OutboxError
 
 
 class MailError(OutboxError):
-    """The mail server did not take a mail, and may take it later."""
+    """The mail server did not accept a mail, and may accept it later."""
 
 
 class MailServerError(MailError, NotNowError):
-    """The mail server takes no mail now, whichever it is: it is away, refuses us, or has no connection to spare."""
+    """The mail server accepts no mail now: it is away, rejects us, or no connection to it is free."""
 
     def __init__(self, text: str, refused: str = "", reply: str = "") -> None:
-        """Takes what to say, and what the server has refused with which answer, if it has."""
+        """Takes the error's text and, if the server rejected something, what that was and the server's reply."""
         super().__init__(text)
         self.refused = refused
         self.reply = reply

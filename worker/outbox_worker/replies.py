@@ -1,8 +1,8 @@
-"""What a mail server's refusals mean: whose fault they are, decided here and nowhere else.
+"""Classifies a mail server's rejections: the fault of a mailbox, of a mail, or of the server and our configuration.
 
-A row is dead at once only where the server names its mailbox. Everything else may be the operator's to mend, whatever
-step it is said at: servers report a sender, a login or a HELO that they do not like as late as at RCPT. The table is in
-`docs/deploy.md`.
+A row is dead at once only if the server names its mailbox. Every other rejection may be the operator's to fix,
+whichever command it answers: servers reject a sender, a login or a HELO as late as at RCPT. `docs/deploy.md` has the
+table.
 """
 
 import re
@@ -11,52 +11,52 @@ from typing import Literal
 from outbox.runtime.redaction import masked
 
 Reply = tuple[int, bytes]
-"""A mail server's answer: its code, and its text."""
+"""A mail server's reply: its code and its text."""
 
 Refused = Literal["the connection", "the login", "the sender", "an international address", "the recipient", "the mail"]
-"""What a server may refuse."""
+"""What a server may reject."""
 
 Fault = Literal["mailbox", "mail", "server"]
-"""Whose fault a refusal is: the row is dead at once; it is tried again, and the attempt counts; it does not count."""
+"""The cause of a rejection. The row is dead at once; is tried again, and the attempt counts; or it does not count."""
 
 CLOSING = 421
-"""What a server says at any step before it closes the connection (RFC 5321, 3.8)."""
+"""The code that a server may send at any step before it closes the connection (RFC 5321, 3.8)."""
 
-_MAILBOX = {b"5.1.1", b"5.1.2", b"5.1.3", b"5.1.6", b"5.1.10", b"5.2.1"}
-"""No such mailbox, no such domain, no address, moved away, takes no mail, disabled (RFC 3463, RFC 7505)."""
+_MAILBOX_STATUSES = {b"5.1.1", b"5.1.2", b"5.1.3", b"5.1.6", b"5.1.10", b"5.2.1"}
+"""No such mailbox, no such domain, not an address, moved, accepts no mail, disabled (RFC 3463, RFC 7505)."""
 
-_SENDER = {b"4.1.7", b"4.1.8", b"5.1.7", b"5.1.8"}
-"""The sender's address or domain is none (RFC 3463)."""
+_SENDER_STATUSES = {b"4.1.7", b"4.1.8", b"5.1.7", b"5.1.8"}
+"""The sender's address or domain is invalid (RFC 3463)."""
 
-_ENHANCED = re.compile(rb"[245]\.\d{1,3}\.\d{1,3}(?!\S)")
+_ENHANCED_STATUS = re.compile(rb"[245]\.\d{1,3}\.\d{1,3}(?!\S)")
 
 
 def fault_of(refused: Refused, code: int, text: bytes) -> Fault:
-    """Returns whose fault a refusal is.
+    """Returns the cause of a rejection.
 
-    The connection, the login and the sender are the same for all mails, so no mail is at fault. From RCPT on, an answer
-    is about the mail unless it says otherwise: taken for the server's, it would hold up all others.
+    The connection, the login and the sender are the same for all mails, so no mail is at fault. From RCPT on, a reply
+    is about the mail unless it says otherwise: treated as the server's fault, it would delay all other mails.
 
-    A bare 550 or 553 is not taken to name the mailbox: some servers say no more where they know no such mailbox, others
-    where they do not relay for us. To try the former again costs ten refusals; to give up the latter costs every user
-    of those days the mail.
+    A bare 550 or 553 does not name the mailbox: some servers send it for an unknown mailbox, others if they do not
+    relay for us. Retrying the former costs ten rejections; giving up the latter costs every user of those days the
+    mail.
     """
-    found = _ENHANCED.match(text)
-    status = found[0] if found else b""
-    if code == CLOSING or refused in {"the connection", "the login", "the sender"} or status in _SENDER:
+    match = _ENHANCED_STATUS.match(text)
+    status = match[0] if match else b""
+    if code == CLOSING or refused in {"the connection", "the login", "the sender"} or status in _SENDER_STATUSES:
         return "server"
-    if refused == "the recipient" and 500 <= code < 600 and status in _MAILBOX:
+    if refused == "the recipient" and 500 <= code < 600 and status in _MAILBOX_STATUSES:
         return "mailbox"
     return "mail"
 
 
 def status_of(code: int, text: bytes | str) -> str:
-    """Returns the codes of an answer, without what the server says besides."""
-    found = _ENHANCED.match(text.encode(errors="replace") if isinstance(text, str) else text)
-    return f"{code} {found[0].decode()}" if found else str(code)
+    """Returns the codes of a reply, without its text."""
+    match = _ENHANCED_STATUS.match(text.encode(errors="replace") if isinstance(text, str) else text)
+    return f"{code} {match[0].decode()}" if match else str(code)
 
 
 def quoted(code: int, text: bytes | str) -> str:
-    """Returns an answer on one line, as errors and the log show it."""
-    said = text if isinstance(text, str) else text.decode(errors="replace")
-    return f"{code} {' '.join(masked(said).split())[:300]}"
+    """Returns a reply on one line for errors and logs: cut, and with secret codes masked."""
+    decoded = text if isinstance(text, str) else text.decode(errors="replace")
+    return f"{code} {' '.join(masked(decoded).split())[:300]}"

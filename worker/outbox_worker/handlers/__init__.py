@@ -1,4 +1,4 @@
-"""The handlers that a worker has: the verification mail's, and those of `OUTBOX_HANDLERS`."""
+"""The handlers of a worker: the one for verification mails, and those of `OUTBOX_HANDLERS`."""
 
 from outbox.runtime.settings import WorkerSettings
 from outbox_worker.handlers.send_verify_email import verification_mail
