@@ -1,4 +1,4 @@
-"""The connections to Postgres that all handlers of a worker share."""
+"""A pool of connections to Postgres, shared by all handlers of a worker."""
 
 import time
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ from outbox.runtime.tally import Tally
 from outbox_worker import deadline
 
 WAIT = 10.0
-"""Seconds that a handler may wait for a connection; then its row is given back, and no attempt counts."""
+"""Maximum seconds that a handler waits for a connection; then its row is given back, and the attempt does not count."""
 FINISHING_TIME = 1.0
-"""Seconds that a statement gets at least, even if the attempt's time is nearly over: to commit what was done in it."""
+"""Minimum seconds for a statement, even if the attempt has less time left: enough to commit."""
 
 
 class HandlerCursor(Cursor[Any]):
-    """A cursor that begins no statement once the attempt's time is over; what was done may still be committed.
+    """A cursor that begins no statement once the attempt's time is over. A commit is still possible.
 
-    A cursor with a name is Postgres' own, and not limited so.
+    Server-side cursors (those with a name) are not limited.
     """
 
     def execute(self, *args: Any, **kwargs: Any) -> Self:
@@ -41,7 +41,7 @@ class HandlerCursor(Cursor[Any]):
         return super().execute(*args, **kwargs)
 
     def executemany(self, *args: Any, **kwargs: Any) -> None:
-        """Executes a statement for each of many parameters.
+        """Executes a statement once per set of parameters.
 
         Raises:
             TimeLimitError: the attempt has no time left.
@@ -71,13 +71,13 @@ class HandlerCursor(Cursor[Any]):
 
 
 class HandlerConnection(postgres.LimitedConnection):
-    """A connection whose statements wait no longer than the attempt has time, or FINISHING_TIME where that is less."""
+    """A connection that limits each statement to the attempt's time left, but to no less than FINISHING_TIME."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Waits for an answer, `timeout` seconds or else what both limits leave.
+        """Waits for an answer: for `timeout` seconds if given, else as long as the attempt has time.
 
         Raises:
-            TimeLimitError: the attempt's time was over before there was one.
+            TimeLimitError: the attempt's time was over before the answer came.
         """
         if timeout is not None:
             return super().wait(gen, interval, timeout)
@@ -91,11 +91,11 @@ class HandlerConnection(postgres.LimitedConnection):
 
 
 class NoConnectionError(NotNowError, PoolTimeout):
-    """A handler got no connection in time: all are lent, or Postgres is away. That is no fault of its row."""
+    """A handler got no connection in time: all are lent, or Postgres is away. Its attempt does not count."""
 
 
 class HandlerPool(ConnectionPool[Connection[Any]]):
-    """A pool whose `connection()` is one transaction: the end of its block commits it, an exception rolls it back."""
+    """A pool that runs each `connection()` block as one transaction: its end commits, an exception rolls back."""
 
     def __init__(self, database_url: str, *, size: int = 4, pooled: bool = False) -> None:
         self._tally = Tally()
@@ -116,24 +116,24 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
 
     @contextmanager
     def connection(self, timeout: float | None = None) -> Iterator[Connection[Any]]:
-        """Lends a connection for a block that is one transaction.
+        """Lends a connection for one transaction.
 
         Args:
-            timeout: seconds to wait for it at most, where not `WAIT`.
+            timeout: maximum seconds to wait for it; `WAIT` by default.
         """
         with super().connection(timeout) as lent:
             try:
                 yield lent
             except psycopg.errors.ReadOnlySqlTransaction:
-                lent.close()  # the next one may lead to a new primary
+                lent.close()  # a new one may reach the new primary
                 raise
 
     def getconn(self, timeout: float | None = None) -> Connection[Any]:
-        """Lends a connection, after `timeout` seconds at most, and while the attempt has time.
+        """Lends a connection. Waits at most `timeout` seconds, and only as long as the attempt has time.
 
         Raises:
-            TimeLimitError: it has none left.
-            NoConnectionError: none could be had in time.
+            TimeLimitError: the attempt has no time left.
+            NoConnectionError: no connection became free in time.
         """
         timeout = deadline.begin_step(self.timeout if timeout is None else timeout)
         try:
@@ -148,27 +148,27 @@ class HandlerPool(ConnectionPool[Connection[Any]]):
         return connection
 
     def putconn(self, conn: Connection[Any]) -> None:
-        """Takes a connection back."""
+        """Takes back a lent connection."""
         self._lent.discard(conn)
-        _reset(conn)  # not by the pool: that would do it in a thread of its own, and the next handler waits for that
+        _reset(conn)  # the pool's own reset runs in another thread, which the next handler would wait for
         super().putconn(conn)
 
     def cancel(self, limit: float) -> None:
-        """Cancels at the server what handlers wait for, in `limit` seconds, as the process is about to exit."""
-        ends = time.monotonic() + limit
+        """Cancels the statements that handlers wait for, within `limit` seconds, before the process exits."""
+        ends_at = time.monotonic() + limit
         for connection in list(self._lent):
-            if (left := ends - time.monotonic()) > 0:
+            if (left := ends_at - time.monotonic()) > 0:
                 postgres.cancel(connection, left)
 
 
 def _check(connection: Connection[Any]) -> None:
-    """Makes the pool drop a broken connection: an outage must not cost the next handlers an attempt each."""
+    """Makes the pool drop a broken connection: otherwise an outage costs each of the next handlers an attempt."""
     if postgres.has_heard(connection):
         ConnectionPool.check_connection(connection)
 
 
 def _reset(connection: Connection[Any]) -> None:
-    """Undoes what a handler may have set on a connection, so that the next one's block is a transaction as ever."""
+    """Undoes what a handler may have set on a connection, so that the next one gets a plain transaction."""
     try:
         if connection.pgconn.transaction_status != TransactionStatus.IDLE:
             connection.rollback()
@@ -192,7 +192,7 @@ def _limit_session(connection: Connection[Any]) -> None:
 
 
 def _check_writable(connection: Connection[Any]) -> None:
-    """Refuses a standby, which the address may still lead to after a fail-over: the pool tries anew."""
+    """Rejects a standby, which the address may still lead to after a fail-over: the pool connects again."""
     row = connection.execute(query("is_read_only")).fetchone()
     connection.commit()
     assert row is not None
