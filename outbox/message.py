@@ -1,4 +1,4 @@
-"""A mail as the bytes that go over the wire, for handlers that send many: the email package takes 2 ms for one."""
+"""Writes mails as bytes for SMTP, for handlers that send many: the email package takes 2 ms for one."""
 
 import binascii
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 _BOUNDARY = "=_alternative"
-"""Never in a part: quoted-printable has no "=_" (RFC 2045, section 6.7)."""
+"""Does not occur in a part: quoted-printable has no "=_" (RFC 2045, section 6.7)."""
 
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -15,18 +15,18 @@ class Message(NamedTuple):
     """A mail that is ready to be sent."""
 
     recipient: str
-    """The address for the envelope."""
+    """The address in the envelope."""
     content: bytes
-    """Headers and body, with CRLF at the end of every line."""
+    """Headers and body; every line ends with CRLF."""
 
 
 def alternatives(recipient: str, headers: Mapping[str, str], *, text: str, html: str) -> Message:
-    """Returns a mail whose body is there as text and as HTML.
+    """Returns a mail with a text and an HTML alternative of its body.
 
     Args:
-        recipient: the address, which becomes the `To` header as well.
-        headers: the others; a value that is not ASCII needs to be an encoded word already.
-        text: the body for programs that show no HTML.
+        recipient: the address, for the envelope and the `To` header.
+        headers: the other headers; values must be in ASCII, as encoded words if needed.
+        text: the body for mail programs that show no HTML.
         html: the body for the others.
 
     Raises:

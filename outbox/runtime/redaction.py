@@ -1,4 +1,4 @@
-"""Removes from errors and texts what no log line and no row may show: secret codes, and rows that Postgres quotes."""
+"""Removes secrets from texts for logs and rows: secret codes, and rows that errors from Postgres quote."""
 
 import re
 
@@ -9,12 +9,12 @@ _CODE_IN_TEXT = re.compile(r"(?i)secret_code(=3D|%3D|=)[0-9a-f=\s]*")
 
 
 def masked(text: str) -> str:
-    """Returns a text without the codes of verification links: a mail server may quote the link that it rejects."""
+    """Returns a text without the secret codes of verification links: a mail server may quote a link that it rejects."""
     return _CODE_IN_TEXT.sub("secret_code=…", text)
 
 
 def one_line(error: BaseException) -> str:
-    """Returns an error's class and text on one line of at most 500 characters, all of which Postgres can store."""
+    """Returns an error's class and text on one line of at most 500 characters that Postgres can store."""
     shown = without_detail(error) if isinstance(error, psycopg.Error) else str(error)
     text = " ".join(masked(shown).replace("\0", "\ufffd").encode(errors="replace").decode().split())
     name = type(error).__name__
@@ -22,12 +22,12 @@ def one_line(error: BaseException) -> str:
 
 
 def without_detail(error: psycopg.Error) -> str:
-    """Returns the message of an error from Postgres without the row that it quotes: that may hold a hash."""
+    """Returns the message of an error from Postgres without the row that it quotes, which may hold a password hash."""
     return error.diag.message_primary or str(error)
 
 
 def hide_rows(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Removes the rows that errors from Postgres quote, before a log line shows the text of their traceback."""
+    """Removes the rows that errors from Postgres quote, before the log shows a traceback with their text."""
     error, seen = event.get("exc_info"), set[int]()
     if isinstance(error, tuple):
         error = error[1]

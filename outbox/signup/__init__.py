@@ -1,1 +1,1 @@
-"""What only the sign-up application knows and its service and worker share: its task, and the code in its link."""
+"""The parts of the sign-up application that service and worker share: its task, and the code in its link."""

@@ -1,20 +1,20 @@
-"""The secret code in a verification link: derived, never stored."""
+"""Derives the secret code in a verification link, which is stored nowhere."""
 
 import hashlib
 import hmac
 
 
 def secret_code(secret_key: str, email_id: int, username: str, email: str) -> str:
-    """Returns the code of a verification: HMAC-SHA-256 of what the verification is for, in 64 hex digits.
+    """Returns the code of a verification: the HMAC-SHA-256 of its id, user and address, in 64 hex digits.
 
-    The same row gives the same code, so that a mail that goes out twice carries the same link; and the database
-    holds nothing that opens a link, so that its leak verifies nobody.
+    The same row gives the same code, so a mail that is sent twice carries the same link. The database holds no code, so
+    a leak of it opens no link.
 
     Args:
         secret_key: `SECRET_KEY`.
         email_id: the id of the row in `verify_emails`.
-        username: whose address it is.
-        email: the address.
+        username: the user.
+        email: the user's address.
     """
     message = "\0".join(("verify_email", str(email_id), username, email))
     return hmac.new(secret_key.encode(), message.encode(), hashlib.sha256).hexdigest()

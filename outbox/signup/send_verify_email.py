@@ -1,4 +1,4 @@
-"""The tasks of this service. A task of your own may stand here, or in a module of yours."""
+"""The task of the sign-up application."""
 
 from pydantic import BaseModel, ConfigDict
 
