@@ -1,13 +1,35 @@
 """A mail server, or whoever sits between it and the worker, that says what no mail server says."""
 
 import base64
+import time
 
 import pytest
 
+from outbox import SkipRetry
 from outbox_worker.mail_errors import MailError, MailServerError
 from tests.support.mailbox import serve_script
-from tests.support.mailing import close, mail, mailer
+from tests.support.mailing import close, mail, mailer, send_when_back
 from tests.support.waiting import eventually
+
+
+@pytest.mark.usefixtures("pipelining")
+@pytest.mark.parametrize("step", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "."])
+@pytest.mark.parametrize("does", ["hangs", "hangs up", "talks nonsense"])
+def test_a_server_that_misbehaves_at_a_step(step: str, does: str) -> None:
+    """A time limit ends every wait, and whatever happened, it is tried again on a new connection, never made dead."""
+    replies = {"hangs": None, "hangs up": b"", "talks nonsense": b"\xff\xfe\0 what?"}
+    steps = (step, "HELO") if step == "EHLO" else (step,)
+    with serve_script(replies=dict.fromkeys(steps, replies[does])) as server:
+        sender = mailer(server.url)
+        started = time.monotonic()
+        with pytest.raises((OSError, MailError)) as caught:  # smtplib's errors are OSErrors
+            sender.send(mail())
+        assert time.monotonic() - started < 3
+        assert not isinstance(caught.value, SkipRetry)
+        server.replies.clear()
+        send_when_back(sender)
+        eventually(lambda: server.mails == 1)
+        close(sender)
 
 
 @pytest.mark.parametrize("step", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "."])

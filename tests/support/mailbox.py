@@ -15,14 +15,23 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from aiosmtpd.controller import Controller
-from aiosmtpd.smtp import SMTP, Envelope, Session
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, Session
 
 if TYPE_CHECKING:
     import trustme
 
 
 PIPELINING = True
-"""Whether these servers let clients say the next thing before the last one is answered (RFC 2920)."""
+"""Whether these servers support pipelining (RFC 2920)."""
+
+
+def _authenticate(*args: Any) -> AuthResult:
+    data = args[-1]
+    return AuthResult(success=(data.login, data.password) == (b"user@x", b"p:/w"), handled=False)
+
+
+LOGIN: dict[str, Any] = {"authenticator": _authenticate, "auth_required": True}
+"""Options of `serve_mailbox` that require a login as `user@x` with the password `p:/w`."""
 
 
 @dataclass
