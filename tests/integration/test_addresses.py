@@ -1,4 +1,4 @@
-"""One address, one user: whatever case it is typed in, and whatever collation the database has."""
+"""An address belongs to one user, in any case of its letters and with any collation of the database."""
 
 import secrets
 from collections.abc import Iterator
@@ -16,24 +16,24 @@ from tests.support.servers import with_database
 
 @pytest.fixture(params=["the server's", "C"])
 def url(request: pytest.FixtureRequest, server_url: str) -> Iterator[str]:
-    """A migrated database in UTF-8. C is the collation whose `lower` knows no letters but those of ASCII."""
+    """A migrated database in UTF-8. `lower` of the collation C changes ASCII letters only."""
     if request.param != "C":
         yield request.getfixturevalue("database_url")
         return
-    name = psycopg.sql.Identifier(created := f"outbox_test_{secrets.token_hex(6)}")
+    identifier = psycopg.sql.Identifier(name := f"outbox_test_{secrets.token_hex(6)}")
     with psycopg.connect(server_url, autocommit=True) as connection:
-        # The server's own provider may be another; Postgres 14 has but one.
+        # The server may have another default provider; Postgres 14 has only one.
         provider = psycopg.sql.SQL("LOCALE_PROVIDER libc" if connection.info.server_version >= 150_000 else "")
         create = psycopg.sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C' {}")
-        connection.execute(create.format(name, provider))
-        migrate(with_database(server_url, created))
-        yield with_database(server_url, created)
-        connection.execute(psycopg.sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+        connection.execute(create.format(identifier, provider))
+        migrate(with_database(server_url, name))
+        yield with_database(server_url, name)
+        connection.execute(psycopg.sql.SQL("DROP DATABASE {} WITH (FORCE)").format(identifier))
 
 
 @pytest.fixture
 def api(url: str) -> Iterator[Api]:
-    """A service on that database."""
+    """A service with that database."""
     with serve(ServiceSettings(database_url=url, secret_key="k" * 32)) as served:
         yield served
 
@@ -49,11 +49,11 @@ SAME = [
     ("Ünal.B+Tag@EXÄMPLE.com", "üNAL.b+tag@exämple.com"),
     ("a@xn--exmple-cua.com", "A@Exämple.com"),
 ]
-"""Addresses that differ in case or in how they are composed."""
+"""Pairs of addresses that differ only in case or in Unicode composition."""
 
 
 def test_an_address_in_another_case_is_taken(api: Api, url: str) -> None:
-    """Whatever the collation of the database, it is a 409, and stays one however often it is tried."""
+    """It gets a 409 with any collation of the database, at every try."""
     for number, (first, second) in enumerate(SAME):
         assert api.create(f"first_{number}", email=first).status_code == 201, first
         for email in (first, second):
@@ -67,7 +67,7 @@ def test_an_address_in_another_case_is_taken(api: Api, url: str) -> None:
 
 
 def test_the_answer_shows_the_address_that_the_mail_goes_to(api: Api, url: str) -> None:
-    """ASCII before the @ stays as it was typed; any other address is stored, shown and written to in lower case."""
+    """An ASCII local part keeps its case; any other address is stored, shown and used in lower case."""
     typed = ["Alice@Example.com", "ÉLODIE.B@Example.com"]
     shown = [api.create(f"user_{n}", email=email).json()["user"]["email"] for n, email in enumerate(typed)]
 

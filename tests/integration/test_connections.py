@@ -1,4 +1,4 @@
-"""The connections to the mail server: shared, bounded, and what an outage costs."""
+"""The pool of connections to the mail server: its limits, and its behaviour in an outage."""
 
 import threading
 import time
@@ -20,12 +20,12 @@ from tests.support.waiting import eventually
 
 
 def send_all(send: Callable[[], None], mails: int, threads: int = 32) -> Counter[type[Exception] | None]:
-    """Sends mails from many threads at once and returns what became of them."""
+    """Sends mails from many threads, and counts the errors by class; None stands for a mail that was sent."""
 
     def one(_: int) -> type[Exception] | None:
         try:
             send()
-        except Exception as error:  # noqa: BLE001 - it is looked at below
+        except Exception as error:  # noqa: BLE001 - the tests check it
             return type(error)
         return None
 
@@ -34,7 +34,7 @@ def send_all(send: Callable[[], None], mails: int, threads: int = 32) -> Counter
 
 
 def test_threads_share_a_bounded_number_of_connections() -> None:
-    """However many handlers there are, and each connection carries many mails."""
+    """The number of threads does not matter, and each connection carries many mails."""
     with serve_script() as server:
         sender = mailer(server.url, smtp_timeout=10, mail_connections=3)
         assert send_all(lambda: sender.send(mail()), 200) == {None: 200}
@@ -43,8 +43,8 @@ def test_threads_share_a_bounded_number_of_connections() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_a_server_with_a_limit_of_connections_takes_all_mails(limit: int) -> None:
-    """The pool is as many connections as it takes; who has none waits for one. One line says so, and nothing failed."""
+def test_a_server_with_a_limit_of_connections_accepts_all_mails(limit: int) -> None:
+    """The pool uses as many connections as the server permits. One line logs the limit, and no mail fails."""
     with serve_script(limit=limit) as server, capture_logs() as lines:
         sender = mailer(server.url, smtp_timeout=10)
         assert send_all(lambda: sender.send(mail()), 100) == {None: 100}
@@ -57,7 +57,7 @@ def test_a_server_with_a_limit_of_connections_takes_all_mails(limit: int) -> Non
 
 
 def test_a_limited_pool_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more is tried from time to time: others may have closed theirs."""
+    """It tries one more connection from time to time, because other clients may have closed theirs."""
     monkeypatch.setattr(connections, "GROWTH_INTERVAL", 0.1)
     with serve_script(limit=1) as server:
         sender = mailer(server.url, smtp_timeout=10)
@@ -74,18 +74,18 @@ def test_a_limited_pool_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_workers_share_a_limit() -> None:
-    """One that has a connection keeps its mails going, one that has none gives them back without an attempt."""
+    """A worker with a connection sends its mails; one without gives its rows back, and no attempt counts."""
     with serve_script(limit=2) as server:
         senders = [mailer(server.url, smtp_timeout=10) for _ in range(2)]
         with ThreadPoolExecutor(2) as both:
-            tried = list(both.map(lambda sender: send_all(lambda: sender.send(mail()), 50), senders))
-        assert {kind for results in tried for kind in results} <= {None, MailServerError}
-        assert max(results[None] for results in tried) == 50
+            outcomes = list(both.map(lambda sender: send_all(lambda: sender.send(mail()), 50), senders))
+        assert {kind for results in outcomes for kind in results} <= {None, MailServerError}
+        assert max(results[None] for results in outcomes) == 50
         close(*senders)
 
 
 def test_idle_connections_are_closed(mailbox: Mailbox) -> None:
-    """In an orderly way, and only those that nobody has needed lately."""
+    """Only those that were idle for long enough are closed."""
     with serve_script() as server:
         sender = mailer(server.url, smtp_timeout=10)
         sender.send(mail())
@@ -98,13 +98,13 @@ def test_idle_connections_are_closed(mailbox: Mailbox) -> None:
         close(sender)
 
 
-def test_a_wait_for_a_connection_is_the_mail_servers(mailbox: Mailbox) -> None:
-    """A mail that finds all connections taken for too long is given back; the server is not away."""
+def test_a_mail_that_gets_no_connection_in_time_does_not_count(mailbox: Mailbox) -> None:
+    """Its row is given back, and the server is not away."""
     mailbox.data_delay = 3
     sender = mailer(mailbox.url, smtp_timeout=10, mail_connections=1)
     thread = threading.Thread(target=lambda: sender.send(mail()))
     thread.start()
-    eventually(lambda: mailbox.taking, 5, "the first mail is under way")
+    eventually(lambda: mailbox.taking, 5, "the first mail is being sent")
     with capture_logs() as lines, pytest.raises(MailServerError, match="became free in time"):
         within(1, lambda: sender.send(mail()))
     assert not sender.is_away
@@ -114,14 +114,14 @@ def test_a_wait_for_a_connection_is_the_mail_servers(mailbox: Mailbox) -> None:
 
 
 @contextmanager
-def many_under_way(sender: Mailer, mails: int) -> Iterator[list[object]]:
-    """Sends mails from as many threads; in the end, the list has what became of them."""
+def sending_many(sender: Mailer, mails: int) -> Iterator[list[object]]:
+    """Sends mails from as many threads. After the block, the list has the error of each, or None."""
     results: list[object] = []
 
     def send() -> None:
         try:
             sender.send(mail())
-        except Exception as error:  # noqa: BLE001 - it is looked at below
+        except Exception as error:  # noqa: BLE001 - the tests check it
             results.append(error)
         else:
             results.append(None)
@@ -135,14 +135,14 @@ def many_under_way(sender: Mailer, mails: int) -> Iterator[list[object]]:
 
 
 @pytest.mark.parametrize("step", ["MAIL", "DATA", "."])
-def test_a_server_that_goes_in_the_middle_of_mails_costs_no_attempt(step: str) -> None:
-    """Whatever step they are at: nothing takes our sender any more. One line when it goes, one when it is back."""
+def test_a_server_that_stops_in_the_middle_of_mails_costs_no_attempt(step: str) -> None:
+    """At any step, because no connection accepts our sender any more. The outage is logged at its start and end."""
     port = free_port()
     with capture_logs() as lines:
         with serve_script({step: None}, port=port) as server:
             sender = mailer(f"smtp://127.0.0.1:{port}", smtp_timeout=10)
-            with many_under_way(sender, 20) as results:
-                eventually(lambda: len(server.open) == 8, 5, "eight are under way")
+            with sending_many(sender, 20) as results:
+                eventually(lambda: len(server.open) == 8, 5, "eight mails are being sent")
                 server.stop()
         assert Counter(type(result) for result in results) == {MailServerError: 20}
         assert sender.is_away
@@ -153,8 +153,8 @@ def test_a_server_that_goes_in_the_middle_of_mails_costs_no_attempt(step: str) -
     assert [line["event"] for line in lines] == ["mail server is away", "mail server is back"]
 
 
-def test_only_one_tries_a_server_that_is_away() -> None:
-    """The others are told at once, and the tries are spaced: no flood of connections when it comes back."""
+def test_one_thread_at_a_time_tries_a_server_that_is_away() -> None:
+    """The others fail at once, and trials are spaced: the server is not flooded when it comes back."""
     with serve_script({"CONNECT": b"421 4.3.2 not now"}) as server:
         sender = mailer(server.url, smtp_timeout=10)
         began = time.monotonic()
@@ -167,11 +167,11 @@ def test_only_one_tries_a_server_that_is_away() -> None:
         close(sender)
 
 
-def test_a_login_that_is_refused_is_tried_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers lock out who is wrong too often; a server that is just away is tried every second."""
+def test_a_login_that_is_rejected_is_tried_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers lock out clients after too many failed logins. A server that is only away is tried every second."""
     now = [time.monotonic()]
     monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    tries = []
+    trials = []
     wrong_login: dict[str, bytes | None] = {"EHLO": b"250-me\r\n250 AUTH PLAIN", "AUTH": b"535 5.7.8 not you"}
     away: dict[str, bytes | None] = {"CONNECT": b"421 4.3.2 not now"}
     for replies in (wrong_login, away):
@@ -181,13 +181,13 @@ def test_a_login_that_is_refused_is_tried_less_and_less_often(monkeypatch: pytes
                 with pytest.raises(MailServerError):
                     sender.send(mail())
                 now[0] += 1
-            tries.append(server.connections)
-    assert tries[0] < 20
-    assert tries[1] == 120
+            trials.append(server.connections)
+    assert trials[0] < 20
+    assert trials[1] == 120
 
 
 def test_a_mail_that_breaks_its_connection_counts() -> None:
-    """The server takes our sender on another connection, so it is not away: the mail may be the reason."""
+    """The server accepts our sender on another connection, so it is not away: the mail may be the cause."""
     with serve_script(resets=True) as server, capture_logs() as lines:
         sender = mailer(server.url, smtp_timeout=10)
         with pytest.raises(MailError, match="the connection to it broke") as caught:
@@ -199,7 +199,7 @@ def test_a_mail_that_breaks_its_connection_counts() -> None:
 
 
 def test_an_attempt_that_has_sent_a_mail_counts(mailbox: Mailbox) -> None:
-    """Its first mail would go out again at each try, as often as the server is away for the second."""
+    """Otherwise its first mail would be sent again at every attempt while the server is away for the second."""
     sender = mailer(mailbox.url)
     mails = AttemptMails(sender)
     mails.send(mail())

@@ -21,8 +21,8 @@ pytestmark = [
 ]
 
 
-def test_plain(mailbox: Mailbox) -> None:
-    """smtp:// without a login; a line with a single dot ends nothing."""
+def test_a_mail_without_login_and_tls_arrives(mailbox: Mailbox) -> None:
+    """smtp:// without a login; a line with a single dot does not end the mail."""
     sender = mailer(mailbox.url)
     sender.send(mail())
     (received,) = mailbox.to("alice@example.com")
@@ -32,7 +32,7 @@ def test_plain(mailbox: Mailbox) -> None:
 
 @pytest.mark.parametrize("scheme", ["smtp", "smtps", "smtp+starttls"])
 def test_logins_over_every_scheme(scheme: str, authority: trustme.CA) -> None:
-    """With and without TLS, with a user and password that are percent-encoded in the URL."""
+    """With and without TLS, with a percent-encoded user and password in the URL."""
     all_options: dict[str, dict[str, Any]] = {
         "smtp": {"auth_require_tls": False},
         "smtps": {"ssl_context": tls(authority), "auth_require_tls": False},
@@ -48,7 +48,7 @@ def test_logins_over_every_scheme(scheme: str, authority: trustme.CA) -> None:
 @pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
 @pytest.mark.parametrize("flaw", ["another name", "another authority"])
 def test_a_wrong_certificate_is_refused(scheme: str, flaw: str, authority: trustme.CA) -> None:
-    """Neither the mail nor the password is sent to somebody who is not who they should be; tried again later."""
+    """A server that cannot prove its name gets neither the mail nor the password; the mail is tried again later."""
     context = tls(authority, "mail.example.org") if flaw == "another name" else tls(trustme.CA())
     options: dict[str, Any] = {"ssl_context": context} if scheme == "smtps" else {"tls_context": context}
     with serve_mailbox(**options, **LOGIN, auth_require_tls=False) as mailbox:
@@ -57,15 +57,15 @@ def test_a_wrong_certificate_is_refused(scheme: str, flaw: str, authority: trust
         assert not mailbox.mails
 
 
-def test_a_server_without_starttls_is_told_nothing(mailbox: Mailbox) -> None:
-    """Somebody in between who takes STARTTLS away gets no mail and no password."""
+def test_a_server_without_starttls_gets_no_mail(mailbox: Mailbox) -> None:
+    """A man in the middle who removes STARTTLS gets neither the mail nor the password."""
     with pytest.raises(Exception, match="STARTTLS"):
         mailer(mailbox.url.replace("smtp:", "smtp+starttls:")).send(mail())
     assert not mailbox.mails
 
 
 def test_a_connection_is_kept_and_shared(mailbox: Mailbox) -> None:
-    """Many mails are one connection, whichever threads they come from, as long as one mail is sent at a time."""
+    """Mails that are sent one at a time use one connection, even from several threads."""
     sender = mailer(mailbox.url)
     for _ in range(5):
         sender.send(mail())
@@ -76,8 +76,8 @@ def test_a_connection_is_kept_and_shared(mailbox: Mailbox) -> None:
     close(sender)
 
 
-def test_a_connection_that_was_closed_meanwhile_is_replaced() -> None:
-    """A server that has gone and come back, or has closed an idle connection, costs no mail its attempt."""
+def test_a_connection_that_the_server_closed_is_replaced() -> None:
+    """A server that restarts, or closes an idle connection, costs no attempt."""
     port = free_port()
     sender = mailer(f"smtp://127.0.0.1:{port}")
     for _ in range(2):
@@ -87,8 +87,8 @@ def test_a_connection_that_was_closed_meanwhile_is_replaced() -> None:
     close(sender)
 
 
-def test_a_connection_that_has_served_its_time_is_replaced() -> None:
-    """A server that takes only so many mails on one connection (421, 452) gets the next on another."""
+def test_a_connection_that_accepts_no_more_mails_is_replaced() -> None:
+    """A server that limits the mails per connection (421) gets the next one on a new connection."""
     with serve_script(close_after=1) as server:
         sender = mailer(server.url)
         sender.send(mail())
@@ -98,16 +98,16 @@ def test_a_connection_that_has_served_its_time_is_replaced() -> None:
 
 
 def test_a_server_that_is_down_is_tried_again() -> None:
-    """Connection refused is no SkipRetry, and the error names the server: an operator knows where to look."""
+    """A refused connection is not a SkipRetry, and the error names the server for the operator."""
     port = free_port()
     with pytest.raises(MailError, match=f"mail server 127.0.0.1:{port}: it cannot be reached: ConnectionRefusedError"):
         mailer(f"smtp://127.0.0.1:{port}").send(mail())
 
 
-def test_an_address_that_the_system_does_not_know_is_passed_over(
+def test_an_address_family_that_the_system_does_not_know_is_skipped(
     mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host without IPv6, say: the next address is tried."""
+    """On a host without IPv6, for example, the next address is tried."""
     unknown = (999, socket.SOCK_STREAM, 6, "", ("::1", mailbox.port))
     known = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", mailbox.port))
     monkeypatch.setattr("outbox_worker.addresses.socket.getaddrinfo", lambda *_, **__: [unknown, known])
@@ -119,7 +119,7 @@ def test_an_address_that_the_system_does_not_know_is_passed_over(
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\r\n."])
 def test_a_mail_needs_no_line_end(mailbox: Mailbox, end: bytes) -> None:
-    """However it ends, the server sees its end."""
+    """The server recognizes the end of a mail, whatever its last bytes are."""
     sender = mailer(mailbox.url)
     sender.send(Message("alice@example.com", b"Subject: Hello\r\n\r\nHello" + end))
     sender.send(mail())
@@ -128,7 +128,7 @@ def test_a_mail_needs_no_line_end(mailbox: Mailbox, end: bytes) -> None:
 
 
 def test_an_international_address() -> None:
-    """It is sent with SMTPUTF8 where the server can; where it cannot, that is told as ours and tried again."""
+    """It is sent with SMTPUTF8; a server without it is an error in the log, and the mail is tried again."""
     with serve_mailbox(enable_SMTPUTF8=True) as mailbox:
         sender = mailer(mailbox.url)
         sender.send(mail("jürgen@example.com"))
@@ -148,7 +148,7 @@ def test_an_international_address() -> None:
 
 
 def test_an_international_domain_needs_nothing_special() -> None:
-    """The envelope carries its ASCII form, the sender's as well, to a server that knows no SMTPUTF8."""
+    """The envelope has its ASCII form, for recipient and sender, so the server needs no SMTPUTF8."""
     with serve_mailbox(enable_SMTPUTF8=False) as mailbox:
         sender = mailer(mailbox.url, mail_from="no-reply@exämple.com")
         sender.send(mail("user@exämple.com"))
@@ -157,8 +157,8 @@ def test_an_international_domain_needs_nothing_special() -> None:
 
 
 @pytest.mark.parametrize("address", ["not an address", "a@example.com, b@example.com", "<>", "a@b@c"])
-def test_what_is_no_address_is_final(address: str, mailbox: Mailbox) -> None:
-    """It will never be one, and the server is not asked."""
+def test_an_invalid_address_is_final(address: str, mailbox: Mailbox) -> None:
+    """No retry can help, and the server is not asked."""
     with pytest.raises(SkipRetry, match="not valid"):
         mailer(mailbox.url).send(mail(address))
     assert mailbox.connections == 0

@@ -1,4 +1,4 @@
-"""What the mailer makes of each reply of a mail server: an outage, a final rejection, or another attempt."""
+"""Replies of a mail server: which are an outage, which are final, and which are tried again."""
 
 import re
 
@@ -28,7 +28,7 @@ pytestmark = [
     ],
 )
 def test_a_4xx_for_a_mail_is_tried_again(mailbox: Mailbox, step: str, reply: str) -> None:
-    """With the server's words, and quietly; the next mail goes through."""
+    """The error has the server's text, and nothing is logged. The next mail is accepted."""
     sender = mailer(mailbox.url)
     setattr(mailbox, step, reply)
     with capture_logs() as lines, pytest.raises(MailError, match=reply) as caught:
@@ -57,8 +57,8 @@ def test_a_4xx_for_a_mail_is_tried_again(mailbox: Mailbox, step: str, reply: str
         ("mail_reply", "530 log in first"),
     ],
 )
-def test_what_is_said_to_all_mails_is_an_outage(mailbox: Mailbox, step: str, reply: str) -> None:
-    """One line when it begins, and one more if somebody must mend it; one when the server takes a mail again."""
+def test_a_reply_that_concerns_all_mails_is_an_outage(mailbox: Mailbox, step: str, reply: str) -> None:
+    """It is logged when it begins and when it ends, and once more as an error if an operator must act."""
     sender = mailer(mailbox.url)
     setattr(mailbox, step, reply)
     with capture_logs() as lines:
@@ -68,8 +68,8 @@ def test_what_is_said_to_all_mails_is_an_outage(mailbox: Mailbox, step: str, rep
             assert sender.is_away
         setattr(mailbox, step, "250 OK")
         send_when_back(sender)
-    shouts = ["mail server rejected our request"] if reply.startswith("5") else []
-    assert [line["event"] for line in lines] == [*shouts, "mail server is away", "mail server is back"]
+    errors = ["mail server rejected our request"] if reply.startswith("5") else []
+    assert [line["event"] for line in lines] == [*errors, "mail server is away", "mail server is back"]
     assert reply in str(lines)
     assert not sender.is_away
     assert len(mailbox.mails) == 1
@@ -88,7 +88,7 @@ def test_what_is_said_to_all_mails_is_an_outage(mailbox: Mailbox, step: str, rep
     ],
 )
 def test_a_5xx_that_names_the_mailbox_is_final(mailbox: Mailbox, reply: str) -> None:
-    """The server knows that this mailbox will never do; the next address is not affected."""
+    """The mailbox accepts no mail now or later; other recipients are not affected."""
     sender = mailer(mailbox.url)
     mailbox.rcpt_reply = reply
     with capture_logs() as lines, pytest.raises(SkipRetry, match=f"rejected alice@example.com permanently: {reply}"):
@@ -97,7 +97,7 @@ def test_a_5xx_that_names_the_mailbox_is_final(mailbox: Mailbox, reply: str) -> 
     mailbox.rcpt_reply = "250 OK"
     sender.send(mail("bob@example.com"))
     assert len(mailbox.to("bob@example.com")) == 1
-    assert mailbox.connections == 1, "a refused address does not cost the connection"
+    assert mailbox.connections == 1, "a rejected address does not cost the connection"
     close(sender)
 
 
@@ -113,7 +113,7 @@ def test_a_5xx_that_names_the_mailbox_is_final(mailbox: Mailbox, reply: str) -> 
         ("rcpt_reply", "553 sorry, that domain isn't in my list of allowed rcpthosts"),
         ("rcpt_reply", "504 5.5.2 <myhost>: Helo command rejected: need fully-qualified hostname"),
         ("rcpt_reply", "550 5.1.0 <no-reply@example.com>: Sender address rejected: User unknown"),
-        ("rcpt_reply", "550 5.1.11 what is 5.1.1 at its beginning only"),
+        ("rcpt_reply", "550 5.1.11 begins with 5.1.1"),
         ("rcpt_reply", "550 5.4.5 daily quota exceeded"),
         ("rcpt_reply", "552 too many recipients"),
         ("rcpt_reply", "552 5.2.2 full"),
@@ -122,8 +122,8 @@ def test_a_5xx_that_names_the_mailbox_is_final(mailbox: Mailbox, reply: str) -> 
         ("data_reply", "550 5.1.1 too late to say so"),
     ],
 )
-def test_a_5xx_that_may_be_our_fault_is_shouted_about_and_tried_again(mailbox: Mailbox, step: str, reply: str) -> None:
-    """It is our configuration, and nobody's row should die of it."""
+def test_a_5xx_that_may_be_our_fault_is_an_error_and_tried_again(mailbox: Mailbox, step: str, reply: str) -> None:
+    """Our configuration may be wrong, which must make no row dead."""
     sender = mailer(mailbox.url)
     setattr(mailbox, step, reply)
     with capture_logs() as lines, pytest.raises(MailError, match=re.escape(reply)) as caught:
@@ -138,8 +138,8 @@ def test_a_5xx_that_may_be_our_fault_is_shouted_about_and_tried_again(mailbox: M
     close(sender)
 
 
-def test_a_failed_login_is_shouted_about_and_tried_again() -> None:
-    """Without the password in the error or the log."""
+def test_a_failed_login_is_an_error_and_tried_again() -> None:
+    """Neither the error nor the log has the password."""
     with serve_mailbox(auth_require_tls=False, **LOGIN) as mailbox:
         sender = mailer(f"smtp://user%40x:wrong-password@127.0.0.1:{mailbox.port}")
         with capture_logs() as lines, pytest.raises(MailError, match="rejected the login: 535") as caught:
@@ -148,8 +148,8 @@ def test_a_failed_login_is_shouted_about_and_tried_again() -> None:
     assert "wrong-password" not in f"{caught.value}{lines}"
 
 
-def test_a_password_that_no_login_can_carry_is_not_quoted() -> None:
-    """The error says where to look, and shows nothing of it."""
+def test_a_password_with_non_ascii_characters_is_not_quoted() -> None:
+    """The error names the setting, and shows no part of the password."""
     with (
         serve_mailbox(auth_require_tls=False, **LOGIN) as mailbox,
         pytest.raises(MailError, match="SMTP_URL") as caught,
@@ -160,7 +160,7 @@ def test_a_password_that_no_login_can_carry_is_not_quoted() -> None:
 
 
 def test_a_quoted_link_is_masked() -> None:
-    """Mail servers quote the link that they dislike; the code in it must reach neither the log nor the row."""
+    """Mail servers quote links that they reject. The code in them reaches neither the log nor the row."""
     quoted = b"554 bad link http://x/v1/verify_email?email_id=1&secret_code=3D0123abcdef of yours, secret_code%3D456789"
     with serve_script(replies={"DATA": quoted}) as server:
         sender = mailer(server.url)
@@ -173,8 +173,8 @@ def test_a_quoted_link_is_masked() -> None:
         close(sender)
 
 
-def test_data_refused_before_the_mail() -> None:
-    """A DATA command that is answered with 4xx or 5xx is a refusal like any other."""
+def test_a_rejected_data_command_rejects_the_mail() -> None:
+    """A 5xx reply to DATA is logged and raised like one to the whole mail."""
     with serve_script(replies={"DATA": b"554 5.7.0 no mails today"}) as server:
         sender = mailer(server.url)
         with capture_logs() as lines, pytest.raises(MailError, match=r"rejected the mail: 554 5\.7\.0 no mails"):
@@ -183,8 +183,8 @@ def test_data_refused_before_the_mail() -> None:
         close(sender)
 
 
-def test_a_mail_that_was_not_asked_for_is_not_sent() -> None:
-    """An answer to DATA that is neither yes nor no belongs to something else: the mail is tried again."""
+def test_no_mail_is_sent_without_a_354() -> None:
+    """A 2xx reply to DATA belongs to another command: the mail is tried again on a new connection."""
     with serve_script(replies={"DATA": b"250 fine"}) as server:
         sender = mailer(server.url)
         with pytest.raises(MailError, match="rejected the mail: 250 fine"):
@@ -196,8 +196,8 @@ def test_a_mail_that_was_not_asked_for_is_not_sent() -> None:
 
 
 @pytest.mark.parametrize("data", [b"503 no recipient", b"354 go on", b"", None])
-def test_what_is_answered_after_a_refusal_changes_nothing(data: bytes | None) -> None:
-    """A server may be ready for the mail that it has refused the recipient of; the next mail goes through."""
+def test_the_reply_to_data_after_a_rejected_recipient_changes_nothing(data: bytes | None) -> None:
+    """The server may expect a mail although it rejected the recipient. The next mail is accepted."""
     with serve_script(replies={"RCPT": b"550 5.1.1 no", "DATA": data}) as server:
         sender = mailer(server.url)
         with pytest.raises(SkipRetry, match=r"550 5\.1\.1 no"):
@@ -208,14 +208,14 @@ def test_what_is_answered_after_a_refusal_changes_nothing(data: bytes | None) ->
         close(sender)
 
 
-def test_a_server_that_hangs_after_a_refusal_changes_nothing() -> None:
-    """What was refused stays refused when RSET gets no answer."""
+def test_a_server_that_hangs_at_rset_changes_nothing() -> None:
+    """A rejected mail stays rejected if RSET gets no reply."""
     with serve_script(replies={"RCPT": b"550 5.1.1 no", "RSET": None}) as server, pytest.raises(SkipRetry):
         mailer(server.url).send(mail())
 
 
-def test_an_endless_reply_is_cut() -> None:
-    """An error holds a readable part of what the server said."""
+def test_a_long_reply_is_cut() -> None:
+    """An error has a readable part of the reply."""
     reply = b"\r\n".join([b"450-" + b"x" * 500] * 100 + [b"450 end"])
     with serve_script(replies={"RCPT": reply}) as server:
         sender = mailer(server.url)

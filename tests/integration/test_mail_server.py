@@ -1,4 +1,4 @@
-"""Reaching the mail server: names whose look-up hangs, addresses that are dead, and what this machine calls itself."""
+"""Connecting to the mail server: look-ups that hang, dead addresses, and the name in EHLO."""
 
 import socket
 import threading
@@ -16,11 +16,11 @@ from tests.support.mailing import close, mail, mailer, send_when_back, within
 from tests.support.waiting import eventually
 
 HOST = "mail.test"
-"""What no resolver knows but `Resolver`."""
+"""A host name that only `Resolver` knows."""
 
 
 class Resolver:
-    """The system's resolver, but for one name: it answers what a test says, or hangs."""
+    """Stands for the system's resolver. For `HOST`, it returns what a test says, or hangs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ports: list[int] = []
@@ -31,7 +31,7 @@ class Resolver:
         monkeypatch.setattr(socket, "getaddrinfo", self.find)
 
     def find(self, host: str, *args: Any, **options: Any) -> list[Any]:
-        """Stands for `socket.getaddrinfo`."""
+        """Replaces `socket.getaddrinfo`."""
         if host != HOST:
             return list(self._real(host, *args, **options))
         if options.get("flags"):
@@ -44,60 +44,60 @@ class Resolver:
 
 @pytest.fixture
 def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
-    """A resolver that hangs no longer than the test."""
-    made = Resolver(monkeypatch)
-    yield made
-    made.answers.set()
+    """A resolver that hangs no longer than the test runs."""
+    installed = Resolver(monkeypatch)
+    yield installed
+    installed.answers.set()
 
 
 @pytest.fixture
-def name_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], str]], None]:
-    """Sets what this machine's name is found to be."""
+def set_own_name(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], str]], None]:
+    """Replaces the look-up of this machine's name."""
 
-    def set_name(find: Callable[[], str]) -> None:
-        monkeypatch.setattr(socket, "getfqdn", find)
+    def replace(look_up: Callable[[], str]) -> None:
+        monkeypatch.setattr(socket, "getfqdn", look_up)
 
-    return set_name
+    return replace
 
 
-def test_a_silent_resolver_stops_no_mail_to_an_address(
-    name_of_this_machine: Callable[[Callable[[], str]], None],
+def test_a_resolver_that_hangs_stops_no_mail_to_a_numeric_address(
+    set_own_name: Callable[[Callable[[], str]], None],
 ) -> None:
-    """Our own name is asked for once and not waited for; the server hears this end's address instead."""
-    asked: list[int] = []
+    """Our own name is looked up once, and EHLO has the local address instead."""
+    lookups: list[int] = []
     answers = threading.Event()
 
-    def never() -> str:
-        asked.append(1)
+    def look_up_slowly() -> str:
+        lookups.append(1)
         answers.wait(8)
         return "late.example.com"
 
-    name_of_this_machine(never)
+    set_own_name(look_up_slowly)
     with serve_script() as server:
         sender = mailer(server.url, smtp_timeout=10)
         for _ in range(3):
             within(5, lambda: sender.send(mail()))
             close(sender)
         assert server.helos == ["[127.0.0.1]"] * 3
-    assert len(asked) == 1
+    assert len(lookups) == 1
     answers.set()
 
 
 @pytest.mark.parametrize("name", ["my_host.example.com", "localhost", "", "-x.example.com", "exämple.com"])
-def test_a_name_that_is_no_domain_is_not_said(
-    name: str, mailbox: Mailbox, name_of_this_machine: Callable[[Callable[[], str]], None]
+def test_an_own_name_that_is_not_a_domain_is_not_sent(
+    name: str, mailbox: Mailbox, set_own_name: Callable[[Callable[[], str]], None]
 ) -> None:
-    """Servers refuse all mails after it (501 from Exim)."""
-    name_of_this_machine(lambda: name)
+    """Servers reject all mails after such an EHLO (501 from Exim)."""
+    set_own_name(lambda: name)
     sender = mailer(mailbox.url)
     sender.send(mail())
     assert mailbox.helos == ["[127.0.0.1]"]
     close(sender)
 
 
-def test_a_domain_is_said(mailbox: Mailbox, name_of_this_machine: Callable[[Callable[[], str]], None]) -> None:
-    """The name that is found, or the one that the settings say."""
-    name_of_this_machine(lambda: "worker-1.example.com")
+def test_a_domain_is_sent(mailbox: Mailbox, set_own_name: Callable[[Callable[[], str]], None]) -> None:
+    """EHLO has the name that was looked up, or the one in the settings."""
+    set_own_name(lambda: "worker-1.example.com")
     for options, name in [({}, "worker-1.example.com"), ({"smtp_helo": "out.example.org"}, "out.example.org")]:
         sender = mailer(mailbox.url, **options)
         sender.send(mail())
@@ -106,7 +106,7 @@ def test_a_domain_is_said(mailbox: Mailbox, name_of_this_machine: Callable[[Call
 
 
 def test_a_look_up_that_hangs(mailbox: Mailbox, resolver: Resolver) -> None:
-    """It takes no longer than a step where the server was never found, and else the earlier answer holds."""
+    """It takes no longer than a step, and if an earlier look-up succeeded, its result is used."""
     resolver.ports = [mailbox.port]
     resolver.answers.clear()
     sender = mailer(f"smtp://{HOST}:25")
@@ -124,7 +124,7 @@ def test_a_look_up_that_hangs(mailbox: Mailbox, resolver: Resolver) -> None:
 
 
 def test_a_look_up_that_fails(mailbox: Mailbox, resolver: Resolver) -> None:
-    """It is the server that is away, and where it was found before, it is still there."""
+    """The server is away, unless an earlier look-up succeeded: then its result is used."""
     resolver.error = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     sender = mailer(f"smtp://{HOST}:25")
     with pytest.raises(MailError, match="Temporary failure in name resolution"):
@@ -139,7 +139,7 @@ def test_a_look_up_that_fails(mailbox: Mailbox, resolver: Resolver) -> None:
 
 
 def test_a_server_that_moves_is_followed(resolver: Resolver) -> None:
-    """A new answer is taken at the next connection."""
+    """The next connection goes to the new address."""
     sender = mailer(f"smtp://{HOST}:25")
     for _ in range(2):
         with serve_mailbox() as mailbox:
@@ -150,13 +150,13 @@ def test_a_server_that_moves_is_followed(resolver: Resolver) -> None:
 
 
 @contextmanager
-def dead_ports(count: int, *, takes: bool) -> Iterator[list[socket.socket]]:
-    """Listeners that say nothing; unless it `takes` them, a connection to one does not even come about."""
+def dead_ports(count: int, *, accepts: bool) -> Iterator[list[socket.socket]]:
+    """Opens listeners that send nothing. They accept connections only if `accepts`."""
     with ExitStack() as stack:
         listeners = []
         for _ in range(count):
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=9 if takes else 0))
-            for _ in range(0 if takes else 4):  # connections that nobody accepts: the next one waits
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=9 if accepts else 0))
+            for _ in range(0 if accepts else 4):  # they fill the backlog, so that the next one waits
                 waiting = stack.enter_context(socket.socket())
                 waiting.settimeout(0)
                 waiting.connect_ex(listener.getsockname())
@@ -166,7 +166,7 @@ def dead_ports(count: int, *, takes: bool) -> Iterator[list[socket.socket]]:
 
 
 def port_of(listener: socket.socket) -> int:
-    """Returns where it listens."""
+    """Returns the port that a listener uses."""
     return int(listener.getsockname()[1])
 
 
@@ -174,8 +174,8 @@ def port_of(listener: socket.socket) -> int:
 def test_a_live_address_behind_dead_ones_is_reached_and_remembered(
     kind: str, mailbox: Mailbox, resolver: Resolver
 ) -> None:
-    """In one attempt, and from then on it is the first."""
-    with dead_ports(3, takes=kind == "silent") as dead:
+    """It is reached in one attempt, and is tried first from then on."""
+    with dead_ports(3, accepts=kind == "silent") as dead:
         resolver.ports = [*map(port_of, dead), mailbox.port]
         sender = mailer(f"smtp://{HOST}:25", smtp_timeout=10)
         within(4, lambda: sender.send(mail()))
@@ -183,13 +183,13 @@ def test_a_live_address_behind_dead_ones_is_reached_and_remembered(
         began = time.monotonic()
         within(4, lambda: sender.send(mail()))
         close(sender)
-        assert time.monotonic() - began < 2, "it has not tried the dead ones again, which takes three seconds"
+        assert time.monotonic() - began < 2, "the dead ones are not tried again, which would take three seconds"
         assert len(mailbox.mails) == 2
 
 
-def test_what_was_tried_in_vain_is_tried_last(mailbox: Mailbox, resolver: Resolver) -> None:
-    """More dead addresses than one attempt has time for: the next attempt goes on with the others."""
-    with dead_ports(8, takes=True) as dead:
+def test_addresses_that_failed_are_tried_last(mailbox: Mailbox, resolver: Resolver) -> None:
+    """If one attempt has no time for all dead addresses, the next attempt tries the others."""
+    with dead_ports(8, accepts=True) as dead:
         resolver.ports = [*map(port_of, dead), mailbox.port]
         sender = mailer(f"smtp://{HOST}:25", smtp_timeout=0.3)
 
@@ -206,8 +206,8 @@ def test_what_was_tried_in_vain_is_tried_last(mailbox: Mailbox, resolver: Resolv
 
 
 def test_dead_addresses_take_no_longer_than_the_attempt(resolver: Resolver) -> None:
-    """However many there are."""
-    with dead_ports(8, takes=False) as dead:
+    """Their number does not matter."""
+    with dead_ports(8, accepts=False) as dead:
         resolver.ports = [port_of(listener) for listener in dead]
         sender = mailer(f"smtp://{HOST}:25", smtp_timeout=10)
         began = time.monotonic()

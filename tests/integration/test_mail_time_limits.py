@@ -1,4 +1,4 @@
-"""Time limits of sending a mail: each step ends with the attempt, even if the server is slow."""
+"""Time limits of sending a mail to a slow server."""
 
 import socket
 import time
@@ -17,8 +17,8 @@ from tests.support.mailing import close, mail, mailer, within
 pytestmark = pytest.mark.usefixtures("pipelining")
 
 
-def test_a_mail_that_the_server_is_taking_is_not_given_up(mailbox: Mailbox) -> None:
-    """The attempt's time is over before the answer to the mail comes: it is waited for a few seconds more."""
+def test_a_mail_that_the_server_is_accepting_is_not_given_up(mailbox: Mailbox) -> None:
+    """If the attempt's time ends before the reply to the mail, the mailer waits a few seconds longer for it."""
     mailbox.data_delay = 1
     sender = mailer(mailbox.url, smtp_timeout=10)
     within(0.8, lambda: sender.send(mail()))
@@ -26,8 +26,8 @@ def test_a_mail_that_the_server_is_taking_is_not_given_up(mailbox: Mailbox) -> N
     close(sender)
 
 
-def test_a_server_that_answers_in_drips_takes_no_longer_than_a_step() -> None:
-    """Each of its lines comes in time, and the answer never ends."""
+def test_a_reply_that_comes_line_by_line_takes_no_longer_than_a_step() -> None:
+    """Each line comes within the time limit, but the reply does not end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def drip() -> None:
@@ -48,9 +48,9 @@ def test_a_server_that_answers_in_drips_takes_no_longer_than_a_step() -> None:
 
 @contextmanager
 def slow_tls(mailbox: Mailbox, answer: float, handshake: float) -> Iterator[str]:
-    """Passes everything on to a mailbox, but for its answer to STARTTLS and its handshake: these come seconds later."""
+    """Runs a proxy that delays the reply to STARTTLS by `answer` seconds and the handshake by `handshake` seconds."""
 
-    def pass_on(source: socket.socket, target: socket.socket) -> None:
+    def forward(source: socket.socket, target: socket.socket) -> None:
         has_greeted = False
         with suppress(OSError):
             while data := source.recv(65536):
@@ -66,10 +66,10 @@ def slow_tls(mailbox: Mailbox, answer: float, handshake: float) -> Iterator[str]
     def serve() -> None:
         client, _ = listener.accept()
         with client, socket.create_connection(("127.0.0.1", mailbox.port)) as server:
-            asking = Thread(target=pass_on, args=(client, server), daemon=True)
-            asking.start()
-            pass_on(server, client)
-            asking.join(10)
+            upstream = Thread(target=forward, args=(client, server), daemon=True)
+            upstream.start()
+            forward(server, client)
+            upstream.join(10)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = Thread(target=serve, daemon=True)
@@ -79,7 +79,7 @@ def slow_tls(mailbox: Mailbox, answer: float, handshake: float) -> Iterator[str]
 
 
 def test_a_slow_handshake_leaves_less_time_for_the_next_step(authority: trustme.CA) -> None:
-    """The steps after STARTTLS are limited on the connection in TLS, and not on the one before."""
+    """Steps after STARTTLS set their limits on the TLS socket, not on the plain one."""
     with serve_mailbox(tls_context=tls(authority)) as mailbox, slow_tls(mailbox, 0, 1) as url:
         sender = mailer(url, smtp_timeout=10)
         within(5, lambda: sender.send(mail()))
@@ -88,7 +88,7 @@ def test_a_slow_handshake_leaves_less_time_for_the_next_step(authority: trustme.
 
 
 def test_a_handshake_takes_no_longer_than_the_attempt(authority: trustme.CA) -> None:
-    """What is left for it counts from the answer to STARTTLS, and not from the question."""
+    """Its limit is computed after the reply to STARTTLS, not before."""
     with serve_mailbox(tls_context=tls(authority)) as mailbox, slow_tls(mailbox, 1.6, 5) as url:
         sender = mailer(url, smtp_timeout=10)
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What servers and libraries say of an error may quote what they were sent: none of it gets into the log or a row."""
+"""Errors of servers and libraries may quote secrets, which must reach neither the log nor a row."""
 
 import base64
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.support.mailing import close, mail, mailer
 
 @pytest.fixture
 def api(service_settings: ServiceSettings) -> Iterator[Api]:
-    """A service on a database of the test's own."""
+    """A service with a database of the test's own."""
     with serve(service_settings) as served:
         yield served
 
@@ -43,7 +43,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 def test_an_error_of_postgres_quotes_no_row(api: Api, connection: Connection, refusal: str) -> None:
-    """The request fails, and of the row that was refused nothing is in the answer, the log, or a traceback."""
+    """The request fails, and neither the answer nor the log nor a traceback shows a part of the rejected row."""
     connection.execute(refusal.encode())
 
     answer = api.create()
@@ -58,7 +58,7 @@ def test_an_error_of_postgres_quotes_no_row(api: Api, connection: Connection, re
 
 @pytest.mark.parametrize("code", [b"535 5.7.8", b"535", b"454 4.7.0", b"550 5.7.1"])
 def test_a_login_that_is_quoted_is_not_repeated(code: bytes) -> None:
-    """Of what a server says of a login, the codes alone are told."""
+    """Of a reply to a login, only the codes are shown."""
     secret = base64.b64encode(b"\0user\0a-secret-password")
     quoting = {"EHLO": b"250-me\r\n250 AUTH PLAIN", "AUTH": code + b" what is AUTH PLAIN " + secret}
     with serve_script(replies=dict[str, bytes | None](quoting)) as server:
@@ -66,15 +66,15 @@ def test_a_login_that_is_quoted_is_not_repeated(code: bytes) -> None:
         with capture_logs() as lines, pytest.raises(MailServerError) as caught:
             sender.send(mail())
         close(sender)
-    told = f"{caught.value} {lines}"
-    assert code.decode() in told
-    assert secret.decode() not in told
-    assert "a-secret-password" not in told
+    shown = f"{caught.value} {lines}"
+    assert code.decode() in shown
+    assert secret.decode() not in shown
+    assert "a-secret-password" not in shown
 
 
 @pytest.mark.parametrize("options", ["redis://:secr?et=x@h/0", "redis://h/0?secret=x", "redis://u:p?secret=1&y@h"])
-def test_a_part_of_a_password_is_no_name_of_an_option(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question mark in a password makes what follows look like one."""
+def test_a_part_of_a_password_is_not_shown_as_an_option(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a question mark in a password, the rest looks like an option."""
     environment: dict[str, Any] = {
         "DATABASE_URL": "postgresql:///outbox",
         "REDIS_URL": options,

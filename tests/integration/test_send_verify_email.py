@@ -36,9 +36,9 @@ def context(worker_settings: WorkerSettings) -> Iterator[KnownContext]:
 
 
 def test_every_attempt_sends_the_same_mail(connection: Connection, context: KnownContext, mailbox: Mailbox) -> None:
-    """One verification row, one link, one Message-ID; the link is open for its full time from the latest attempt."""
+    """One verification, one link, one Message-ID. The link works for its full lifetime from the latest attempt on."""
     row = add_user(connection, "alice")
-    mailbox.data_reply = "451 4.3.0 after all not"
+    mailbox.data_reply = "451 4.3.0 rejected"
     assert attempt_row(connection, context, row).status == "pending"
     connection.execute("UPDATE verify_emails SET expired_at = now() - interval '1 hour'")
     mailbox.data_reply = "250 OK"
@@ -62,18 +62,20 @@ def test_every_attempt_sends_the_same_mail(connection: Connection, context: Know
     assert is_secret_code(code, context.settings.secret_key, verification[0]["id"], "alice", "alice@example.com")
 
 
-def test_a_user_who_is_gone_gets_none(connection: Connection, context: KnownContext, mailbox: Mailbox) -> None:
-    """The row is dead with a sentence that names the user."""
+def test_a_user_who_does_not_exist_gets_no_mail(
+    connection: Connection, context: KnownContext, mailbox: Mailbox
+) -> None:
+    """The row is dead, and its error names the user."""
     row = add_row(connection, task="send_verify_email", payload='{"username": "gone"}').row_id
     outcome = attempt_row(connection, context, row)
     assert (outcome.status, outcome.error) == ("dead", "the user gone does not exist")
     assert not mailbox.mails
 
 
-def test_a_user_who_has_verified_meanwhile_gets_no_second_mail(
+def test_a_user_who_is_verified_gets_no_second_mail(
     connection: Connection, context: KnownContext, mailbox: Mailbox
 ) -> None:
-    """An attempt that died after its mail went out is repeated; the user may have been quicker."""
+    """If the outcome of a sent mail is lost, the user may click before the next attempt."""
     row = add_user(connection, "alice")
     assert attempt_row(connection, context, row).status == "done"
     connection.execute("UPDATE users SET is_email_verified = true")
@@ -84,47 +86,47 @@ def test_a_user_who_has_verified_meanwhile_gets_no_second_mail(
 def test_a_connection_that_breaks_before_the_mail_costs_no_attempt(
     connection: Connection, context: KnownContext, mailbox: Mailbox, database_url: str
 ) -> None:
-    """Nothing is sent by then, so the same attempt begins anew on another connection."""
+    """No mail was sent yet, so the same attempt opens the verification again on another connection."""
     row = add_user(connection, "alice")
     cut = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted AND relation = 'verify_emails'::regclass"
     locked = threading.Event()
 
-    def cut_it_off() -> None:
+    def cut_connection() -> None:
         with postgres.connect(database_url, "holder") as holder, holder.transaction():
             holder.execute("LOCK TABLE verify_emails")
             locked.set()
             eventually(lambda: holder.execute(cut).fetchall(), 10, "the handler's connection is cut")
 
     with ThreadPoolExecutor(1) as other:
-        is_cut = other.submit(cut_it_off)
+        is_cut = other.submit(cut_connection)
         assert locked.wait(10)
         assert attempt_row(connection, context, row).status == "done"
         is_cut.result()
     assert len(mailbox.mails) == 1
 
 
-def test_no_transaction_is_open_while_it_talks_to_the_mail_server(
+def test_no_transaction_is_open_while_a_mail_is_sent(
     connection: Connection, context: KnownContext, mailbox: Mailbox
 ) -> None:
     """A slow mail server must not hold a snapshot or a lock in Postgres."""
     row = add_user(connection, "alice")
-    seen: list[object] = []
+    rows: list[object] = []
 
     def send(message: object) -> None:
-        seen.extend(
+        rows.extend(
             connection.execute(
                 "SELECT state FROM pg_stat_activity WHERE datname = current_database() "
                 "AND pid <> pg_backend_pid() AND state <> 'idle'"
             ).fetchall()
         )
-        seen.extend(connection.execute("SELECT FROM verify_emails FOR UPDATE NOWAIT").fetchall())
+        rows.extend(connection.execute("SELECT FROM verify_emails FOR UPDATE NOWAIT").fetchall())
 
     assert attempt_row(connection, replace(context, send=send), row).status == "done"
-    assert seen == [{}], "nothing but the verification row that was locked just now"
+    assert rows == [{}], "no busy session, and a verification that can be locked"
 
 
-def test_many_at_once_each_get_their_own(connection: Connection, context: KnownContext) -> None:
-    """Verifications are opened together: with one user gone and one verified among them, none is mixed up."""
+def test_concurrent_users_each_get_their_own_mail(connection: Connection, context: KnownContext) -> None:
+    """Verifications are opened in one statement, and not mixed up by a missing and a verified user among them."""
     names = [f"user_{n}" for n in range(30)]
     add_users(connection, names)
     connection.execute("DELETE FROM users WHERE username = 'user_7'")
@@ -164,21 +166,21 @@ def test_many_at_once_each_get_their_own(connection: Connection, context: KnownC
 
 
 @pytest.mark.parametrize("emails", [["alice@example.com", "bob@example.com"], ["alice@example.com", "BOB@example.com"]])
-def test_ids_that_come_again_misdirect_no_mail(
+def test_repeated_row_ids_misdirect_no_mail(
     connection: Connection, context: KnownContext, mailbox: Mailbox, emails: list[str]
 ) -> None:
-    """After a restore a new user's row has an old row's id: the mail is the new user's own, and so is its link."""
+    """If a new user's row has an old row's id, as after a restore, mail and link are the new user's."""
     row = add_user(connection, "alice")
     assert attempt_row(connection, context, row).status == "done"
     connection.execute("TRUNCATE outbox RESTART IDENTITY")
     connection.execute("DELETE FROM users WHERE username = 'bob'")
     add_users(connection, ["bob"])
     connection.execute("UPDATE users SET email = %s, full_name = 'Bob B' WHERE username = 'bob'", [emails[1]])
-    assert connection.execute("SELECT id FROM outbox").fetchall() == [{"id": row}], "the id has come again"
+    assert connection.execute("SELECT id FROM outbox").fetchall() == [{"id": row}], "the id is the old one"
 
     with capture_logs() as lines:
         assert attempt_row(connection, context, row).status == "done"
-        assert attempt_row(connection, context, row).status == "done", "and so at every attempt"
+        assert attempt_row(connection, context, row).status == "done", "the second attempt"
 
     (first,) = mailbox.to(emails[0])
     second, again = mailbox.to(emails[1])
@@ -193,8 +195,8 @@ def test_ids_that_come_again_misdirect_no_mail(
     ]
 
 
-def test_ids_that_come_again_among_others_are_told_apart(connection: Connection, context: KnownContext) -> None:
-    """Of verifications that are opened together, each is its own user's, whatever was under the ids before."""
+def test_repeated_row_ids_in_a_batch_misdirect_no_mail(connection: Connection, context: KnownContext) -> None:
+    """Each verification of a batch is for its own user, even if other users had some of the row ids before."""
     add_users(connection, [f"old_{n}" for n in range(9)])
     rows = [row["id"] for row in connection.execute("SELECT id FROM outbox ORDER BY id")]
     for row in rows[::2]:
@@ -202,12 +204,14 @@ def test_ids_that_come_again_among_others_are_told_apart(connection: Connection,
     connection.execute("UPDATE outbox SET payload = jsonb_build_object('username', 'new_' || id)")
     add_users(connection, [f"new_{row}" for row in rows])
     opened = _VerificationMail(context.settings)._open_all(context, [Recipient(row, f"new_{row}") for row in rows])
-    assert [found and found.email for found in opened] == [f"new_{row}@example.com" for row in rows]
-    assert len({found.id for found in opened if found}) == len(rows)
+    assert [verification and verification.email for verification in opened] == [
+        f"new_{row}@example.com" for row in rows
+    ]
+    assert len({verification.id for verification in opened if verification}) == len(rows)
 
 
 def test_a_corrected_address_gets_the_mail(connection: Connection, context: KnownContext, mailbox: Mailbox) -> None:
-    """The address that the user has now, with a link that is for it."""
+    """The mail goes to the user's current address, with a link for it."""
     row = add_user(connection, "alice")
     assert attempt_row(connection, context, row).status == "done"
     connection.execute("UPDATE users SET email = 'corrected@example.com'")
@@ -221,7 +225,7 @@ def test_a_corrected_address_gets_the_mail(connection: Connection, context: Know
 
 
 def test_a_used_link_is_not_sent_again(connection: Connection, context: KnownContext, mailbox: Mailbox) -> None:
-    """A user who has to verify the same address once more gets a link that can be used."""
+    """A user who has to verify the same address again gets a new link."""
     row = add_user(connection, "alice")
     assert attempt_row(connection, context, row).status == "done"
     connection.execute("UPDATE verify_emails SET is_used = true")

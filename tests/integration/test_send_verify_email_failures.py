@@ -1,4 +1,4 @@
-"""The handler of verification mails when the mail server fails: whether the attempt counts, and what the row says."""
+"""The handler of verification mails if the mail server fails: whether the attempt counts, and the row's error."""
 
 import ssl
 import time
@@ -48,13 +48,13 @@ HANG = None
 def test_a_mail_server_that_fails(
     connection: Connection, context: KnownContext, replies: dict[str, bytes | None], status: str, error: str | None
 ) -> None:
-    """The row is dead where the address is refused for good, done once the mail is taken, and else tried again."""
+    """The row is dead if the mailbox is rejected permanently, done if the mail is accepted, else tried again."""
     with serve_script(replies) as server, capture_logs() as lines:
-        outcome = tried(connection, context, server.url)
+        outcome = attempt_with(connection, context, server.url)
         eventually(lambda: server.mails == (status == "done"), 5)
     assert (outcome.status, outcome.attempts, outcome.delay > 0) == (status, 1, status == "pending")
     assert (error or "") in (outcome.error or "")
-    assert "mail server rejected our request" not in [line["event"] for line in lines], "it is nobody's mistake"
+    assert "mail server rejected our request" not in [line["event"] for line in lines], "no operator has to act"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_mail_server_that_fails(
     [
         pytest.param({"CONNECT": HANG}, "timed out", id="hangs at the greeting"),
         pytest.param({"CONNECT": b"421 4.7.0 too many"}, "421 4.7.0 too many", id="421 at the greeting"),
-        pytest.param({"CONNECT": b""}, "Connection unexpectedly closed", id="hangs up at the greeting"),
+        pytest.param({"CONNECT": b""}, "Connection unexpectedly closed", id="disconnects at the greeting"),
         pytest.param({"EHLO": HANG}, "timed out", id="hangs at EHLO"),
         pytest.param({"MAIL": HANG}, "timed out", id="hangs at MAIL"),
         pytest.param({"MAIL": b"451 4.3.0 later"}, "sender: 451 4.3.0 later", id="4xx at MAIL"),
@@ -73,9 +73,9 @@ def test_a_mail_server_that_fails(
 def test_a_mail_server_that_is_away(
     connection: Connection, context: KnownContext, replies: dict[str, bytes | None], error: str
 ) -> None:
-    """The attempt does not count, and one line says that it is away."""
+    """The attempt does not count, and the outage is logged once."""
     with serve_script(replies) as server, capture_logs() as lines:
-        outcome = tried(connection, context, server.url)
+        outcome = attempt_with(connection, context, server.url)
     assert_not_counted(outcome, error)
     assert [line["event"] for line in lines] == ["mail server is away"]
 
@@ -90,29 +90,29 @@ def test_a_mail_server_that_is_away(
         pytest.param({"EHLO": b"550 5.7.1 no", "HELO": b"550 5.7.1 not you"}, "the connection", id="550 at EHLO"),
     ],
 )
-def test_a_mail_server_that_refuses_us(
+def test_a_mail_server_that_rejects_us(
     connection: Connection, context: KnownContext, replies: dict[str, bytes | None], refused: str
 ) -> None:
-    """It is shouted about, as somebody must mend the configuration, and the row is tried again until then."""
+    """It is logged as an error, because an operator must fix the configuration. The attempt does not count."""
     with serve_script(replies) as server, capture_logs() as lines:
         url = server.url.replace("//", "//user:password@") if "AUTH" in replies else server.url
-        outcome = tried(connection, context, url)
+        outcome = attempt_with(connection, context, url)
     reply = (next(reversed(replies.values())) or b"").decode()
-    told = reply.removesuffix(" not you") if refused == "the login" else reply  # which may be quoted there
-    assert_not_counted(outcome, f"rejected {refused}: {told}")
-    shouts = [line for line in lines if line["event"] == "mail server rejected our request"]
-    assert [(line["log_level"], line["refused"]) for line in shouts] == [("error", refused)]
+    shown = reply.removesuffix(" not you") if refused == "the login" else reply  # its text may quote the password
+    assert_not_counted(outcome, f"rejected {refused}: {shown}")
+    errors = [line for line in lines if line["event"] == "mail server rejected our request"]
+    assert [(line["log_level"], line["refused"]) for line in errors] == [("error", refused)]
 
 
-def test_a_mail_server_that_breaks_off(connection: Connection, context: KnownContext) -> None:
-    """A connection that is reset in the middle of a mail is tried again."""
+def test_a_mail_server_that_resets_the_connection(connection: Connection, context: KnownContext) -> None:
+    """A mail whose connection is reset is tried again, and the attempt counts."""
     with serve_script(resets=True) as server:
-        assert_tried_again(tried(connection, context, server.url), "Connection reset by peer")
+        assert_tried_again(attempt_with(connection, context, server.url), "Connection reset by peer")
 
 
 def test_a_mail_server_that_is_down(connection: Connection, context: KnownContext) -> None:
-    """A connection that is refused is tried again, and the attempt does not count."""
-    assert_not_counted(tried(connection, context, f"smtp://127.0.0.1:{free_port()}"), "Connection refused")
+    """If the connection is refused, the mail is tried again, and the attempt does not count."""
+    assert_not_counted(attempt_with(connection, context, f"smtp://127.0.0.1:{free_port()}"), "Connection refused")
 
 
 FLAWS = {
@@ -129,26 +129,24 @@ FLAWS = {
         *(("smtp+starttls", flaw) for flaw in FLAWS),
     ],
 )
-def test_a_mail_server_that_may_be_another(
+def test_a_mail_server_that_cannot_prove_its_name(
     connection: Connection, context: KnownContext, authority: trustme.CA, scheme: str, flaw: str
 ) -> None:
-    """A server that cannot show who it is gets no mail; the row is tried again, and the error names the flaw."""
+    """It gets no mail. The row is tried again, and its error names the flaw."""
     served = {"another name": tls(authority, "mail.example.org"), "self-signed": self_signed(), "no STARTTLS": None}
     options: dict[str, Any] = {"ssl_context" if scheme == "smtps" else "tls_context": served[flaw]}
     with serve_mailbox(**options) as mailbox:
-        outcome = tried(connection, context, mailbox.url.replace("smtp", scheme), timeout=5)
+        outcome = attempt_with(connection, context, mailbox.url.replace("smtp", scheme), timeout=5)
         assert not mailbox.mails
     assert_not_counted(outcome, FLAWS[flaw])
 
 
-def test_a_mail_is_not_begun_when_the_time_is_over(
+def test_no_mail_is_begun_after_the_attempts_time(
     connection: Connection, context: KnownContext, mailbox: Mailbox
 ) -> None:
-    """An attempt that has no time left is put off before it says anything to the mail server."""
-    late = replace(context, deadline=time.monotonic() + 0.01)
-    row = add_user(connection, "alice")
-    time.sleep(0.02)
-    outcome = attempt_row(connection, late, row)
+    """An attempt without time left is put off before it connects to the mail server."""
+    late = replace(context, deadline=time.monotonic())
+    outcome = attempt_row(connection, late, add_user(connection, "alice"))
     assert (outcome.status, outcome.attempts) == ("pending", 0)
     assert "the attempt's time is over" in str(outcome.error)
     assert not mailbox.mails
@@ -157,7 +155,7 @@ def test_a_mail_is_not_begun_when_the_time_is_over(
 def test_a_step_with_the_mail_server_takes_no_longer_than_the_attempt(
     connection: Connection, context: KnownContext, mailbox: Mailbox
 ) -> None:
-    """A mail server that says nothing is given up when the attempt's time is over, long before its own limit."""
+    """A mail server that does not reply is given up with the attempt's time, long before its own limit."""
     row = add_user(connection, "alice")
     with serve_script({"MAIL": None}) as server:
         mailer = Mailer(context.settings.model_copy(update={"smtp_server": endpoints.smtp_server(server.url)}))
@@ -169,19 +167,19 @@ def test_a_step_with_the_mail_server_takes_no_longer_than_the_attempt(
 
 
 def assert_not_counted(outcome: Outcome, error: str) -> None:
-    """Checks that the row goes back at once and with its attempt, and that its error names what happened."""
+    """Checks that the row is given back without counting the attempt, and that its error has the text."""
     assert (outcome.status, outcome.attempts, outcome.delay) == ("pending", 0, NOT_NOW_DELAY)
     assert error in str(outcome.error)
 
 
 def assert_tried_again(outcome: Outcome, error: str) -> None:
-    """Checks that the row goes back with a delay, and that its error names what happened."""
+    """Checks that the row is tried again and the attempt counts, and that its error has the text."""
     assert (outcome.status, outcome.attempts, outcome.delay > 0) == ("pending", 1, True)
     assert error in str(outcome.error)
 
 
-def tried(connection: Connection, context: KnownContext, url: str, timeout: float = 0.3) -> Outcome:
-    """Makes one attempt at a new user's row with another mail server, which has so many seconds for each step."""
+def attempt_with(connection: Connection, context: KnownContext, url: str, timeout: float = 0.3) -> Outcome:
+    """Makes an attempt at a new user's row with another mail server; `timeout` is the seconds for each step."""
     server = {"smtp_server": endpoints.smtp_server(url), "smtp_timeout": timeout}
     mailer = Mailer(context.settings.model_copy(update=server))
     outcome = attempt_row(connection, replace(context, send=mailer.send), add_user(connection, "alice"))
@@ -190,9 +188,9 @@ def tried(connection: Connection, context: KnownContext, url: str, timeout: floa
 
 
 def self_signed() -> ssl.SSLContext:
-    """Returns a server's context with a certificate that nobody but itself vouches for."""
-    made = trustme.CA()
+    """Returns a server's context with a self-signed certificate."""
+    authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with made.cert_pem.tempfile() as certificate, made.private_key_pem.tempfile() as key:
+    with authority.cert_pem.tempfile() as certificate, authority.private_key_pem.tempfile() as key:
         context.load_cert_chain(certificate, key)
     return context

@@ -1,4 +1,4 @@
-"""A real SMTP server that keeps what it is sent, and can be told to refuse."""
+"""SMTP servers for tests: one that keeps mails and rejects on request, and one that misbehaves."""
 
 import asyncio
 import re
@@ -36,27 +36,27 @@ LOGIN: dict[str, Any] = {"authenticator": _authenticate, "auth_required": True}
 
 @dataclass
 class Mailbox:
-    """What the server was sent, and what it answers."""
+    """The mails that a server received, and its replies."""
 
     port: int = 0
     received: list[tuple[str, bytes]] = field(default_factory=list)
-    """Recipient of the envelope, and the mail as it came."""
+    """The recipient of the envelope, and the mail as received."""
     rcpt_reply: str = "250 OK"
     data_reply: str = "250 OK"
     mail_reply: str = "250 OK"
     data_delay: float = 0
-    """Seconds that it takes over every mail before it answers; a client that hangs up meanwhile has sent nothing."""
+    """Seconds before the reply to a mail; if the client disconnects during them, the mail is not kept."""
     taking: int = 0
-    """How many mails it has begun to take over."""
+    """Number of mails that the server has begun to accept."""
     connections: int = 0
     helos: list[str] = field(default_factory=list)
-    """What clients called themselves, by connection."""
+    """The names in EHLO, by connection."""
     lock: Lock = field(default_factory=Lock)
     parsed: list[tuple[str, EmailMessage]] = field(default_factory=list, repr=False)
 
     @property
     def mails(self) -> list[tuple[str, EmailMessage]]:
-        """Recipient of the envelope, and the mail. Parsed when somebody looks: that takes longer than receiving it."""
+        """The recipient of the envelope, and the mail. Parsed on access: parsing takes longer than receiving."""
         with self.lock:
             for recipient, content in self.received[len(self.parsed) :]:
                 mail = message_from_bytes(content, policy=policy.default)
@@ -66,11 +66,11 @@ class Mailbox:
 
     @property
     def url(self) -> str:
-        """What `SMTP_URL` should be."""
+        """The value for `SMTP_URL`."""
         return f"smtp://127.0.0.1:{self.port}"
 
     def to(self, recipient: str) -> list[EmailMessage]:
-        """Returns the mails that a recipient got."""
+        """Returns the mails of a recipient."""
         return [mail for address, mail in self.mails if address == recipient]
 
     # aiosmtpd's hooks.
@@ -78,7 +78,7 @@ class Mailbox:
     async def handle_EHLO(  # noqa: N802
         self, server: SMTP, session: Session, envelope: Envelope, hostname: str, responses: list[str]
     ) -> list[str]:
-        """Counts connections."""
+        """Counts the connection, and answers EHLO."""
         session.host_name = hostname
         self.helos.append(hostname)
         self.connections += 1
@@ -102,10 +102,10 @@ class Mailbox:
         return self.rcpt_reply
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802
-        """Keeps the mail, where the answer is that it is taken."""
+        """Answers DATA, and keeps the mail if it accepts it."""
         self.taking += 1
         if self.data_delay:
-            await asyncio.sleep(self.data_delay)  # cancelled by aiosmtpd when the client hangs up
+            await asyncio.sleep(self.data_delay)  # aiosmtpd cancels it when the client disconnects
         if self.data_reply.startswith("250"):
             content = envelope.content
             assert isinstance(content, bytes)
@@ -119,7 +119,7 @@ def serve_mailbox(port: int | None = None, **options: Any) -> Iterator[Mailbox]:
     """Runs a mailbox on this machine.
 
     Args:
-        port: where it listens; a free port unless given.
+        port: the port to listen on; a free one by default.
         options: further arguments of aiosmtpd's Controller, for TLS and logins.
     """
     mailbox = Mailbox(port=port or free_port())
@@ -139,7 +139,7 @@ def tls(authority: "trustme.CA", name: str = "127.0.0.1") -> ssl.SSLContext:
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on."""
+    """Returns a port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -160,54 +160,54 @@ class ScriptedServer:
     """An SMTP server on a bare socket that misbehaves at chosen steps."""
 
     replies: dict[str, bytes | None]
-    """By step (CONNECT, EHLO, MAIL, RCPT, DATA, "." and so on): what it says; b"" hangs up, None hangs."""
+    """The reply by step (CONNECT, EHLO, MAIL, RCPT, DATA, "." and so on); b"" disconnects, None hangs."""
     close_after: int | None
-    """How many mails it takes on one connection before it answers 421."""
+    """Number of mails that it accepts per connection before it replies 421."""
     resets: bool
     """Whether it resets the connection in the middle of a mail."""
     limit: int | None
-    """How many connections it has at a time; more get 421."""
+    """Maximum number of open connections; further ones get 421."""
     port: int
     mails: int = 0
     connections: int = 0
     helos: list[str] = field(default_factory=list)
-    """What clients called themselves, by connection."""
+    """The names in EHLO, by connection."""
     refused: int = 0
-    """How many connections were one too many."""
+    """Number of connections over the limit."""
     open: list[socket.socket] = field(default_factory=list)
     lock: Lock = field(default_factory=Lock)
     stop: Callable[[], None] = lambda: None
-    """Ends it as the end of its process would: nobody listens any more, and all connections break."""
+    """Stops the server as if its process ended: it listens no more, and all connections break."""
 
     @property
     def url(self) -> str:
-        """What `SMTP_URL` should be."""
+        """The value for `SMTP_URL`."""
         return f"smtp://127.0.0.1:{self.port}"
 
     def reply_to(self, step: str, mails: int) -> bytes | None:
-        """Returns what it says at a step of a connection on which it has taken so many mails."""
+        """Returns the reply at a step of a connection that has accepted so many mails."""
         if step == "MAIL" and self.close_after is not None and mails >= self.close_after:
             return b"421 4.7.0 enough"
         usual = b"250-this\r\n250 PIPELINING" if step == "EHLO" and PIPELINING else _REPLIES.get(step, b"250 OK")
         return self.replies.get(step, usual)
 
-    def hang_up(self) -> None:
-        """Breaks off all connections."""
+    def disconnect(self) -> None:
+        """Closes all connections."""
         for connection in list(self.open):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def serve(self, connection: socket.socket) -> None:
-        """Talks to one client until one of both hangs up, unless there are too many."""
+        """Serves a client until one of both disconnects; rejects it if the limit is reached."""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self.lock:
             self.connections += 1
-            is_one_too_many = self.limit is not None and len(self.open) >= self.limit
-            self.refused += is_one_too_many
-            if not is_one_too_many:
+            is_over_limit = self.limit is not None and len(self.open) >= self.limit
+            self.refused += is_over_limit
+            if not is_over_limit:
                 self.open.append(connection)
         with connection:
-            if is_one_too_many:
+            if is_over_limit:
                 connection.sendall(b"421 4.7.0 too many concurrent SMTP connections\r\n")
                 return
             try:
@@ -223,7 +223,7 @@ class ScriptedServer:
             while True:
                 reply = self.reply_to(step, mails)
                 if reply is None:
-                    lines.read()  # until the client hangs up
+                    lines.read()  # until the client disconnects
                 if not reply:
                     return
                 connection.sendall(reply + b"\r\n")
@@ -248,7 +248,7 @@ class ScriptedServer:
 
 
 def _read_mail(lines: BufferedReader) -> bool:
-    """Reads a mail to its end, and returns whether it had one."""
+    """Reads a mail, and returns whether its end arrived."""
     return any(line == b".\r\n" for line in lines)
 
 
@@ -267,11 +267,11 @@ def serve_script(
     """Runs a server that misbehaves.
 
     Args:
-        replies: what it says at which step, where that is not what it should say.
-        close_after: how many mails it takes on one connection.
+        replies: its replies at the steps where it misbehaves.
+        close_after: number of mails that it accepts per connection.
         resets: whether it resets the connection in the middle of a mail.
-        limit: how many connections it has at a time.
-        port: where it listens; a free port unless given.
+        limit: maximum number of open connections.
+        port: the port to listen on; a free one by default.
     """
     with socket.create_server(("127.0.0.1", port)) as listener:
         server = ScriptedServer(dict(replies or {}), close_after, resets, limit, listener.getsockname()[1])
@@ -291,7 +291,7 @@ def serve_script(
             with suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
             accepting.join(5)
-            server.hang_up()
+            server.disconnect()
 
         server.stop = stop
         yield server

@@ -1,4 +1,4 @@
-"""A worker's mailer, as tests use it."""
+"""Mailers and mails for tests."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.support.waiting import eventually
 
 
 def mailer(url: str, **changes: Any) -> Mailer:
-    """Returns a mailer for a server."""
+    """Returns a mailer for a server; `changes` are settings."""
     return Mailer(
         WorkerSettings.model_validate(
             {
@@ -42,13 +42,13 @@ def mail(to: str = "alice@example.com") -> EmailMessage:
 
 
 def close(*mailers: Mailer) -> None:
-    """Closes the connections that are kept."""
-    for one in mailers:
-        one.close_idle(0)
+    """Closes the idle connections of mailers."""
+    for each in mailers:
+        each.close_idle(0)
 
 
 def send_when_back(sender: Mailer) -> None:
-    """Sends a mail as soon as the server that was away is tried again."""
+    """Sends a mail as soon as a server that was away is tried again."""
 
     def is_sent() -> bool:
         try:
@@ -61,7 +61,7 @@ def send_when_back(sender: Mailer) -> None:
 
 
 def within(seconds: float, send: Callable[[], None]) -> None:
-    """Sends as an attempt does that has so many seconds left."""
+    """Calls `send` in an attempt with so many seconds left."""
 
     def limited() -> None:
         deadline.limit(time.monotonic() + seconds)
