@@ -1,4 +1,4 @@
-"""The mail server is away: no attempt is spent, other work goes on, and all mails go out when it is back."""
+"""An outage of the mail server counts no attempt and stops no other task; all mails are sent when it is back."""
 
 import time
 
@@ -14,64 +14,64 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.unmeasured
 
 
-def changes(worker: Process) -> list[str]:
-    """Returns what a worker has said of the mail server, but for how often."""
+def outage_events(worker: Process) -> list[str]:
+    """Returns a worker's log events about the outage: first each beginning, then each end."""
     return [event for event in ("mail server is away", "mail server is back") for _ in worker.events(event)]
 
 
-def left(connection: Connection) -> int:
-    """Returns how many rows are not done."""
+def count_unfinished(connection: Connection) -> int:
+    """Returns the number of rows that are not done."""
     (row,) = connection.execute("SELECT count(*) AS rows FROM outbox WHERE status <> 'done'").fetchall()
     return int(row["rows"])
 
 
-def test_an_outage_of_the_mail_server_spends_no_attempt(stack: Stack, connection: Connection) -> None:
-    """With a backlog behind it: rows are not handed to and fro, tasks that need no mail go on, one line each way."""
+def test_an_outage_of_the_mail_server_counts_no_attempt(stack: Stack, connection: Connection) -> None:
+    """With a backlog: rows are not handed over again and again, other tasks go on, one log line per change."""
     port = free_port()
     _, *workers = stack.run_all(
         "relay", "worker", "worker", SMTP_URL=f"smtp://127.0.0.1:{port}", OUTBOX_HANDLERS="tests.support.tasks"
     )
     names = [f"user_{n}" for n in range(500)]
     add_users(connection, names)
-    eventually(lambda: all(worker.events("mail server is away") for worker in workers), 15, "both have noticed")
+    eventually(lambda: all(worker.events("mail server is away") for worker in workers), 15, "both have logged it")
     with connection.transaction():
         for _ in range(300):
             outbox.add(connection, RETURN, {})
-    eventually(lambda: left(connection) == len(names), 15, "the other tasks are done")
+    eventually(lambda: count_unfinished(connection) == len(names), 15, "the other tasks are done")
     began = time.monotonic()
     (before,) = connection.execute("SELECT sum(delivery) AS deliveries FROM outbox").fetchall()
     time.sleep(2)
     (after,) = connection.execute("SELECT sum(delivery) AS deliveries FROM outbox").fetchall()
     handed_over = after["deliveries"] - before["deliveries"]
-    assert handed_over < 150 * (time.monotonic() - began), "rows go to and fro"
+    assert handed_over < 150 * (time.monotonic() - began), "rows are handed over too often"
     rows = connection.execute("SELECT DISTINCT attempts, last_error FROM outbox WHERE status = 'pending'").fetchall()
     assert all("Connection refused" in str(row["last_error"]) for row in rows if row["last_error"])
 
     with serve_mailbox(port) as mailbox:
-        eventually(lambda: left(connection) == 0, 30, "all are done")
+        eventually(lambda: count_unfinished(connection) == 0, 30, "all are done")
         assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in names)
     assert connection.execute("SELECT DISTINCT attempts FROM outbox").fetchall() == [{"attempts": 1}]
     for worker in workers:
-        assert changes(worker)[0] == "mail server is away"
-        assert changes(worker)[1:] in ([], ["mail server is back"]), "the other may have sent all mails by then"
+        assert outage_events(worker)[0] == "mail server is away"
+        assert outage_events(worker)[1:] in ([], ["mail server is back"]), "the other may have sent all mails by then"
         assert not worker.events("process task failed")
         assert "Traceback" not in worker.text()
 
 
 def test_users_created_while_the_mail_server_is_down(stack: Stack, connection: Connection) -> None:
-    """Their rows say what was wrong; once it is up, the mails arrive within seconds."""
+    """Their rows have the error; once the server is up, the mails arrive within seconds."""
     port = free_port()
     stack.run_all("service", "relay", "worker", SMTP_URL=f"smtp://127.0.0.1:{port}")
     names = [f"user_{n}" for n in range(5)]
     assert [stack.create_user(name)[0] for name in names] == [201] * 5
 
-    def told() -> bool:
+    def have_errors() -> bool:
         return len(connection.execute("SELECT FROM outbox WHERE last_error LIKE '%Connection refused%'").fetchall()) > 4
 
-    eventually(told, 15, "all rows say why they wait")
+    eventually(have_errors, 15, "all rows have the error")
     with serve_mailbox(port) as mailbox:
         eventually(lambda: len(mailbox.mails) >= 5, 10, "five mails")
-        eventually(lambda: left(connection) == 0, 5, "done")
+        eventually(lambda: count_unfinished(connection) == 0, 5, "done")
     assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in names)
     assert connection.execute("SELECT DISTINCT attempts FROM outbox").fetchall() == [{"attempts": 1}]
 
@@ -79,16 +79,16 @@ def test_users_created_while_the_mail_server_is_down(stack: Stack, connection: C
 def test_a_worker_that_cannot_reach_the_mail_server_leaves_mails_to_another(
     stack: Stack, connection: Connection, mailbox: Mailbox
 ) -> None:
-    """Failing is quick, but what it takes from a burst is little, and given back with its attempt."""
+    """It fails fast, but takes few rows of a burst, and gives them back without counting an attempt."""
     away = stack.start("worker", SMTP_URL=f"smtp://127.0.0.1:{free_port()}")
     able = stack.start("worker")
     stack.run("relay")
     for worker in (away, able):
         worker.await_event("started", 20)
     add_users(connection, ["first"])
-    eventually(lambda: left(connection) == 0, 15, "the first")
+    eventually(lambda: count_unfinished(connection) == 0, 15, "the first")
     add_users(connection, [f"user_{n}" for n in range(300)])
-    eventually(lambda: left(connection) == 0, 15, "all are done")
+    eventually(lambda: count_unfinished(connection) == 0, 15, "all are done")
     assert len(mailbox.mails) == 301
     rows = connection.execute("SELECT attempts, delivery FROM outbox").fetchall()
     assert {row["attempts"] for row in rows} == {1}
@@ -97,10 +97,10 @@ def test_a_worker_that_cannot_reach_the_mail_server_leaves_mails_to_another(
 
 
 def test_a_server_with_a_limit_of_connections(stack: Stack, connection: Connection) -> None:
-    """Two workers at a server that takes three connections in all: every mail goes out, none at the cost of one."""
+    """Two workers share a server that permits three connections: all mails are sent, at the first attempt."""
     with serve_script(limit=3) as server:
         stack.run_all("relay", "worker", "worker", SMTP_URL=server.url)
         add_users(connection, [f"user_{n}" for n in range(200)])
-        eventually(lambda: left(connection) == 0, 20, "all are done")
+        eventually(lambda: count_unfinished(connection) == 0, 20, "all are done")
         assert server.mails == 200
     assert connection.execute("SELECT DISTINCT attempts FROM outbox").fetchall() == [{"attempts": 1}]

@@ -1,4 +1,4 @@
-"""Verification links, as a test gets them from a mail."""
+"""Verification links for tests."""
 
 from dataclasses import dataclass
 
@@ -12,19 +12,19 @@ JSON = {"Accept": "application/json"}
 
 @dataclass(frozen=True)
 class Link:
-    """What the link in a mail carries."""
+    """The parameters of a link."""
 
     email_id: int
     code: str
 
     @property
     def query(self) -> dict[str, str | int]:
-        """Its parameters."""
+        """The query string, as a mapping."""
         return {"email_id": self.email_id, "secret_code": self.code}
 
 
 def mailed(connection: Connection, name: str = "alice", lifetime: int = 900) -> Link:
-    """Writes a user and the verification of a mail that was sent, and returns its link."""
+    """Writes a user and a verification, as if its mail was sent, and returns the link."""
     email = f"{name}@example.com"
     connection.execute(
         "INSERT INTO users (username, hashed_password, full_name, email) VALUES (%s, 'hash', 'A User', %s)",

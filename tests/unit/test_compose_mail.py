@@ -1,4 +1,4 @@
-"""The verification mail: what is in it, and what can never get into it."""
+"""The content of the verification mail, and what cannot get into its headers."""
 
 from datetime import UTC
 from email import message_from_bytes, policy
@@ -18,7 +18,7 @@ LINK = "https://example.com/app/v1/verify_email?email_id=1&secret_code=abc"
 
 
 def settings(**changes: Any) -> WorkerSettings:
-    """Returns settings of a worker that is never started."""
+    """Returns a worker's settings."""
     return WorkerSettings.model_validate(
         {
             "database_url": "postgresql://nowhere/none",
@@ -35,7 +35,7 @@ def settings(**changes: Any) -> WorkerSettings:
 def mail_of(
     settings: WorkerSettings, recipient: str = "a@example.com", name: str = "Alice", link: str = LINK
 ) -> EmailMessage:
-    """Returns the mail for row 7 as a recipient's program reads it."""
+    """Returns the mail of row 7, parsed."""
     read = message_from_bytes(wire(settings, recipient, name, link), policy=policy.default)
     assert isinstance(read, EmailMessage)
     assert not read.defects
@@ -43,7 +43,7 @@ def mail_of(
 
 
 def wire(settings: WorkerSettings, recipient: str = "a@example.com", name: str = "Alice", link: str = LINK) -> bytes:
-    """Returns the same mail as the bytes that are sent, whose lines are as SMTP wants them."""
+    """Returns the mail of row 7 as it is sent; checks the ends and lengths of its lines."""
     content = compose(settings, 7, recipient, name, link, username="alice", sent_at=SENT_AT).content
     assert content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")
     assert max(map(len, content.split(b"\r\n"))) <= 300
@@ -58,7 +58,7 @@ def body(mail: EmailMessage, kind: str) -> str:
 
 
 def test_both_parts_carry_the_link() -> None:
-    """A text part and an HTML part, each with the name, the whole link and how long it works."""
+    """The text part and the HTML part have the name, the full link and its lifetime."""
     mail = mail_of(settings(), "alice@example.com", "Alice Liddell")
     assert [part.get_content_type() for part in mail.iter_parts()] == ["text/plain", "text/html"]
     assert LINK in body(mail, "plain")
@@ -72,37 +72,37 @@ def test_both_parts_carry_the_link() -> None:
     assert mail["Auto-Submitted"] == "auto-generated"
 
 
-def test_both_parts_say_which_account_a_click_confirms() -> None:
-    """Somebody else may have signed up with the reader's address: without that, a click gives that account away."""
+def test_both_parts_name_the_account_that_a_click_confirms() -> None:
+    """Another person may have signed up with the reader's address: a click would verify that person's account."""
     mail = mail_of(settings(public_url="https://example.com:8443/app"), "victim@example.com", "Eve")
     for kind in ("plain", "html"):
-        told = " ".join(body(mail, kind).split())
-        assert "the account alice at example.com was created with this address" in told
-        assert "confirm that it is yours" in told
-        assert "If you did not sign up, ignore this mail: somebody else has the account's password" in told
+        text = " ".join(body(mail, kind).split())
+        assert "the account alice at example.com was created with this address" in text
+        assert "confirm that it is yours" in text
+        assert "If you did not sign up, ignore this mail: somebody else has the account's password" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(900, "15 minutes"), (60, "1 minute"), (1, "1 minute"), (90, "2 min")])
-def test_the_lifetime_is_told_in_minutes(seconds: float, text: str) -> None:
+def test_the_lifetime_is_shown_in_minutes(seconds: float, text: str) -> None:
     """Rounded, and never 0."""
     mail = mail_of(settings(link_lifetime=seconds))
     assert f"It works for {text}" in body(mail, "plain")
 
 
-def test_the_message_id_is_the_rows_and_its_links() -> None:
-    """The same for a row at every attempt; another for another row, another link, and another deployment."""
+def test_the_message_id_depends_on_row_link_and_deployment() -> None:
+    """It is the same at every attempt, and differs by row, link and secret key."""
     here = settings()
     assert message_id(here, 7, LINK) == message_id(settings(), 7, LINK) == mail_of(here)["Message-ID"]
     assert message_id(here, 7, LINK).endswith("@example.com>")
     others = [(here, 7, LINK), (here, 8, LINK), (here, 7, f"{LINK}1"), (settings(secret_key="x" * 32), 7, LINK)]
-    assert len({message_id(*one) for one in others}) == 4
+    assert len({message_id(*arguments) for arguments in others}) == 4
 
 
 @pytest.mark.parametrize(
     "name", ["Eve\r\nBcc: victim@example.com", "Eve\nX: y", "Eve\u2028Bcc: v@example.com", "E\0ve"]
 )
 def test_a_name_never_gets_into_the_headers(name: str) -> None:
-    """Line breaks of all kinds stay in the body, where they are text."""
+    """A name with a line break or a null character is only in the body."""
     mail = mail_of(settings(), "eve@example.com", name)
     assert sorted(mail.keys()) == sorted(
         ["From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted", "MIME-Version", "Content-Type"]
@@ -112,14 +112,14 @@ def test_a_name_never_gets_into_the_headers(name: str) -> None:
 
 @pytest.mark.parametrize("recipient", ["a@example.com\r\nBcc: victim@example.com", "a@example.com\nX: y"])
 def test_an_address_with_a_line_break_makes_no_mail(recipient: str) -> None:
-    """The service refuses such an address; if one got into the table all the same, no mail is made of it."""
+    """The service rejects such an address; if the table has one anyway, no mail is made."""
     with pytest.raises(ValueError, match="linefeed"):
         compose(settings(), 7, recipient, "Alice", LINK, username="alice", sent_at=SENT_AT)
 
 
 @pytest.mark.parametrize("sender", ["a@example.com\r\nBcc: v@example.com", "A\n <a@example.com>", "a@b\u2028Bcc: x@y"])
 def test_a_sender_with_a_line_break_is_a_wrong_setting(sender: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MAIL_FROM is checked at the start, so no mail is ever tried with it."""
+    """MAIL_FROM is checked at the start."""
     values = {
         "DATABASE_URL": "postgresql://nowhere/none",
         "REDIS_URL": "redis://nowhere",
@@ -144,7 +144,7 @@ def test_a_name_is_text_in_html() -> None:
 
 
 def test_an_international_domain_is_ascii_in_every_header() -> None:
-    """A domain has an ASCII form that every mail server takes; an encoded word in an address is no address at all."""
+    """Every mail server accepts the ASCII form of a domain; an encoded word in an address is invalid."""
     ours = settings(mail_from="Grüße <no-reply@exämple.com>")
     assert b"To: user@xn--exmple-cua.com\r\n" in wire(ours, "user@exämple.com")
     assert b"<no-reply@xn--exmple-cua.com>" in wire(ours, "user@exämple.com")
@@ -154,7 +154,7 @@ def test_an_international_domain_is_ascii_in_every_header() -> None:
 
 
 def test_long_names_and_addresses_survive() -> None:
-    """The longest that the service takes are not broken by folding."""
+    """Folding does not break the longest ones that the service accepts."""
     recipient = f"{'a' * 64}@{'b' * 60}.{'c' * 60}.com"
     mail = mail_of(settings(), recipient, "N" * 100, LINK + "x" * 900)
     assert mail["To"] == recipient
@@ -164,7 +164,7 @@ def test_long_names_and_addresses_survive() -> None:
 
 @pytest.mark.parametrize("body", ["x" * 200, "x" * 200 + "\n", "a\nb", "a\r\nb\r", "", "=\n."])
 def test_every_line_ends_with_crlf(body: str) -> None:
-    """A bare line feed is refused by mail servers that have been attacked with one."""
+    """Mail servers reject bare line feeds, which attackers use to smuggle mails."""
     message = alternatives("alice@example.com", {"Subject": "Hello"}, text=body, html=body)
     content = message.content
     assert content.count(b"\n") == content.count(b"\r\n") == content.count(b"\r")

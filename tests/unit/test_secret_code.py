@@ -1,4 +1,4 @@
-"""The code in a verification link."""
+"""The secret code in a verification link."""
 
 import re
 from itertools import combinations
@@ -10,14 +10,14 @@ CODE = secret_code(KEY, 1, "alice", "alice@example.com")
 
 
 def test_the_code_is_the_same_at_every_attempt() -> None:
-    """A mail that goes out twice carries the same link, of a version that was tried here once and must stay."""
+    """A mail that is sent twice has the same link. The code must not change with a release: open links need it."""
     assert secret_code(KEY, 1, "alice", "alice@example.com") == CODE
     assert CODE == "e3643f1fe8047fc8348251189cbe54da312738348fce5d590dfb38818eee35db"
     assert re.fullmatch("[0-9a-f]{64}", CODE)
 
 
 def test_another_row_user_address_or_key_has_another_code() -> None:
-    """No code opens what it was not made for, not even where parts run into each other."""
+    """A code is valid only for its own verification, even if the joined parts are the same text."""
     codes = [
         CODE,
         secret_code(KEY + "!", 1, "alice", "alice@example.com"),
@@ -31,8 +31,8 @@ def test_another_row_user_address_or_key_has_another_code() -> None:
     assert all(one != other for one, other in combinations(codes, 2))
 
 
-def test_only_the_code_is_the_code() -> None:
-    """Anything else is wrong and raises nothing, whatever characters it is made of."""
+def test_only_the_exact_code_is_accepted() -> None:
+    """Any other text is rejected without an error."""
     assert is_secret_code(CODE, KEY, 1, "alice", "alice@example.com")
     for wrong in ("", CODE[:-1], CODE + "0", CODE.upper(), f" {CODE}", CODE[::-1], "\0", "ü", "\ud800", "😀" * 64):
         assert not is_secret_code(wrong, KEY, 1, "alice", "alice@example.com"), wrong
