@@ -10,9 +10,11 @@ import pytest
 import trustme
 
 from outbox.errors import TimeLimitError
+from outbox_worker import mail_server
 from outbox_worker.mail_errors import MailError
 from tests.support.mailbox import Mailbox, serve_mailbox, tls
 from tests.support.mailing import close, mail, mailer, within
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.usefixtures("pipelining")
 
@@ -96,3 +98,21 @@ def test_a_handshake_takes_no_longer_than_the_attempt(authority: trustme.CA) -> 
             within(2, lambda: sender.send(mail()))
         assert time.monotonic() - began < 3.3
         assert not mailbox.mails
+
+
+def test_waiting_for_a_connection_does_not_count_against_the_server(
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attempt's time ends while the server replies; it had less than its patience for that."""
+    monkeypatch.setattr(mail_server, "PATIENCE", 2.0)
+    mailbox.data_delay = 1
+    sender = mailer(mailbox.url, smtp_timeout=10, mail_connections=1)
+    other = Thread(target=sender.send, args=(mail("other@example.com"),))
+    other.start()
+    eventually(lambda: mailbox.taking, 5, "the only connection is in use")
+    mailbox.mail_delay = 3
+    with pytest.raises(TimeLimitError):
+        within(2.5, lambda: sender.send(mail()))
+    assert not sender.is_away
+    other.join()
+    close(sender)

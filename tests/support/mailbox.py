@@ -46,6 +46,8 @@ class Mailbox:
     mail_reply: str = "250 OK"
     data_delay: float = 0
     """Seconds before the reply to a mail; if the client disconnects during them, the mail is not kept."""
+    mail_delay: float = 0
+    """Seconds before the reply to MAIL FROM."""
     taking: int = 0
     """Number of mails that the server has begun to accept."""
     connections: int = 0
@@ -88,6 +90,8 @@ class Mailbox:
         self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
     ) -> str:
         """Answers MAIL FROM."""
+        if self.mail_delay:
+            await asyncio.sleep(self.mail_delay)
         if self.mail_reply.startswith("250"):
             envelope.mail_from = address
             envelope.mail_options.extend(options)

@@ -80,9 +80,9 @@ class Mailer:
         The server may have closed an idle connection, or may accept no more mails on it. So a failure on a connection
         that is not new is followed by a try on another one.
         """
-        began = time.monotonic()
         while True:
             smtp, is_new = self._connections.take()
+            began = time.monotonic()
             broken: Exception | None = None
             try:
                 code, text = send_sender(smtp)
