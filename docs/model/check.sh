@@ -1,6 +1,6 @@
 #!/bin/sh
-# Checks the model in outbox.pml: each property must hold, and each mutation must break the property it is there for.
-# Ends with 0 unless there was a surprise. "trace" tells how a property comes to fail.
+# Checks the model in outbox.pml: each property must hold, and each mutation must break its property.
+# Exits with 0 if all results are as expected. "trace" prints how a property fails.
 set -eu
 
 usage='check.sh [trace PROPERTY [-DMACRO[=VALUE]]...]'
@@ -19,8 +19,8 @@ cp outbox.pml "$folder"
 cd "$folder"
 surprises=0
 
-# search PROPERTY [-DMACRO]…: leaves what the checker says in the file `report`, and a counterexample beside it.
-# What differs is how: `all` states, the `first` counterexample, or the `shortest` one.
+# search PROPERTY [-DMACRO]…: writes the checker's output to the file `report`, and a counterexample beside it.
+# $how selects the search: `all` states, until the `first` counterexample, or for the `shortest` one.
 search() {
     property=$1
     shift
@@ -35,7 +35,7 @@ search() {
     else
         compile="$compile -DNOFAIR"
     fi
-    # Memory in MB, depth in steps, time in minutes: a search that meets a limit says so, and is not taken for one.
+    # Memory in MB, depth in steps, time in minutes. A search that reaches a limit says so, and is_sound rejects it.
     # shellcheck disable=SC2086 # lists of options
     if ! { spin -a "$@" outbox.pml && gcc -w -DMEMLIM=1900 $compile -o pan pan.c; } >build.log 2>&1; then
         cat build.log >&2
@@ -45,14 +45,14 @@ search() {
     ./pan -N "$property" -m100000 -Q10 $options >report 2>&1 || true
 }
 
-# Whether the report is of a search for that property, over all states and not over some.
+# Succeeds if the report is of a search for that property, and no limit cut the search short.
 is_sound() {
     grep -q '^Full statespace search' report && grep -q "never claim.*+ ($property)" report || return 1
     [ "$property" != eventually ] || grep -q 'acceptance.*(fairness enabled)' report || return 1
     ! grep -qiE 'depth too small|out of memory|MEMLIM|time limit|pan: error' report
 }
 
-# line VERDICT [-DMACRO]…: one line about the search.
+# line VERDICT [-DMACRO]…: prints one line about the search.
 line() {
     verdict=$1
     shift
@@ -83,7 +83,7 @@ holds() {
     fi
 }
 
-# breaks PROPERTY -DMACRO…: this very property must fail, and the counterexample be of its kind.
+# breaks PROPERTY -DMACRO…: this property must fail, with a counterexample of its kind.
 breaks() {
     how=first
     search "$@"
@@ -109,7 +109,7 @@ if [ "${1-}" = trace ] && [ $# -ge 2 ]; then
         exit 1
     fi
     shift
-    # One line for each step: its number, whose it is, and what it sets. All that spin can tell: spin -t -p -g.
+    # One line per step: its number, its actor, and what it sets. `spin -t -p -g` prints more.
     spin -t -p "$@" outbox.pml | awk '
         /^ *[0-9]+:.*\(state .*\[.*\]$/ {
             what = $0
@@ -130,8 +130,8 @@ elif [ $# -gt 0 ]; then
     exit 2
 fi
 
-echo 'The design: what must hold'
-holds eventually -DFAULTS=0 -DNO_SWEEP -DNO_RESCUE # they are for faults alone
+echo 'The design: properties that must hold'
+holds eventually -DFAULTS=0 -DNO_SWEEP -DNO_RESCUE # only faults need them
 holds never_two -DFAULTS=0
 holds eventually -DFAULTS=2
 holds safe -DFAULTS=2
@@ -139,7 +139,7 @@ holds eventually -DFAULTS=1 -DREVIVALS=1
 holds safe -DFAULTS=1 -DREVIVALS=1
 holds safe -DCHAOS=3
 
-echo 'Mutations: what must fail'
+echo 'Mutations: properties that must fail'
 breaks eventually -DFAULTS=1 -DNO_SWEEP
 breaks eventually -DFAULTS=1 -DNO_RESCUE
 breaks eventually -DFAULTS=0 -DNO_SWEEP -DNO_RESCUE -DJUDGE_FIRST
@@ -159,6 +159,6 @@ breaks bounded -DFAULTS=2 -DENDLESS_RESCUE
 breaks ours -DCHAOS=1 -DTRUST_REDIS
 
 if [ "$surprises" -gt 0 ]; then
-    echo "$surprises of the checks were a surprise" >&2
+    echo "$surprises checks had an unexpected result" >&2
     exit 1
 fi

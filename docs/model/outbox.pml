@@ -1,18 +1,18 @@
 /*
- * The life of one outbox row, with everybody who touches it and everything that may go wrong.
+ * The life of one outbox row, with all actors that touch it and all faults.
  *
- * Postgres is the truth: what it does in one transaction is one step here, but for the relay's, which holds the row's
- * lock while it talks to Redis. Redis is disposable: it forgets, repeats and invents jobs. Time is only an order: what
- * takes "long enough" in production may happen at any moment here, unless a guard says what it waits for.
+ * Postgres is the truth: each transaction is one step, except the relay's, which holds the row's lock while it talks to
+ * Redis. Redis is disposable: it forgets, repeats and invents jobs. Time is only an order: a step that comes "late
+ * enough" in production may come at any moment here, unless a guard names what it waits for.
  *
- * README.md says what is left out and why, which statement each step is, and how to read a counterexample.
+ * README.md lists what is left out and why, the statement of each step, and how to read a counterexample.
  *
- * Macros that choose what is checked:
+ * Macros that select what is checked:
  *   RETRIES    max_retries of the row
- *   FAULTS     how many things may go wrong in one run
+ *   FAULTS     upper bound of faults in one run
  *   REVIVALS   how many times an operator retries the row when it is dead
- *   CHAOS      no limit to what goes wrong, but the row is handed over CHAOS times at most; for safety only
- * Macros that break the design, one each, so that a property must fail: the mutations in README.md.
+ *   CHAOS      faults without limit, but at most CHAOS hand-overs; for safety properties only
+ * Each other macro removes one part of the design, so that a property must fail: see the mutations in README.md.
  */
 
 #ifndef RETRIES
@@ -26,41 +26,41 @@
 #endif
 
 /*
- * "Eventually" means: once things stop going wrong. Against a Redis that forgets every job for ever, or workers that
- * crash for ever, no design can finish a row, and a checker would report just that. A budget that may be spent at any
- * moment, on any kind of fault, and need not be spent, is the same as "finitely many faults", up to its size.
+ * "Eventually" means: after the last fault. No design can finish a row while Redis keeps forgetting every job or
+ * workers keep crashing, and a checker would report just that. A budget that a run may spend at any moment, on any kind
+ * of fault, or not at all, stands for "finitely many faults", up to its size.
  */
 #ifdef CHAOS
 #define MAY_FAIL true
 #define FAIL skip
-#define MOST CHAOS
+#define MAX_DELIVERY CHAOS
 #else
 byte faults = FAULTS;
 #define MAY_FAIL (faults > 0)
 #define FAIL faults--
-#define MOST (HANDOVERS + 1)  /* one too many, so that `bounded` can fail */
+#define MAX_DELIVERY (HANDOVERS + 1)  /* one too many, so that `bounded` can fail */
 #endif
 
-/* Each hand-over after the first has a cause: an attempt that failed, or a fault. */
+/* Each hand-over after the first follows a failed attempt or a fault. */
 #define HANDOVERS ((1 + RETRIES) * (1 + REVIVALS) + FAULTS)
 
-/* Postgres: the row, and who holds its lock across steps (a relay; 0 is nobody). */
+/* Postgres: the row, and the relay that holds its lock across steps (0: none). */
 mtype = { absent, pending, enqueued, running, done, dead };
 mtype status = absent;
 byte delivery;
 byte attempts;
 bool due;       /* run_at has passed; only read while the row is pending or enqueued */
-bool lease;     /* lease_until has not passed; false while there is none */
+bool lease;     /* lease_until has not passed; false if there is no lease */
 byte lock;
 
 /*
- * Redis: how many jobs it holds of each delivery, in the queue or in rq-scheduler's set: from the set a worker is
- * given one once the row is due. Two of a kind behave like any more; one delivery is beyond the row's last, so that a
- * stranger can name it. Under CHAOS Redis has no memory: it says this now and that then.
+ * Redis: the number of jobs of each delivery, in the queue or in rq-scheduler's set. A worker gets a job from the set
+ * once the row is due. Two copies behave like any larger number. One delivery is beyond the row's last, so that a
+ * foreign client can name it. Under CHAOS Redis has no memory: its answers are arbitrary.
  */
 #define COPIES 2
 #ifdef CHAOS
-#define HAS_JOB(d) (d <= MOST + 1)
+#define HAS_JOB(d) (d <= MAX_DELIVERY + 1)
 #define HAS_NO_JOB(d) true
 #define HAS_ROOM(d) true
 #define PUT_JOB(d) skip
@@ -69,28 +69,28 @@ byte lock;
 byte jobs[8];
 #define HAS_JOB(d) (jobs[d] > 0)
 #define HAS_NO_JOB(d) (jobs[d] == 0)
-#define HAS_ROOM(d) (d <= MOST + 1 && jobs[d] < COPIES)
+#define HAS_ROOM(d) (d <= MAX_DELIVERY + 1 && jobs[d] < COPIES)
 #define PUT_JOB(d) jobs[d]++
 #define TAKE_JOB(d) jobs[d]--
 #endif
 
-/* Workers: what each has popped, whether it has claimed that, and whether its handler runs. */
+/* Workers: the delivery that each has popped, whether it has claimed it, and whether its handler runs. */
 byte job[2];
 bool claimed[2];
 bool runs[2];
-bool lapsed[2];  /* since the claim its lease has passed, and was not renewed: it may have lost the row */
+bool lapsed[2];  /* its lease has passed since the claim and was not renewed: it may have lost the row */
 
-/* Seen by properties alone. */
+/* Only properties read these. */
 bool handled;  /* a handler has returned */
-byte starts;   /* how often a handler has begun */
+byte starts;   /* how many times a handler has begun */
 bool refused;  /* a handler has raised SkipRetry */
-mtype ended;   /* done or dead, once the row has been so */
+mtype ended;   /* done or dead, once the row has had that status */
 
 #define HOLDS(w) (claimed[w] && job[w] == delivery)
 #define IN_HAND(w) (!claimed[w] && job[w] == delivery)
-#define LEAVES(w) (runs[w] && !claimed[w] && !lapsed[w])  /* has given its row back, and has not exited yet */
+#define LEAVES(w) (runs[w] && !claimed[w] && !lapsed[w])  /* it has cut its row short and has not exited yet */
 
-/* ---- What the design stands on, and the mutations that take it away ---- */
+/* ---- The parts of the design, and the mutations that remove them ---- */
 
 #ifdef NO_FENCE
 #define IS_NEWEST true
@@ -139,9 +139,9 @@ bool has_looked[2], saw_mine[2];
 #endif
 
 #ifdef ENDLESS_RESCUE
-#define RESCUES_FOR_EVER true
+#define RESCUES_FOREVER true
 #else
-#define RESCUES_FOR_EVER false
+#define RESCUES_FOREVER false
 #endif
 
 #ifdef GIVE_BACK_AT_ONCE
@@ -174,26 +174,26 @@ bool has_looked[2], saw_mine[2];
 ltl eventually { [] (status != absent -> <> (status == done || status == dead)) }
 
 /*
- * No handler of a row begins while an earlier one runs, unless the lease of one has passed: in a worker that lives and
- * reaches Postgres it never does, however long the handler takes.
+ * No handler of a row begins while an earlier one runs, unless the lease of one has passed. The lease of a worker that
+ * is alive and reaches Postgres never passes, however long the handler takes.
  */
 #define ALONE !(runs[0] && runs[1] && !lapsed[0] && !lapsed[1])
 ltl alone { [] ALONE }
 
-/* Without that condition it does not hold, unless nothing goes wrong: no lease can stop a handler that is frozen. */
+/* Without that condition it holds only without faults: no lease can stop a frozen handler. */
 ltl never_two { [] !(runs[0] && runs[1]) }
 
-/* What is done stays done; what is dead stays dead, unless an operator retries it. */
+/* A done row stays done; a dead row stays dead unless an operator retries it. */
 #define FINAL (ended == 0 || status == ended)
 ltl final { [] FINAL }
 
-/* Done are only rows that a handler has handled, dead only those that used up their attempts or were refused. */
+/* A row is done only if a handler returned, and dead only if its attempts are used up or a handler refused it. */
 #define TRUTHFUL ((status != done || handled) && (status != dead || attempts > RETRIES || refused))
 ltl truthful { [] TRUTHFUL }
 
 /*
- * There are no more attempts than max_retries allows, no handler begins more often, and there are no more hand-overs
- * than attempts and faults explain.
+ * There are no more attempts than max_retries allows, handlers begin no more often, and each hand-over after the first
+ * follows a failed attempt or a fault.
  */
 #define BOUNDED (attempts <= 1 + RETRIES && starts <= (1 + RETRIES) * (1 + REVIVALS) && delivery <= HANDOVERS)
 ltl bounded { [] BOUNDED }
@@ -202,21 +202,21 @@ ltl bounded { [] BOUNDED }
 #define OURS (status != absent || (!runs[0] && !runs[1]))
 ltl ours { [] OURS }
 
-/* All that must never happen, in one search. */
+/* All safety properties in one search. */
 ltl safe { [] (ALONE && FINAL && TRUTHFUL && BOUNDED && OURS) }
 
 /* ---- The relays ---- */
 
 /*
- * A hand-over: claim, write to Redis, commit. The lock is held from the first to the last. A crash in between, an
- * error of Redis and Postgres' idle-in-transaction time-out undo all but what Redis was told: so a delivery may be
- * written to Redis twice, and committed once only.
+ * A hand-over: lock, write to Redis, commit. The relay holds the lock throughout. A crash in between, an error of Redis
+ * and Postgres' idle-in-transaction timeout undo everything except the write to Redis. So a delivery may be written to
+ * Redis twice, but is committed only once.
  */
 proctype Publish(byte me) {
   byte next;
 
   do
-  :: d_step { status == pending && lock == 0 && delivery < MOST -> lock = me; next = delivery + 1 };
+  :: d_step { status == pending && lock == 0 && delivery < MAX_DELIVERY -> lock = me; next = delivery + 1 };
     if
     :: d_step { HAS_ROOM(next) -> PUT_JOB(next) }
     :: !HAS_ROOM(next)
@@ -224,16 +224,16 @@ proctype Publish(byte me) {
     fi;
     if
     :: d_step { lock == me -> status = enqueued; delivery = next; lock = 0; next = 0 }
-    :: d_step { lock == me && MAY_FAIL -> FAIL; lock = 0; next = 0 }  /* it crashes, or lacks Redis' answer */
-    :: d_step { lock != me -> next = 0 }  /* Postgres took it for gone; what it told Redis stays told */
+    :: d_step { lock == me && MAY_FAIL -> FAIL; lock = 0; next = 0 }  /* it crashes, or Redis' answer is lost */
+    :: d_step { lock != me -> next = 0 }  /* Postgres has ended its session; Redis keeps the job */
     fi
   od
 }
 
 /*
- * A sweep: a look, and a moment later the taking back, which judges anew, so that relays may sweep side by side. The
- * moment is long enough for a worker to claim what it has popped; where it is not, that is a fault, which the fence
- * must bear.
+ * A sweep: it looks, and a little later checks the row again and takes it back, so that relays may sweep side by side.
+ * The time between is long enough for a worker to claim what it has popped. If it is not, that is a fault, and the
+ * fence must make it harmless.
  */
 #define IS_LOST (status == enqueued && delivery == seen)
 
@@ -245,7 +245,7 @@ proctype Sweep() {
 #endif
   do
   :: d_step { status == enqueued -> seen = delivery };  /* Postgres first … */
-    if  /* … and Redis after: what is missing now was popped, or is lost */
+    if  /* … and Redis second: a missing job was popped, or is lost */
     :: d_step { MAY_FAIL -> FAIL; seen = 0 }  /* Redis is away, or the relay crashes */
     :: d_step { HAS_JOB(seen) -> seen = 0 }
     :: d_step { HAS_NO_JOB(seen) };
@@ -263,7 +263,7 @@ proctype Sweep() {
   od
 }
 
-/* A rescue, whichever relay runs it: it holds the row's lock from its look to its write, and so is one step. */
+/* A rescue, by any relay: it holds the row's lock from its look to its write, so it is one step. */
 proctype Rescue() {
 #ifdef NO_RESCUE
   false;
@@ -273,8 +273,8 @@ proctype Rescue() {
       status == running && (!lease || RESCUES_ALL) ->
       lease = false;
       if
-      :: attempts > RETRIES && !RESCUES_FOR_EVER -> status = dead; ended = dead
-      :: else -> status = pending; due = (attempts == 1)  /* from the second time on it waits */
+      :: attempts > RETRIES && !RESCUES_FOREVER -> status = dead; ended = dead
+      :: else -> status = pending; due = (attempts == 1)  /* from the second rescue on, it waits for its backoff */
       fi
     }
   od
@@ -295,8 +295,8 @@ proctype Rescue() {
 #define FORGET job[me] = 0; claimed[me] = false; runs[me] = false; lapsed[me] = false; outcome = 0; attempt = 0; UNLOOK
 
 /*
- * A worker, as far as one row goes: it pops, claims, runs, completes. It may crash anywhere, and starts anew. What waits
- * for the lock waits for a relay's commit, and sees what that has committed.
+ * A worker, as seen by one row: it pops, claims, runs, completes. It may crash anywhere, and restarts. A step that
+ * waits for the lock waits for a relay's commit and sees the committed row.
  */
 proctype Worker(bit me) {
   byte attempt;
@@ -305,7 +305,7 @@ proctype Worker(bit me) {
   do
   POP(1) POP(2) POP(3) POP(4) POP(5) POP(6) POP(7)
 
-  /* The claim: it locks first and judges after. */
+  /* The claim locks first and judges after. */
   :: d_step {
       HAS_POPPED && lock == 0 && HAS_LOOKED ->
       if
@@ -320,7 +320,7 @@ proctype Worker(bit me) {
       fi
     }
 
-  /* A thread is free for the row; or none is for so long that it is given back unbegun, at once and for nothing. */
+  /* A thread begins the row; or none is free for too long, and the row is given back, due at once and not counted. */
   :: d_step { WAITS -> runs[me] = true; starts++ }
   :: d_step {
       WAITS && lock == 0 && MAY_FAIL ->
@@ -341,10 +341,10 @@ proctype Worker(bit me) {
   :: d_step { HANDLES -> runs[me] = false; outcome = (attempt > RETRIES -> dead : pending) }
   :: d_step { HANDLES -> runs[me] = false; refused = true; outcome = dead }
 
-  /* Renewing: a lease that has passed is had again, if nobody saw that. */
+  /* A renewal: a lease that has passed is valid again, if no rescue took the row. */
   :: d_step { claimed[me] && lapsed[me] && lock == 0 && IS_RUNNING_MINE -> lease = true; lapsed[me] = !HOLDS(me) }
 
-  /* The completion. The loser of the fence writes nothing. */
+  /* The completion. A worker that the fence rejects writes nothing. */
   :: d_step {
       HAS_OUTCOME && lock == 0 ->
       if
@@ -359,7 +359,7 @@ proctype Worker(bit me) {
       FORGET
     }
 
-  /* The handler is overdue, or the worker is stopped before it ends: the worker writes that, and then exits. */
+  /* Cutting short: the handler is overdue, or the worker is stopped before it ends. The worker exits after this. */
   :: d_step {
       HANDLES && lock == 0 ->
       if
@@ -367,7 +367,7 @@ proctype Worker(bit me) {
         status = (COUNTED > RETRIES -> dead : pending);
         attempts = COUNTED;
         lease = false;
-        due = GIVES_BACK_AT_ONCE;  /* where the row is dead, an operator's retry waits for the exit as well */
+        due = GIVES_BACK_AT_ONCE;  /* if the row is dead, an operator's retry waits for the exit too */
         ended = (status == dead -> dead : ended)
       :: else
       fi;
@@ -387,15 +387,15 @@ proctype Worker(bit me) {
   od
 }
 
-/* ---- Time, and what else happens to the row, its locks and Redis ---- */
+/* ---- Time, and faults of locks and of Redis ---- */
 
 proctype Time() {
   do
-  /* A row that was given back is not due before its worker has exited, unless that takes longer than it may. */
+  /* A row that was cut short is not due before its worker has exited, unless the exit takes too long: a fault. */
   :: d_step { (status == pending || status == enqueued) && !due && !LEAVES(0) && !LEAVES(1) -> due = true }
   :: d_step { !due && LEAVES(0) && MAY_FAIL -> FAIL; lapsed[0] = true }
   :: d_step { !due && LEAVES(1) && MAY_FAIL -> FAIL; lapsed[1] = true }
-  /* The lease of a worker that is gone passes; that of a living one only if it cannot renew it in time. */
+  /* The lease of a dead worker passes; that of a live one only if it cannot renew in time: a fault. */
   :: d_step { lease && !HOLDS(0) && !HOLDS(1) -> lease = false }
   :: d_step {
       lease && (HOLDS(0) || HOLDS(1)) && MAY_FAIL ->
