@@ -1,10 +1,10 @@
-# One image for service, relay, worker and `outbox migrate`; the command says which one runs. The base may be any
-# CPython from 3.11 on, on Debian or a derivative.
+# One image for service, relay, worker and `outbox migrate`; the command selects one. The base may be any CPython from
+# 3.11 on Debian or a derivative.
 ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS build
 
-# --build-arg PIP_INDEX_URL names another package index. The final image does not contain it.
+# --build-arg PIP_INDEX_URL=… uses another package index. The final image does not contain the URL.
 ARG PIP_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
@@ -13,8 +13,8 @@ COPY requirements.lock requirements-runtime.lock ./
 RUN python -m venv --without-pip /opt/outbox \
  && python -m pip --python /opt/outbox/bin/python install --require-hashes --no-deps -r requirements-runtime.lock
 
-# The wheel's build backend, at the versions and hashes of the development lock. If pip fails because one of its
-# dependencies is missing, add that to the list.
+# The wheel's build backend, with the versions and hashes of the development lock. If pip misses one of its
+# dependencies, add that to the list.
 RUN python -m venv tools \
  && awk '/^[a-z]/ { wanted = /^(hatchling|packaging|pathspec|pluggy|tomlkit|trove-classifiers)==/ } wanted' \
       requirements.lock >tools.lock \
@@ -34,7 +34,7 @@ FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin outbox
 COPY --from=build /opt/outbox /opt/outbox
 
-# HTTP_SERVER_ADDRESS: the default, 127.0.0.1, is not reachable from outside the container.
+# The default of HTTP_SERVER_ADDRESS, 127.0.0.1, is not reachable from outside the container.
 ENV PATH=/opt/outbox/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HTTP_SERVER_ADDRESS=0.0.0.0:8080

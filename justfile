@@ -1,21 +1,22 @@
-# Everything runs in .venv, or in the folder that VENV names. The first recipe that needs the folder creates it.
+# Recipes run in .venv, or in the folder that VENV names. The first recipe that needs the folder creates it.
 
 set shell := ["sh", "-euc"]
 
 venv := env("VENV", ".venv")
 bin := venv / "bin"
 
-# The interpreter of that folder. Use another folder for another one: `PYTHON=python3.13 VENV=.venv-3.13 just test`.
+# The interpreter of that folder. Another interpreter needs another folder:
+# `PYTHON=python3.13 VENV=.venv-3.13 just test`.
 python := env("PYTHON", "python3")
 
-# Tests start a hundred processes. Without stored bytecode, each one compiles everything again.
+# Tests start a hundred processes. Without stored bytecode, each one would compile all modules again.
 export PYTHONDONTWRITEBYTECODE := ""
 
 # List the recipes
 default:
     @{{ just_executable() }} --list --unsorted
 
-# Twice as many processes as a small machine has cores, because tests wait a lot. A file's tests stay together.
+# Four processes, because tests mostly wait: more than a small machine has cores. The tests of a file stay together.
 pytest := bin / "pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder"
 
 # Run everything on this machine: API, relay, worker, and a server for each URL that is not set
@@ -23,7 +24,7 @@ pytest := bin / "pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder"
 up *arguments: setup
     @{{ bin }}/outbox up {{ arguments }}
 
-# Run all tests, or those that the arguments (pytest's) name
+# Run all tests, or those selected by pytest's arguments
 test *arguments: setup
     @{{ pytest }} {{ arguments }}
 
@@ -31,12 +32,12 @@ test *arguments: setup
 coverage *arguments: setup
     @{{ pytest }} --cov --cov-report=term --cov-fail-under=90 {{ arguments }}
 
-# Inject random faults while users are created, then check that nothing was lost (--help lists the options)
+# Inject random faults while users are created, and check that nothing was lost (--help lists the options)
 [no-exit-message]
 chaos *arguments: setup
     @{{ bin }}/python -m tests.chaos {{ arguments }}
 
-# Run the project's statements step by step in random order, and judge every transition of a row (--help lists the options)
+# Run the SQL statements in random order, and judge every transition of a row (--help lists the options)
 [no-exit-message]
 schedules *arguments: setup
     @{{ bin }}/python -m tests.schedules {{ arguments }}
@@ -46,7 +47,7 @@ schedules *arguments: setup
 recovery *arguments: setup
     @{{ bin }}/python -m tests.chaos.figures {{ arguments }}
 
-# Measure speed beside the alternatives; `just bench relay` measures one part (--help lists the options)
+# Measure speed compared with the alternatives; `just bench relay` measures one part (--help lists the options)
 [no-exit-message]
 bench *arguments: setup-bench
     @{{ bin }}/python -m bench {{ arguments }}
@@ -74,7 +75,7 @@ fmt: setup
     {{ bin }}/ruff check --fix .
     {{ bin }}/ruff format .
 
-# Bring the database in DATABASE_URL to the newest schema
+# Migrate the database in DATABASE_URL to the newest schema
 migrate: setup
     @{{ bin }}/outbox migrate
 
@@ -103,9 +104,9 @@ image:
     docker build -t outbox-service .
 
 # --no-deps: the locks are complete. If pip resolved dependencies, it would take the newest coverage for pytest-cov's
-# coverage[toml], whatever the lock pins, and fail because that has no hash.
+# coverage[toml], despite the pin in the lock, and fail because that version has no hash.
 
-# Install what requirements.lock pins into that folder, unless it is up to date
+# Install the pinned dependencies of requirements.lock into that folder, unless it is up to date
 setup:
     @if [ ! -x {{ bin }}/python ]; then {{ python }} -m venv {{ venv }}; fi
     @if [ -z "$(find {{ venv }}/.installed -newer requirements.lock -newer pyproject.toml 2>/dev/null)" ]; then \

@@ -1,4 +1,4 @@
-"""A task of one's own: one definition, one function, and OUTBOX_HANDLERS."""
+"""A custom task needs one definition, one function, and OUTBOX_HANDLERS."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tests.conftest import Connection
 from tests.support.processes import Stack
 from tests.support.waiting import eventually
 
-MODULE = """
+GREETINGS_MODULE = """
 from pydantic import BaseModel
 
 from outbox import Context, Task, handler
@@ -33,8 +33,8 @@ def greet(payload: Greeting, context: Context) -> dict[str, object]:
 
 
 def test_a_second_task(stack: Stack, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that the project does not know is all it takes: its row is handed over and handled."""
-    (tmp_path / "greetings.py").write_text(MODULE)
+    """A row of a task from a module outside of the project is handed over and handled."""
+    (tmp_path / "greetings.py").write_text(GREETINGS_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     import greetings  # type: ignore[import-not-found]
 
@@ -56,7 +56,7 @@ def test_a_second_task(stack: Stack, connection: Connection, tmp_path: Path, mon
 
 
 def test_the_example_of_the_readme(stack: Stack, database_url: str, tmp_path: Path) -> None:
-    """Its three files, as they are written but for the delay, are a task, a handler and a row that is handled."""
+    """Its three files work as they are written, except for the shortened delay: the row is handled."""
     page = Path("README.md").read_text(encoding="utf-8")
     files = re.findall(r"```python\n# (greetings/\w+\.py)\n(.*?)```", page, re.DOTALL)
     assert [name for name, _ in files] == ["greetings/tasks.py", "greetings/handlers.py", "greetings/add.py"]

@@ -1,4 +1,4 @@
-"""What the Dockerfile takes from the development lock."""
+"""The packages that the Dockerfile takes from the development lock."""
 
 import re
 from importlib.metadata import requires
@@ -9,15 +9,15 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_image_is_built_with_all_that_hatchling_needs() -> None:
-    """A newer hatchling with one more dependency fails here, not first in somebody's build of the image."""
+def test_the_image_is_built_with_all_dependencies_of_hatchling() -> None:
+    """A new dependency of hatchling fails here, and not only in a build of the image."""
     listed = re.search(r"\^\((hatchling[a-z|-]*)\)==", (ROOT / "Dockerfile").read_text())
     assert listed is not None
 
-    needed = {
-        wanted.name
-        for wanted in map(Requirement, requires("hatchling") or [])
-        if wanted.marker is None or wanted.marker.evaluate()
+    dependencies = {
+        requirement.name
+        for requirement in map(Requirement, requires("hatchling") or [])
+        if requirement.marker is None or requirement.marker.evaluate()
     }
 
-    assert {"hatchling", *needed} <= set(listed.group(1).split("|"))
+    assert {"hatchling", *dependencies} <= set(listed.group(1).split("|"))
