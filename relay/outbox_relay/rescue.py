@@ -17,6 +17,7 @@ from outbox.runtime.halving import write_by_halves
 from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 from outbox.runtime.settings import LONGEST_LEASE
+from outbox_relay.batches import LeftOut
 
 BATCH = 1000
 """Upper bound of rows in one step."""
@@ -34,7 +35,7 @@ have stalled too."""
 IMPOSSIBLE_LEASE = LONGEST_LEASE + 60.0
 """Seconds ahead at which no lease can end with any setting: if one does, the server's clock was set back."""
 
-REFUSED_PAUSE = 60.0
+LEFT_OUT = 60.0
 """Seconds until the next try to rescue a row that Postgres has refused."""
 
 _MARGIN = 0.05
@@ -93,8 +94,7 @@ class Rescue:
         self._clock_offset = (0.0, 0.0)
         """Lower and upper bound of Postgres' clock minus the monotonic clock."""
         self._batch = BATCH
-        self._refused: dict[Delivery, float] = {}
-        """When Postgres refused the rescue of a row, by a trigger for example."""
+        self._left_out = LeftOut[int]("rows cannot be rescued", LEFT_OUT)
 
     def follow(self, connection: Connection, postgres_time: float, began: float, *, is_expired: bool) -> float:
         """Follows a look: notes it, does one step if it found an expired lease, and returns the seconds until the next.
@@ -174,7 +174,7 @@ class Rescue:
         try:
             with connection.transaction():
                 connection.execute(query("limit_transaction_lock_wait"))
-                expired = self._expired(connection, batch, now)
+                expired = self._expired(connection, batch)
                 taken = [] if is_paused else self._take_settled(connection, expired, now)
                 if is_paused:
                     self._touch(connection, expired)
@@ -197,15 +197,10 @@ class Rescue:
             return 0.0  # there may be more
         return self.settling + _MARGIN if expired else math.inf
 
-    def _expired(self, connection: Connection, batch: int, now: float) -> list[Expired]:
+    def _expired(self, connection: Connection, batch: int) -> list[Expired]:
         """Returns and locks expired rows, except those that Postgres has refused recently."""
-        self._refused = {delivery: at for delivery, at in self._refused.items() if now - at < REFUSED_PAUSE}
-        found = {
-            "batch": batch,
-            "impossible_lease": IMPOSSIBLE_LEASE,
-            "refused": [delivery.row_id for delivery in self._refused],
-        }
-        return connection.cursor(row_factory=named(Expired)).execute(query("expired_leases"), found).fetchall()
+        asked = {"batch": batch, "impossible_lease": IMPOSSIBLE_LEASE, "refused": self._left_out.rows()}
+        return connection.cursor(row_factory=named(Expired)).execute(query("expired_leases"), asked).fetchall()
 
     def _take_settled(self, connection: Connection, expired: list[Expired], now: float) -> list[Rescued]:
         seen = [(row, self._seen_at.get(Delivery.of(row), now)) for row in expired]
@@ -244,11 +239,8 @@ class Rescue:
         self._refuse(write_by_halves(rows, touch))
 
     def _refuse(self, refused: list[tuple[Expired, Exception]]) -> None:
-        if not refused:
-            return
-        self._refused |= {Delivery.of(row): time.monotonic() for row, _ in refused}
-        rows, (_, error) = sorted(row.id for row, _ in refused), refused[0]
-        logs.get().error("rows cannot be rescued", rows=rows, error=one_line(error))
+        if refused:
+            self._left_out.add([row.id for row, _ in refused], refused[0][1])
 
 
 def _check_in_time(begun: float) -> None:
