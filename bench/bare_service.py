@@ -5,21 +5,21 @@ from typing import Any
 import outbox
 from outbox.runtime import process
 from outbox_service.main import main
-from outbox_service.wakeup import Wakeup
+from outbox_service.notifier import RelayNotifier
 
 
 async def _add_nothing(*_: Any, **__: Any) -> None:
     """Replaces `outbox.add`."""
 
 
-def _send_no_hint(_: Wakeup) -> None:
-    """Replaces `Wakeup.hint`."""
+def _send_no_hint(_: RelayNotifier) -> None:
+    """Replaces `RelayNotifier.notify_soon`."""
 
 
 def run_bare_service() -> None:
     """Runs the service without the outbox."""
     outbox.add = _add_nothing  # type: ignore[assignment]
-    Wakeup.hint = _send_no_hint  # type: ignore[method-assign, assignment]
+    RelayNotifier.notify_soon = _send_no_hint  # type: ignore[method-assign, assignment]
     process.run(main)
 
 

@@ -32,7 +32,7 @@ from bench.process import Process
 from bench.testbed import Bench
 from outbox.queries import query
 from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
-from outbox_service.wakeup import DEBOUNCE
+from outbox_service.notifier import MIN_INTERVAL
 
 POLLING, PLAIN = "polling only", "RQ after the commit"
 
@@ -150,11 +150,11 @@ class Users:
         self._client.close()
 
     def _send_hints(self) -> None:
-        """Sends hints to the relays, as `outbox_service.wakeup.Wakeup` does, but in a thread."""
+        """Sends hints to the relays, as `outbox_service.notifier.RelayNotifier` does, but in a thread."""
         while self._committed.wait() and not self._is_closing:
             self._committed.clear()
             self._hint_connection.execute(query("notify_relays"))
-            time.sleep(DEBOUNCE)
+            time.sleep(MIN_INTERVAL)
 
     def sign_up(self, rate: int, seconds: float, name: str) -> list[float]:
         """Signs up users with an outbox row and a hint to the relays."""

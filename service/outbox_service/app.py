@@ -13,12 +13,12 @@ from litestar.openapi.plugins import RedocRenderPlugin
 from outbox.runtime.outage import Outage
 from outbox.runtime.settings import ServiceSettings
 from outbox_service import links, probes, problems, users
-from outbox_service.passwords import Passwords
+from outbox_service.notifier import RelayNotifier
+from outbox_service.passwords import PasswordHasher
 from outbox_service.pool import create_pool
 from outbox_service.schemas import MAX_BODY
 from outbox_service.store import Store
 from outbox_service.users import SignUp
-from outbox_service.wakeup import Wakeup
 
 
 def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Litestar:
@@ -30,22 +30,22 @@ def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Lites
     """
     outage = outage or Outage("Postgres")
     pool = create_pool(settings, outage)
-    wakeup = Wakeup(pool, settings.verify_email_delay)
-    store = Store(pool, wakeup, settings, outage)
-    passwords = Passwords(settings.hash_queue)
-    sign_up = SignUp(passwords, store)
+    notifier = RelayNotifier(pool, settings.verify_email_delay)
+    store = Store(pool, notifier, settings, outage)
+    hasher = PasswordHasher(settings.hash_queue)
+    sign_up = SignUp(hasher, store)
 
     @asynccontextmanager
     async def open_resources(_: Litestar) -> AsyncGenerator[None]:
         await pool.open(wait=False)
-        hints = asyncio.create_task(wakeup.run())
+        notifying = asyncio.create_task(notifier.run())
         try:
             yield
         finally:
-            hints.cancel()
+            notifying.cancel()
             with suppress(asyncio.CancelledError):
-                await hints
-            passwords.close()
+                await notifying
+            hasher.close()
             await pool.close()
 
     return Litestar(

@@ -28,7 +28,7 @@ def hash_password(password: str) -> str:
     return argon2id.str(password.encode(), opslimit=2, memlimit=19 * 2**20).decode()
 
 
-class Passwords:
+class PasswordHasher:
     """Threads that hash passwords."""
 
     def __init__(self, queue: int) -> None:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, EmailStr, Field, StringConstraints
 
-from outbox_service.addresses import MAX_ADDRESS, canonical
-from outbox_service.letters import MAX_MARKS, check_visible
+from outbox_service.email_addresses import MAX_ADDRESS, canonicalize
+from outbox_service.unicode_rules import MAX_MARKS, check_visible
 
 MAX_BODY = 64 * 1024
 """Bytes that a request's body may have."""
@@ -46,7 +46,7 @@ class CreateUser(BaseModel):
     ]
     email: Annotated[
         EmailStr,
-        BeforeValidator(canonical),
+        BeforeValidator(canonicalize),
         Field(
             min_length=3,
             max_length=MAX_ADDRESS,

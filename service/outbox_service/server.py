@@ -14,7 +14,7 @@ from outbox.runtime.outage import Outage
 from outbox.runtime.settings import ServiceSettings
 from outbox.runtime.stop import Stop
 from outbox_service.app import create_app
-from outbox_service.protocol import IDLE_TIME, limited_protocol
+from outbox_service.http_protocol import IDLE_TIMEOUT, protocol_factory
 from outbox_service.request_log import RequestLog
 
 _RESERVE = 40
@@ -54,17 +54,17 @@ def create_server(settings: ServiceSettings, outage: Outage | None = None) -> Se
         outage: what is known already of Postgres' absence.
     """
     reserve = _RESERVE + _PER_CONNECTION * settings.pool_size
-    most = open_files.provide(settings.http_connections, reserve, "OUTBOX_HTTP_CONNECTIONS")
+    limit = open_files.provide(settings.http_connections, reserve, "OUTBOX_HTTP_CONNECTIONS")
     return Server(
         uvicorn.Config(
             RequestLog(create_app(settings, outage)),
             log_config=None,
             access_log=False,
-            http=limited_protocol(most),
+            http=protocol_factory(limit),
             ws="none",
             server_header=False,
             headers=HEADERS,
-            timeout_keep_alive=IDLE_TIME,
+            timeout_keep_alive=IDLE_TIMEOUT,
             timeout_graceful_shutdown=math.ceil(settings.grace),
         )
     )

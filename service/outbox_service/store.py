@@ -18,9 +18,9 @@ from outbox.runtime.redaction import one_line
 from outbox.runtime.settings import ServiceSettings
 from outbox.signup.secret_code import is_secret_code
 from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox_service.notifier import RelayNotifier
 from outbox_service.pool import AsyncConnection, check_writable
 from outbox_service.schemas import CreateUser, User
-from outbox_service.wakeup import Wakeup
 
 _FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
 """What is taken, by the constraint that says so; a violation of any other is not the user's doing."""
@@ -66,7 +66,7 @@ class Store:
     """The service's database."""
 
     pool: AsyncConnectionPool[AsyncConnection]
-    wakeup: Wakeup
+    notifier: RelayNotifier
     settings: ServiceSettings
     outage: Outage
 
@@ -122,7 +122,7 @@ class Store:
                 raise TakenError(field) from None
             # The error's own text has the refused row in it, hash and all, and would end up in the log.
             raise RefusedError(f"Postgres refuses the user: {error.diag.message_primary}") from None
-        self.wakeup.hint()
+        self.notifier.notify_soon()
         return User.model_validate(row)
 
     async def verify(self, email_id: int, code: str, *, use: bool) -> Opened:

@@ -12,7 +12,7 @@ from litestar.openapi.spec import Example
 from litestar.params import JSONBody
 
 from outbox_service import problems
-from outbox_service.passwords import Passwords
+from outbox_service.passwords import PasswordHasher
 from outbox_service.schemas import MAX_FIELDS, CreateUser, User, UserCreated, Violation
 from outbox_service.store import Store
 
@@ -35,7 +35,7 @@ _ALICE = {
 class SignUp:
     """What it takes to create a user: one dependency, because Litestar starts a task for each where there are two."""
 
-    passwords: Passwords
+    hasher: PasswordHasher
     store: Store
 
     async def create(self, user: CreateUser, request_id: str) -> User:
@@ -45,7 +45,7 @@ class SignUp:
             BusyError: too many wait for a hash already.
             TakenError, RefusedError, psycopg.OperationalError: as `Store.create_user` does.
         """
-        hashed = await self.passwords.hash(user.password)
+        hashed = await self.hasher.hash(user.password)
         return await self.store.create_user(user, hashed, request_id)
 
 

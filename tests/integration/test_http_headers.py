@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from outbox.runtime.settings import ServiceSettings
-from outbox_service import protocol, server
+from outbox_service import http_protocol, server
 from tests.conftest import Connection
 from tests.support.api import Api, exchange, serve, user
 from tests.support.waiting import eventually
@@ -95,8 +95,8 @@ def test_every_answer_of_the_protocol_is_safe(
     service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch, status: int, request_: bytes
 ) -> None:
     """What is no request, or does not come in time, gets the same headers."""
-    monkeypatch.setattr(protocol, "HEAD_TIME", 0.2)
-    monkeypatch.setattr(protocol, "BODY_TIME", 0.2)
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(http_protocol, "BODY_TIMEOUT", 0.2)
     with serve(service_settings) as api:
         assert parsed(exchange(api.port, request_)) == (status, SAFE)
 

@@ -13,7 +13,7 @@ import pytest
 
 from outbox.runtime.settings import ServiceSettings
 from outbox.runtime.tally import Tally
-from outbox_service import protocol
+from outbox_service import http_protocol
 from tests.conftest import Connection
 from tests.support.api import Api, is_problem, serve, user
 from tests.support.waiting import eventually
@@ -32,9 +32,9 @@ def post(content: object) -> bytes:
 @pytest.fixture
 def api(service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """A service that waits for half a second, and lets ten connections in."""
-    monkeypatch.setattr(protocol, "HEAD_TIME", 0.5)
-    monkeypatch.setattr(protocol, "BODY_TIME", 0.5)
-    monkeypatch.setattr(protocol, "_tally", Tally())  # a line a minute, whatever the tests before have met
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(http_protocol, "BODY_TIMEOUT", 0.5)
+    monkeypatch.setattr(http_protocol, "_tally", Tally())  # a line a minute, whatever the tests before have met
     with serve(service_settings.model_copy(update={"http_connections": 10})) as served:
         yield served
 
@@ -79,7 +79,7 @@ def test_a_head_without_end_is_refused(api: Api, part: bytes) -> None:
                     assert api.client.get("/healthz").status_code == 200
     assert sent < 10_000_000
     assert [line["why"] for line in api.events("refused an HTTP request")] == [
-        "this is no HTTP request: its head is over 64 KiB"
+        "not a valid HTTP request: the head is over 64 KiB"
     ]
 
 
@@ -134,7 +134,7 @@ def test_half_a_request_is_not_waited_for(api: Api, sent: bytes) -> None:
 
     assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers)
     (line,) = api.events("refused an HTTP request")
-    assert "did not come within 0.5 s" in line["why"]
+    assert "did not arrive within 0.5 s" in line["why"]
 
 
 def test_a_request_that_drips_is_not_waited_for(api: Api) -> None:
@@ -152,7 +152,7 @@ def test_a_request_that_drips_is_not_waited_for(api: Api) -> None:
 
 def test_what_is_idle_is_closed_without_an_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer to nothing would be taken for the answer to the next request."""
-    monkeypatch.setattr(protocol, "IDLE_TIME", 0.2)
+    monkeypatch.setattr(http_protocol, "IDLE_TIMEOUT", 0.2)
     with connect(api.port) as silent, connect(api.port) as served:
         served.sendall(LINE + b"\r\n")
         assert everything(silent) == b""
@@ -163,8 +163,8 @@ def test_what_is_idle_is_closed_without_an_answer(api: Api, monkeypatch: pytest.
 @pytest.mark.parametrize("sent", [b"", LINE, BODY_LESS], ids=["nothing", "half a head", "half a body"])
 def test_many_that_send_nothing_keep_nobody_out(api: Api, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are as many connections as may be, the one that has kept the service waiting longest makes room."""
-    monkeypatch.setattr(protocol, "HEAD_TIME", 60)
-    monkeypatch.setattr(protocol, "BODY_TIME", 60)
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 60)
+    monkeypatch.setattr(http_protocol, "BODY_TIMEOUT", 60)
     with held(api.port, 30, sent) as connections:
         for _ in range(5):
             with httpx.Client(base_url=f"http://127.0.0.1:{api.port}", verify=False) as client:
@@ -216,7 +216,7 @@ def test_a_client_that_reads_no_answers_is_not_waited_for(
     api: Api, last: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once its buffers are full, it has so long to read on; then its connection is closed."""
-    monkeypatch.setattr(protocol, "READ_TIME", 0.5)
+    monkeypatch.setattr(http_protocol, "READ_TIMEOUT", 0.5)
     with unread(api.port, 1, last):
         eventually(lambda: is_held(api.port), 5, "it is accepted")
         eventually(lambda: not is_held(api.port), 20, "it is closed")

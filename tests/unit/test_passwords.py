@@ -7,7 +7,7 @@ import argon2
 import pytest
 
 from outbox_service import passwords
-from outbox_service.passwords import BusyError, Passwords, hash_password
+from outbox_service.passwords import BusyError, PasswordHasher, hash_password
 from tests.support.waiting import eventually
 
 
@@ -39,7 +39,7 @@ def test_a_hash_outlasts_its_request_and_the_loop(
         return password
 
     monkeypatch.setattr(passwords, "hash_password", wait)
-    hashing = Passwords(queue=0)
+    hashing = PasswordHasher(queue=0)
 
     async def hang_up() -> None:
         requests = [asyncio.create_task(hashing.hash("x")) for _ in range(passwords.usable_cores())]
@@ -58,7 +58,7 @@ def test_a_hash_outlasts_its_request_and_the_loop(
     assert not caplog.records
 
 
-async def _is_free(hashing: Passwords) -> bool:
+async def _is_free(hashing: PasswordHasher) -> bool:
     try:
         return await hashing.hash("x") == "x"
     except BusyError:
