@@ -4,7 +4,7 @@ from enum import StrEnum
 from operator import itemgetter
 from typing import Any, TypeVar
 
-from psycopg.rows import RowFactory, RowMaker
+from psycopg.rows import BaseRowFactory, RowMaker
 
 
 class Status(StrEnum):
@@ -25,7 +25,7 @@ class Status(StrEnum):
 R = TypeVar("R", bound=tuple[Any, ...])
 
 
-def named(kind: type[R]) -> RowFactory[R]:
+def named(kind: type[R]) -> BaseRowFactory[R]:
     """Returns a row factory for psycopg that makes a NamedTuple of each row; a field is the column of the same name.
 
     A row costs little more than a tuple: the columns are looked up once per statement.

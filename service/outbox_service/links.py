@@ -14,7 +14,7 @@ from litestar.types import ExceptionHandlersMap
 from outbox_service import problems
 from outbox_service.pages import HEADERS, page
 from outbox_service.schemas import EmailVerified
-from outbox_service.store import Store, Verification
+from outbox_service.store import LinkState, Store
 
 Handler = Callable[[Request[Any, Any, Any], Any], Response[Any]]
 
@@ -34,7 +34,7 @@ def _readable(kind: type[Exception], handle: Handler) -> Handler:
         if _wants_json(request):
             return handle(request, error)
         if kind is ValidationException:
-            return _answer(request, Verification.WRONG, wants_json=False)
+            return _answer(request, LinkState.WRONG, wants_json=False)
         told = handle(request, error)
         shown = page(told.content["title"], _sentence(told.content["detail"]), status_code=told.content["status"])
         shown.headers.update(told.headers)
@@ -79,8 +79,8 @@ async def open_verification_link(
 ) -> Response[Any]:
     """Verifies the address for a JSON client; shows a person the button."""
     wants_json = _wants_json(request)
-    found, username, email = await store.verify(email_id, secret_code, use=wants_json)
-    if found is Verification.VALID and not wants_json:
+    found, username, email = await store.open_link(email_id, secret_code, use=wants_json)
+    if found is LinkState.VALID and not wants_json:
         # Another person may have signed up with the reader's address.
         text = f"One click, and the account {username} gets the confirmed address {email}."
         text += " If you did not sign up, close this page: somebody else has the account's password."
@@ -100,25 +100,25 @@ async def verify_email(
     request: Request[Any, Any, Any], store: NamedDependency[Store], email_id: EmailId, secret_code: SecretCode
 ) -> Response[Any]:
     """Verifies the address."""
-    found, _, _ = await store.verify(email_id, secret_code, use=True)
+    found, _, _ = await store.open_link(email_id, secret_code, use=True)
     return _answer(request, found, wants_json=_wants_json(request))
 
 
-def _answer(request: Request[Any, Any, Any], found: Verification, *, wants_json: bool) -> Response[Any]:
+def _answer(request: Request[Any, Any, Any], found: LinkState, *, wants_json: bool) -> Response[Any]:
     status, title, text = {
-        Verification.VALID: (200, "Verified", "thank you: your email address is verified"),
-        Verification.WRONG: (400, "Not a valid link", "this link is not valid: copy it from the mail as a whole"),
-        Verification.OUTDATED: (
+        LinkState.VALID: (200, "Verified", "thank you: your email address is verified"),
+        LinkState.WRONG: (400, "Not a valid link", "this link is not valid: copy it from the mail as a whole"),
+        LinkState.OUTDATED: (
             410,
             "Not this address any more",
             "this link is for another address than the account has now, and nothing was changed",
         ),
-        Verification.USED: (410, "Used already", "this link was used already"),
-        Verification.EXPIRED: (410, "Expired", "this link has expired, and nothing was changed"),
+        LinkState.USED: (410, "Used already", "this link was used already"),
+        LinkState.EXPIRED: (410, "Expired", "this link has expired, and nothing was changed"),
     }[found]
     if not wants_json:
         return page(title, _sentence(text), status_code=status)
-    if found is Verification.VALID:
+    if found is LinkState.VALID:
         return Response(EmailVerified(is_verified=True), headers=HEADERS)
     return problems.problem(request, status, text, headers=HEADERS)
 

@@ -6,7 +6,7 @@ from typing import Any, Self, TypeVar
 import psycopg
 from psycopg import IsolationLevel
 from psycopg.abc import PQGen
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, scalar_row
 from psycopg_pool import AsyncConnectionPool
 
 from outbox.queries import query
@@ -17,14 +17,14 @@ from outbox.runtime.settings import ServiceSettings
 T = TypeVar("T")
 
 POOL_TIMEOUT = 5.0
-"""Seconds that a request waits for a connection to Postgres before it is answered with 503."""
+"""Seconds that a request waits for a connection before it is answered with 503."""
 
 MAX_WAITING = 500
-"""Requests that may wait for a connection; further ones are answered with 503 at once."""
+"""Maximum requests that wait for a connection; further ones are answered with 503 at once."""
 
 
 class AsyncConnection(psycopg.AsyncConnection[dict[str, Any]]):
-    """A connection that is closed when Postgres does not answer in time, so that its request can be answered."""
+    """A connection that closes if Postgres does not answer in time, so that the request can be answered."""
 
     @classmethod
     async def connect(cls, *args: Any, **kwargs: Any) -> Self:
@@ -44,7 +44,7 @@ class AsyncConnection(psycopg.AsyncConnection[dict[str, Any]]):
         interval: float = 0.1,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> T:
-        """Waits for an answer, `timeout` or else `postgres.ANSWER_LIMIT` seconds."""
+        """Waits for an answer for up to `timeout` seconds, by default `postgres.ANSWER_LIMIT`."""
         try:
             return await super().wait(gen, interval, postgres.ANSWER_LIMIT if timeout is None else timeout)
         except psycopg.OperationalError as error:
@@ -63,17 +63,17 @@ class AsyncConnection(psycopg.AsyncConnection[dict[str, Any]]):
 def create_pool(settings: ServiceSettings, outage: Outage) -> AsyncConnectionPool[AsyncConnection]:
     """Returns the pool that all requests share; it connects when it is opened.
 
-    A server that is read-only is away: after a fail-over, the old primary may be back as a standby before its address
-    leads to the new one.
+    A read-only server counts as away: after a fail-over, the old primary may return as a standby before its address
+    leads to the new primary.
 
     Args:
-        settings: of the service.
-        outage: takes note of a server that is read-only.
+        settings: the service's settings.
+        outage: records that a server is read-only.
     """
 
     async def configure(connection: AsyncConnection) -> None:
         if settings.transaction_pooling:
-            # What is sent with each BEGIN is left in no session.
+            # Sent with each BEGIN, so it leaves nothing in the session.
             await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
         else:
             await connection.execute(query("pin_session"))
@@ -105,12 +105,12 @@ async def _check(connection: AsyncConnection) -> None:
 
 
 async def check_writable(connection: AsyncConnection) -> None:
-    """Checks that a session may write.
+    """Checks that the session may write.
 
     Raises:
         psycopg.errors.ReadOnlySqlTransaction: it may not.
     """
-    row = await (await connection.execute(query("is_read_only"))).fetchone()
-    assert row is not None
-    if row["is_read_only"]:
+    cursor = connection.cursor(row_factory=scalar_row)
+    await cursor.execute(query("is_read_only"))
+    if await cursor.fetchone():
         raise postgres.read_only()

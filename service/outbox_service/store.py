@@ -1,17 +1,19 @@
-"""What the service reads from Postgres and writes to it."""
+"""The service's statements in Postgres: creates users, verifies addresses, checks readiness."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psycopg
+from psycopg.rows import class_row, scalar_row
 from psycopg_pool import AsyncConnectionPool
 
 import outbox
 from outbox.errors import OutboxError
 from outbox.queries import query
+from outbox.row import named
 from outbox.runtime import logs, postgres
 from outbox.runtime.outage import Outage
 from outbox.runtime.redaction import one_line
@@ -23,7 +25,7 @@ from outbox_service.pool import AsyncConnection, check_writable
 from outbox_service.schemas import CreateUser, User
 
 _FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
-"""What is taken, by the constraint that says so; a violation of any other is not the user's doing."""
+"""The field that is taken, by the constraint that is violated. Any other violation is not the client's fault."""
 
 
 class TakenError(OutboxError):
@@ -35,30 +37,44 @@ class TakenError(OutboxError):
 
 
 class RefusedError(OutboxError):
-    """Postgres refuses a row that this version thinks is good.
+    """Postgres refuses a row that this version considers valid.
 
-    It has a rule that this version does not know, or has given an outbox row an id that is taken, as after a restore
-    that left the sequence behind.
+    The database has a rule that this version does not know, or the sequence gave the outbox row an id that is taken, as
+    after a restore that left the sequence behind.
     """
 
 
-class Verification(Enum):
-    """What a link turns out to be."""
+class LinkState(Enum):
+    """The state of a verification link."""
 
     VALID = "valid"
     WRONG = "wrong"
+    """There is no such verification, or the secret code is not its code."""
     OUTDATED = "outdated"
-    """The user's address was changed since."""
+    """The user's address has changed since the mail."""
     USED = "used"
+    """The link verified the user's address earlier."""
     EXPIRED = "expired"
 
 
-class Opened(NamedTuple):
-    """A link that was opened, and the account that it is for, which is for who has the right code alone."""
+class OpenedLink(NamedTuple):
+    """A link's state, and its account. Only a client with the right code may see the account."""
 
-    found: Verification
+    state: LinkState
     username: str
     email: str
+
+
+class _VerificationRow(NamedTuple):
+    """A row of the statement `find_verification`."""
+
+    id: int
+    username: str
+    email: str
+    is_used: bool
+    is_expired: bool
+    is_current: bool
+    """Whether the verification is for the user's present address."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +88,13 @@ class Store:
 
     @asynccontextmanager
     async def _connection(self, wait: float | None = None) -> AsyncGenerator[AsyncConnection]:
-        """Lends a connection, after `wait` seconds at most, and takes note of whether Postgres is away."""
+        """Yields a connection within `wait` seconds, and records whether Postgres is away."""
         try:
             async with self.pool.connection(wait) as connection:
                 try:
                     yield connection
                 except psycopg.errors.ReadOnlySqlTransaction:
-                    await connection.close()  # the next one may lead to a new primary
+                    await connection.close()  # a new connection may reach a new primary
                     raise
         except postgres.AWAY as error:
             if postgres.is_outage(error):
@@ -92,14 +108,16 @@ class Store:
         """Writes the user and the outbox row of the verification mail, in one transaction.
 
         Raises:
-            TakenError: the username or email is another user's; nothing was written.
+            TakenError: another user has the username or email; nothing was written.
             RefusedError: Postgres refuses one of the two rows; nothing was written.
-            psycopg.OperationalError: Postgres is away. Nothing was written, unless the connection broke in the
-                very moment of the commit; then either both rows are there or none is.
+            psycopg.OperationalError: Postgres is away. Nothing was written, unless the connection broke during the
+                commit; then either both rows exist or neither does.
         """
         try:
             async with self._connection() as connection, connection.transaction():
-                cursor = await connection.execute(
+                # Binary, because the text of a timestamp depends on the session's DateStyle.
+                cursor = connection.cursor(binary=True, row_factory=class_row(User))
+                await cursor.execute(
                     query("add_user"),
                     {
                         "username": user.username,
@@ -107,9 +125,9 @@ class Store:
                         "full_name": user.full_name,
                         "email": user.email,
                     },
-                    binary=True,  # a time's text depends on the session's DateStyle
                 )
-                row = await cursor.fetchone()
+                created = await cursor.fetchone()
+                assert created is not None
                 await outbox.add(
                     connection,
                     SEND_VERIFY_EMAIL,
@@ -120,70 +138,71 @@ class Store:
         except psycopg.IntegrityError as error:
             if field := _FIELD_OF_CONSTRAINT.get(error.diag.constraint_name or ""):
                 raise TakenError(field) from None
-            # The error's own text has the refused row in it, hash and all, and would end up in the log.
+            # The error's detail contains the refused row with its hash, and would be logged.
             raise RefusedError(f"Postgres refuses the user: {error.diag.message_primary}") from None
         self.notifier.notify_soon()
-        return User.model_validate(row)
+        return created
 
-    async def verify(self, email_id: int, code: str, *, use: bool) -> Opened:
-        """Looks at a link and, if it is valid and `use` says so, verifies its user.
+    async def open_link(self, email_id: int, code: str, *, use: bool) -> OpenedLink:
+        """Returns a link's state, and verifies its user if the link is valid and `use` is set.
 
         Args:
-            email_id: which verification.
+            email_id: the id of the verification.
             code: the link's secret code.
-            use: False only looks.
+            use: False only reads.
 
         Raises:
             psycopg.OperationalError: Postgres is away.
         """
         async with self._connection() as connection:
-            found, row = await self._judge(connection, email_id, code)
-            if use and found is Verification.VALID and not await _use(connection, row):
-                # The user, the address or the link has changed since.
-                found, row = await self._judge(connection, email_id, code)
-                found = Verification.USED if found is Verification.VALID else found
-            return Opened(found, row["username"], row["email"])
+            state, row = await self._judge(connection, email_id, code)
+            if use and state is LinkState.VALID and not await _use(connection, row):
+                # The user, the address or the link changed since it was read.
+                state, row = await self._judge(connection, email_id, code)
+                if state is LinkState.VALID:  # the address was changed and changed back: the link was not used
+                    state = LinkState.OUTDATED
+            return OpenedLink(state, row.username, row.email)
 
-    async def _judge(
-        self, connection: AsyncConnection, email_id: int, code: str
-    ) -> tuple[Verification, dict[str, Any]]:
-        cursor = await connection.execute(query("find_verification"), {"id": email_id})
-        row = await cursor.fetchone()
-        # A made-up row for an id that does not exist, so that the answer takes as long.
-        found = row or {"id": email_id, "username": "", "email": ""}
-        is_right = is_secret_code(code, self.settings.secret_key, found["id"], found["username"], found["email"])
-        if row is None or not is_right:
-            return Verification.WRONG, found
-        if not row["is_current"]:
-            return Verification.OUTDATED, found
-        if row["is_used"]:
-            return Verification.USED, found
-        return Verification.EXPIRED if row["is_expired"] else Verification.VALID, found
+    async def _judge(self, connection: AsyncConnection, email_id: int, code: str) -> tuple[LinkState, _VerificationRow]:
+        cursor = connection.cursor(row_factory=named(_VerificationRow))
+        await cursor.execute(query("find_verification"), {"id": email_id})
+        found = await cursor.fetchone()
+        # The code is compared even if the id does not exist, so that the answer takes as long.
+        row = found or _VerificationRow(email_id, "", "", is_used=False, is_expired=False, is_current=False)
+        is_right = is_secret_code(code, self.settings.secret_key, row.id, row.username, row.email)
+        if found is None or not is_right:
+            return LinkState.WRONG, row
+        if not row.is_current:
+            return LinkState.OUTDATED, row
+        if row.is_used:
+            return LinkState.USED, row
+        return LinkState.EXPIRED if row.is_expired else LinkState.VALID, row
 
     async def check_ready(self) -> None:
-        """Checks that Postgres answers and may be written to, and that its database is in UTF-8 and migrated.
+        """Checks that Postgres answers and accepts writes, and that its database is in UTF-8 and migrated.
 
         Raises:
-            UnsupportedDatabaseError: it is not in UTF-8.
+            UnsupportedDatabaseError: the database is not in UTF-8.
             NotMigratedError: it lacks migrations.
-            psycopg.Error, psycopg_pool.PoolTimeout: it does not answer, or is read-only.
+            psycopg.Error, psycopg_pool.PoolTimeout: Postgres does not answer, or is read-only.
         """
         async with self._connection(wait=0.8) as connection:
             await check_writable(connection)
             postgres.check_encoding(connection)
+            cursor = connection.cursor(row_factory=scalar_row)
             try:
-                cursor = await connection.execute(query("applied_migrations"))
+                await cursor.execute(query("applied_migrations"))
             except psycopg.errors.UndefinedTable:
                 postgres.check_applied(set())
             else:
-                postgres.check_applied({row["migration_id"] for row in await cursor.fetchall()})
+                postgres.check_applied(set(await cursor.fetchall()))
 
 
-async def _use(connection: AsyncConnection, row: dict[str, Any]) -> bool:
-    """Verifies the user and spends the link, and returns whether both could be done; else nothing is written."""
+async def _use(connection: AsyncConnection, row: _VerificationRow) -> bool:
+    """Verifies the user and spends the link in one transaction; returns whether it did both, else neither."""
     async with connection.transaction():
-        verified = await connection.execute(query("verify_user"), row)
-        used = await connection.execute(query("use_verification"), row)
+        verified = await connection.execute(query("verify_user"), {"username": row.username, "email": row.email})
+        used = await connection.execute(query("use_verification"), {"id": row.id})
         is_done = verified.rowcount == used.rowcount == 1
         if not is_done:
             raise psycopg.Rollback
