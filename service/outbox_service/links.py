@@ -1,7 +1,7 @@
-"""Verification links: what opening one does, and what its page's button does."""
+"""Endpoints of a verification link: opening it, and the button on its page."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from litestar import Request, Response, get, post
 from litestar.di import NamedDependency
@@ -18,8 +18,8 @@ from outbox_service.store import LinkState, Store
 
 Handler = Callable[[Request[Any, Any, Any], Any], Response[Any]]
 
-EmailId = Annotated[int, Parameter(ge=1, le=2**63 - 1, description="Which verification: from the link in the mail.")]
-SecretCode = Annotated[str, Parameter(min_length=1, max_length=200, description="The link's secret code.")]
+EmailId = Annotated[int, Parameter(ge=1, le=2**63 - 1, description="The id in the link of the mail.")]
+SecretCode = Annotated[str, Parameter(min_length=1, max_length=200, description="The secret code in the link.")]
 
 
 def _wants_json(request: Request[Any, Any, Any]) -> bool:
@@ -27,24 +27,47 @@ def _wants_json(request: Request[Any, Any, Any]) -> bool:
     return "application/json" in accept and "text/html" not in accept
 
 
-def _readable(kind: type[Exception], handle: Handler) -> Handler:
-    """Returns an exception handler that answers as `handle` does, but with a page where a person reads it."""
+def _with_page(kind: type[Exception], handle: Handler) -> Handler:
+    """Returns an exception handler that answers as `handle` does, but with a page unless the client wants JSON."""
 
     def answer(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
         if _wants_json(request):
             return handle(request, error)
         if kind is ValidationException:
             return _answer(request, LinkState.WRONG, wants_json=False)
-        told = handle(request, error)
-        shown = page(told.content["title"], _sentence(told.content["detail"]), status_code=told.content["status"])
-        shown.headers.update(told.headers)
-        return shown
+        problem = handle(request, error)
+        content = problem.content
+        response = page(content["title"], _sentence(content["detail"]), status_code=content["status"])
+        response.headers.update(problem.headers)
+        return response
 
     return answer
 
 
 _VERIFY_EXCEPTION_HANDLERS: ExceptionHandlersMap = {
-    kind: _readable(kind, handle) for kind, handle in problems.EXCEPTION_HANDLERS.items() if isinstance(kind, type)
+    kind: _with_page(kind, handle) for kind, handle in problems.EXCEPTION_HANDLERS.items() if isinstance(kind, type)
+}
+
+
+class _Answer(NamedTuple):
+    """The answer to a link that is used, or cannot be."""
+
+    status_code: int
+    title: str
+    """The heading of its page."""
+    text: str
+
+
+_ANSWERS = {
+    LinkState.VALID: _Answer(200, "Email address verified", "your email address is verified"),
+    LinkState.WRONG: _Answer(400, "Link not valid", "this link is not valid: copy the whole link from the mail"),
+    LinkState.OUTDATED: _Answer(
+        410, "Address changed", "this link is for an address that is no longer the account's, and nothing was changed"
+    ),
+    LinkState.USED: _Answer(
+        410, "Link already used", "this link has already been used: it verified your email address"
+    ),
+    LinkState.EXPIRED: _Answer(410, "Link expired", "this link has expired, and nothing was changed"),
 }
 
 _VERIFY_RESPONSES = {
@@ -54,11 +77,11 @@ _VERIFY_RESPONSES = {
         generate_examples=False,
         examples=[Example(summary="verified", value={"is_verified": True})],
     ),
-    400: problems.described(400, "The link is not valid.", "this link is not valid: copy it from the mail as a whole"),
+    400: problems.described(400, "The link is not valid.", _ANSWERS[LinkState.WRONG].text),
     410: problems.described(
         410,
-        "The link was used already, has expired, or is for an address that is no longer the user's.",
-        "this link was used already",
+        "The link has already been used, has expired, or is for an address that is no longer the account's.",
+        _ANSWERS[LinkState.USED].text,
     ),
     503: problems.DESCRIBED_AWAY,
 }
@@ -68,8 +91,8 @@ _VERIFY_RESPONSES = {
     "/v1/verify_email",
     summary="Open a verification link",
     description=(
-        "A client that accepts application/json and not text/html verifies the address by this. "
-        "Everybody else gets a page with a button, because mail scanners open links too."
+        "Verifies the address for a client that accepts application/json and not text/html. "
+        "Any other client gets a page with a button, because mail scanners open links too."
     ),
     responses=_VERIFY_RESPONSES,
     exception_handlers=_VERIFY_EXCEPTION_HANDLERS,
@@ -77,22 +100,22 @@ _VERIFY_RESPONSES = {
 async def open_verification_link(
     request: Request[Any, Any, Any], store: NamedDependency[Store], email_id: EmailId, secret_code: SecretCode
 ) -> Response[Any]:
-    """Verifies the address for a JSON client; shows a person the button."""
+    """Verifies the address for a JSON client; returns a page with a button to any other."""
     wants_json = _wants_json(request)
-    found, username, email = await store.open_link(email_id, secret_code, use=wants_json)
-    if found is LinkState.VALID and not wants_json:
+    link = await store.open_link(email_id, secret_code, use=wants_json)
+    if link.state is LinkState.VALID and not wants_json:
         # Another person may have signed up with the reader's address.
-        text = f"One click, and the account {username} gets the confirmed address {email}."
-        text += " If you did not sign up, close this page: somebody else has the account's password."
+        text = f"Click the button to verify {link.email} as the address of the account {link.username}."
+        text += " If you did not sign up, close this page: someone else has the password of this account."
         return page("Verify your email address", text, with_button=True)
-    return _answer(request, found, wants_json=wants_json)
+    return _answer(request, link.state, wants_json=wants_json)
 
 
 @post(
     "/v1/verify_email",
     status_code=200,
     summary="Verify an address",
-    description="What the button on the link's page does. Takes the link's query parameters.",
+    description="The request of the button on the link's page. Takes the query parameters of the link.",
     responses=_VERIFY_RESPONSES,
     exception_handlers=_VERIFY_EXCEPTION_HANDLERS,
 )
@@ -100,27 +123,17 @@ async def verify_email(
     request: Request[Any, Any, Any], store: NamedDependency[Store], email_id: EmailId, secret_code: SecretCode
 ) -> Response[Any]:
     """Verifies the address."""
-    found, _, _ = await store.open_link(email_id, secret_code, use=True)
-    return _answer(request, found, wants_json=_wants_json(request))
+    link = await store.open_link(email_id, secret_code, use=True)
+    return _answer(request, link.state, wants_json=_wants_json(request))
 
 
-def _answer(request: Request[Any, Any, Any], found: LinkState, *, wants_json: bool) -> Response[Any]:
-    status, title, text = {
-        LinkState.VALID: (200, "Verified", "thank you: your email address is verified"),
-        LinkState.WRONG: (400, "Not a valid link", "this link is not valid: copy it from the mail as a whole"),
-        LinkState.OUTDATED: (
-            410,
-            "Not this address any more",
-            "this link is for another address than the account has now, and nothing was changed",
-        ),
-        LinkState.USED: (410, "Used already", "this link was used already"),
-        LinkState.EXPIRED: (410, "Expired", "this link has expired, and nothing was changed"),
-    }[found]
+def _answer(request: Request[Any, Any, Any], state: LinkState, *, wants_json: bool) -> Response[Any]:
+    status_code, title, text = _ANSWERS[state]
     if not wants_json:
-        return page(title, _sentence(text), status_code=status)
-    if found is LinkState.VALID:
+        return page(title, _sentence(text), status_code=status_code)
+    if state is LinkState.VALID:
         return Response(EmailVerified(is_verified=True), headers=HEADERS)
-    return problems.problem(request, status, text, headers=HEADERS)
+    return problems.problem(request, status_code, text, headers=HEADERS)
 
 
 def _sentence(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The page that a verification link opens in a browser."""
+"""The HTML page that a browser gets for a verification link."""
 
 from html import escape
 
@@ -10,7 +10,7 @@ HEADERS = {
     ),
     "X-Robots-Tag": "noindex",
 }
-"""Beside those that every answer has."""
+"""Headers of a link's answers, in addition to those of every answer."""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -30,18 +30,18 @@ button {{ font: inherit; padding: .5rem 1.25rem; border: 0; border-radius: .4rem
 </html>
 """
 
-# It posts to the address of the page itself, which carries the code.
+# A form without action posts to the URL of the page, which carries the code.
 _FORM = '<form method="post"><button>Verify my email address</button></form>\n'
 
 
 def page(title: str, text: str, *, status_code: int = 200, with_button: bool = False) -> Response[str]:
-    """Returns a small page for a person.
+    """Returns an HTML page.
 
     Args:
-        title: its heading.
-        text: a sentence below it.
+        title: the heading.
+        text: the paragraph below it.
         status_code: the HTTP status.
-        with_button: whether it has the button that verifies.
+        with_button: adds the button that verifies the address.
     """
     return Response(
         _PAGE.format(title=escape(title), text=escape(text), form=_FORM if with_button else ""),
