@@ -1,4 +1,4 @@
-"""The application: routes, limits, and what it opens and closes with itself."""
+"""The ASGI application: its routes, limits and resources."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -22,11 +22,11 @@ from outbox_service.users import SignUp
 
 
 def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Litestar:
-    """Returns the ASGI application; it connects to Postgres when it is started.
+    """Returns the ASGI application; it connects to Postgres when it starts.
 
     Args:
-        settings: of the service.
-        outage: what is known already of Postgres' absence.
+        settings: the service's settings.
+        outage: the state of Postgres as the start found it.
     """
     outage = outage or Outage("Postgres")
     pool = create_pool(settings, outage)
@@ -69,7 +69,7 @@ def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Lites
             version=version("outbox-service"),
             path="/schema",
             use_handler_docstrings=False,
-            # Beside JSON. All that Litestar has by default includes YAML, which takes 35 ms of the loop each time.
+            # In addition to JSON. Litestar's defaults include YAML, which blocks the loop for 35 ms per request.
             render_plugins=[RedocRenderPlugin(path="/")],
         ),
     )

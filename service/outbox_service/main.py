@@ -1,4 +1,4 @@
-"""`outbox service`: one API process, configured by the environment, stopped by SIGTERM."""
+"""`outbox service`: runs one API process, configured by the environment and stopped by SIGTERM."""
 
 from outbox.runtime import encryption, logs, pooler, postgres
 from outbox.runtime.endpoints import Address

@@ -1,4 +1,4 @@
-"""What a supervisor or load balancer asks."""
+"""Liveness and readiness probes, for a supervisor or load balancer."""
 
 from litestar import MediaType, get
 from litestar.di import NamedDependency
@@ -12,31 +12,37 @@ from outbox_service.store import Store
 
 @get(
     "/healthz",
-    summary="Is the process alive?",
+    summary="Liveness probe",
     responses={
         200: ResponseSpec(
-            Health, description="It is.", generate_examples=False, examples=[Example(value={"status": "ok"})]
+            Health,
+            description="The process is alive.",
+            generate_examples=False,
+            examples=[Example(value={"status": "ok"})],
         )
     },
 )
 async def healthz() -> Health:
-    """Answers while the process lives, whatever the database does."""
+    """Answers 200 while the process runs, whatever the state of the database."""
     return Health(status="ok")
 
 
 @get(
     "/readyz",
-    summary="Can it serve?",
-    description="Whether Postgres answers, may be written to and is migrated. Redis does not matter here.",
+    summary="Readiness probe",
+    description="Checks that Postgres answers, accepts writes and is migrated. Redis is not needed.",
     media_type=MediaType.JSON,
     responses={
         200: ResponseSpec(
-            Health, description="It can.", generate_examples=False, examples=[Example(value={"status": "ready"})]
+            Health,
+            description="The service can create users.",
+            generate_examples=False,
+            examples=[Example(value={"status": "ready"})],
         ),
         503: problems.DESCRIBED_AWAY,
     },
 )
 async def readyz(store: NamedDependency[Store]) -> Health:
-    """Answers 200 when users can be created, and 503 until then."""
+    """Answers 200 if users can be created, else 503."""
     await store.check_ready()
     return Health(status="ready")

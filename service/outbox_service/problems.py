@@ -1,4 +1,4 @@
-"""Errors as `application/problem+json` (RFC 9457), and how each kind of error becomes one."""
+"""Maps errors to `application/problem+json` answers (RFC 9457)."""
 
 from http import HTTPStatus
 from typing import Any
@@ -22,10 +22,12 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER = "1"
 """Seconds."""
 
+INVALID_FIELDS = "the request has invalid fields: 'errors' lists each"
+
 TOO_LARGE = f"the body must not be over {MAX_BODY // 1024} KiB"
 
 _MAX_NAME = 100
-"""Characters of a field's name that an answer repeats."""
+"""Maximum characters of a field's name in an answer."""
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -40,11 +42,11 @@ def problem(
     """Returns the answer for an error.
 
     Args:
-        request: what it answers.
+        request: the request that failed.
         status: the HTTP status.
-        detail: what is wrong and what to do, in a sentence.
-        errors: what is wrong with each field.
-        headers: further headers.
+        detail: one sentence: the error and its remedy.
+        errors: the violations, by field.
+        headers: additional headers.
     """
     content = problem_content(status, detail, request.scope["state"].get("request_id", ""), errors)
     return Response(content, status_code=status, media_type=MEDIA_TYPE, headers=headers or {})
@@ -52,20 +54,21 @@ def problem(
 
 def problem_content(status: int, detail: str, request_id: str, errors: list[Violation] | None = None) -> dict[str, Any]:
     """Returns the body of the answer for an error; the arguments are those of `problem`."""
-    told = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=request_id, errors=errors)
-    return told.model_dump(exclude_none=True)
+    title = HTTPStatus(status).phrase
+    content = Problem(title=title, status=status, detail=detail, request_id=request_id, errors=errors)
+    return content.model_dump(exclude_none=True)
 
 
 def _invalid(request: AnyRequest, error: ValidationException) -> Response[dict[str, Any]]:
     if not isinstance(error.extra, list):
-        # Litestar's text goes on with the whole URL, secret code and all.
+        # The rest of Litestar's text is the whole URL, with the secret code.
         return problem(request, 400, error.detail.partition(" for path ")[0])
     violations = [
         _violation(str(violation.get("key") or "body"), str(violation.get("message", "")))
         for violation in error.extra
         if isinstance(violation, dict)
     ]
-    return problem(request, 400, "the request has fields that are not valid; 'errors' names each", violations)
+    return problem(request, 400, INVALID_FIELDS, violations)
 
 
 def _violation(field: str, text: str) -> Violation:
@@ -79,8 +82,8 @@ def _violation(field: str, text: str) -> Violation:
 
 
 def _http(request: AnyRequest, error: HTTPException) -> Response[dict[str, Any]]:
-    # A 5xx of the framework's own may speak of our insides.
-    detail = error.detail if error.status_code < 500 else "the service failed"
+    # The text of the framework's own 5xx may reveal internals.
+    detail = error.detail if error.status_code < 500 else "internal error"
     if error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         detail = TOO_LARGE
     return problem(request, error.status_code, detail, headers=error.headers)
@@ -95,8 +98,10 @@ def _busy(request: AnyRequest, error: BusyError) -> Response[dict[str, Any]]:
 
 
 def _away(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
-    why = "away" if postgres.is_outage(error) else "busy"
-    return problem(request, 503, f"the database is {why}: try again in a moment", headers={"Retry-After": RETRY_AFTER})
+    state = "unavailable" if postgres.is_outage(error) else "busy"
+    return problem(
+        request, 503, f"the database is {state}: try again in a moment", headers={"Retry-After": RETRY_AFTER}
+    )
 
 
 def _read_only(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
@@ -104,17 +109,17 @@ def _read_only(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
     return problem(request, 503, detail, headers={"Retry-After": RETRY_AFTER})
 
 
-def _unfit(request: AnyRequest, error: OutboxError) -> Response[dict[str, Any]]:
+def _not_ready(request: AnyRequest, error: OutboxError) -> Response[dict[str, Any]]:
     return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
 
 
 def _never_migrated(request: AnyRequest, _: psycopg.errors.UndefinedTable) -> Response[dict[str, Any]]:
-    return _unfit(request, NotMigratedError("the database is not migrated: run 'outbox migrate'"))
+    return _not_ready(request, NotMigratedError("the database is not migrated: run 'outbox migrate'"))
 
 
 def _failed(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
     logs.get().error("request failed", error=one_line(error), exc_info=error)
-    return problem(request, 500, "the service failed; the log has more under this request id")
+    return problem(request, 500, "internal error: the service's log has the details under this request id")
 
 
 EXCEPTION_HANDLERS: ExceptionHandlersMap = {
@@ -122,8 +127,8 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     HTTPException: _http,
     TakenError: _taken,
     BusyError: _busy,
-    NotMigratedError: _unfit,
-    UnsupportedDatabaseError: _unfit,
+    NotMigratedError: _not_ready,
+    UnsupportedDatabaseError: _not_ready,
     psycopg.errors.UndefinedTable: _never_migrated,
     **dict.fromkeys(postgres.AWAY, _away),
     psycopg.errors.ReadOnlySqlTransaction: _read_only,
@@ -132,7 +137,7 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
 
 
 def described(status: int, description: str, detail: str, errors: list[Violation] | None = None) -> ResponseSpec:
-    """Returns the OpenAPI description of an error, with an example."""
+    """Returns the OpenAPI description of an error answer, with an example."""
     example = problem_content(status, detail, "5f0c2c8e6d4b", errors)
     return ResponseSpec(
         Problem,
@@ -143,4 +148,8 @@ def described(status: int, description: str, detail: str, errors: list[Violation
     )
 
 
-DESCRIBED_AWAY = described(503, "Too busy, or the database is away.", "the database is away: try again in a moment")
+DESCRIBED_AWAY = described(
+    503,
+    "The service is too busy, or the database is unavailable.",
+    "the database is unavailable: try again in a moment",
+)

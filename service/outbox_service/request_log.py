@@ -1,4 +1,4 @@
-"""One log line and one id per HTTP request."""
+"""Gives each HTTP request an id and logs it once."""
 
 import asyncio
 import re
@@ -14,28 +14,28 @@ HEADER = b"x-request-id"
 
 _ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
-HUNG_UP = 499
-"""What is logged, and never sent, where a client has hung up in the middle of its request: nginx's convention."""
+CLIENT_CLOSED = 499
+"""The status that is logged, and never sent, if the client disconnects during its request: nginx's convention."""
 
 _MAX_METHOD = 20
 _MAX_PATH = 200
-"""Characters of a method and of a path that are logged."""
+"""Maximum characters of a method and of a path in the log."""
 
 _END_OF_PATH = re.compile(r"[?&;%]")
 
 
 class RequestLog:
-    """ASGI middleware around the whole app, so that what the framework refuses is logged too.
+    """ASGI middleware around the whole app, so that requests that the framework refuses are logged too.
 
-    The path is logged without its query, which may hold a secret code, even
-    where a mail program has percent-encoded the question mark and made the query a part of the path.
+    The path is logged without its query, which may hold a secret code, even if a mail program has percent-encoded the
+    question mark and so made the query a part of the path.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        """Passes a request on."""
+        """Passes a request to the app, and logs it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -43,27 +43,27 @@ class RequestLog:
         scope["state"]["request_id"] = request_id
         started = time.perf_counter()
         status_code = 0
-        has_hung_up = False
+        is_disconnected = False
 
-        async def receive_and_note() -> ReceiveMessage:
-            nonlocal has_hung_up
+        async def receive_and_watch() -> ReceiveMessage:
+            nonlocal is_disconnected
             message = await receive()
-            has_hung_up = has_hung_up or message["type"] == "http.disconnect"
+            is_disconnected = is_disconnected or message["type"] == "http.disconnect"
             return message
 
         async def send_with_id(message: Message) -> None:
             nonlocal status_code
             if message["type"] == "http.response.start":
-                # What the app answers to a request that was cut off, nobody hears, and it speaks of a failure of ours.
-                status_code = HUNG_UP if has_hung_up else message["status"]
+                # The app's answer to an incomplete request reaches no client, and its status would look like our error.
+                status_code = CLIENT_CLOSED if is_disconnected else message["status"]
                 message["headers"] = [*message["headers"], (HEADER, request_id.encode())]
             await send(message)
 
         with logs.bound(request_id=request_id):
             try:
-                await self._app(scope, receive_and_note, send_with_id)
+                await self._app(scope, receive_and_watch, send_with_id)
             except asyncio.CancelledError:
-                # The service is stopping, and its grace is over. What the request was about to do is rolled back.
+                # The service is stopping and its grace period is over. The request's transaction is rolled back.
                 if status_code == 0:
                     await _send_stopping(send_with_id)
             finally:
@@ -83,7 +83,7 @@ async def _send_stopping(send: Send) -> None:
 
 
 def _request_id(scope: Any) -> str:
-    """Returns the id that the caller sent, if it is one that is safe to log and store, else a new one."""
+    """Returns the id that the client sent, if it is safe to log and store, else a new one."""
     for name, value in scope["headers"]:
         if name == HEADER and _ACCEPTABLE.fullmatch(sent := value.decode("latin-1")):
             return str(sent)

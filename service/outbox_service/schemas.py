@@ -1,4 +1,4 @@
-"""What goes in and out of the API."""
+"""The API's request and response bodies."""
 
 from datetime import UTC, datetime
 from typing import Annotated
@@ -9,10 +9,10 @@ from outbox_service.email_addresses import MAX_ADDRESS, canonicalize
 from outbox_service.unicode_rules import MAX_MARKS, check_visible
 
 MAX_BODY = 64 * 1024
-"""Bytes that a request's body may have."""
+"""Maximum bytes of a request's body."""
 
 MAX_FIELDS = 20
-"""Fields that a body may have: more than any that is good, and few enough to name each that is not."""
+"""Maximum fields of a body: more than any valid body has, and few enough for an answer to name each invalid one."""
 
 
 def _storable(text: str) -> str:
@@ -30,7 +30,7 @@ class CreateUser(BaseModel):
         str,
         StringConstraints(min_length=3, max_length=100, pattern="^[a-z0-9_]*$"),
         Field(
-            description="Lower-case letters, digits and '_' alone.",
+            description="Lower-case letters, digits and '_' only.",
             examples=["alice"],
         ),
     ]
@@ -39,7 +39,7 @@ class CreateUser(BaseModel):
         str,
         StringConstraints(min_length=3, max_length=100, pattern=rf"^ *(?:\p{{L}}\p{{M}}{{0,{MAX_MARKS}}} *)+$"),
         Field(
-            description=f"Letters of any script, with {MAX_MARKS} combining marks each at most, and spaces alone.",
+            description=f"Letters of any script, each with at most {MAX_MARKS} combining marks, and spaces only.",
             examples=["Alice Liddell"],
         ),
         AfterValidator(check_visible),
@@ -51,8 +51,8 @@ class CreateUser(BaseModel):
             min_length=3,
             max_length=MAX_ADDRESS,
             description=(
-                "An address alone. Outside ASCII, its part before the @ is letters, marks and digits, and is stored in"
-                " lower case."
+                "An address without a display name. Non-ASCII characters before the @ must be letters, marks or digits;"
+                " with any of them, that part is stored in lower case."
             ),
             examples=["alice@example.com"],
         ),
@@ -64,7 +64,7 @@ def _in_utc(time: datetime) -> datetime:
 
 
 class User(BaseModel):
-    """A user as the API shows it: without the password's hash."""
+    """A user as the API returns it, without the password's hash."""
 
     username: str
     full_name: str
@@ -75,7 +75,7 @@ class User(BaseModel):
 
 
 class UserCreated(BaseModel):
-    """The answer to a new user."""
+    """The answer to a created user."""
 
     user: User
 
@@ -93,14 +93,14 @@ class Health(BaseModel):
 
 
 class Violation(BaseModel):
-    """One thing that is wrong with one field."""
+    """One error in one field."""
 
     field: str
     message: str
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 wants it."""
+    """An error in the format of RFC 9457."""
 
     type: str = "about:blank"
     title: str

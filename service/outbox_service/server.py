@@ -1,4 +1,4 @@
-"""The HTTP server: its socket, and what it is told to do."""
+"""The HTTP server: uvicorn's, with the service's limits, headers and stop."""
 
 import math
 import socket
@@ -18,9 +18,9 @@ from outbox_service.http_protocol import IDLE_TIMEOUT, protocol_factory
 from outbox_service.request_log import RequestLog
 
 _RESERVE = 40
-"""Descriptors for what is neither a client's nor Postgres': the log, the listener, the loop, and Python's own."""
+"""Descriptors for the log, the listener, the loop and Python itself, besides those of clients and Postgres."""
 _PER_CONNECTION = 2
-"""Descriptors of a connection to Postgres: a statement is cancelled over one more."""
+"""Descriptors per connection to Postgres: cancelling a statement takes a second one."""
 
 HEADERS = [
     ("Cache-Control", "no-store"),
@@ -28,12 +28,12 @@ HEADERS = [
     ("Referrer-Policy", "no-referrer"),
     ("X-Frame-Options", "DENY"),
 ]
-"""Of every answer. The server adds them, because the application does not write them all. Answers hold personal data,
-links hold secrets, and no other site's page is to show them."""
+"""Headers of every answer. The server adds them, because the application does not write every answer. Answers contain
+personal data, links contain secrets, and no page of another site may show them."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which leaves the signals of its process alone."""
+    """uvicorn's server, without its signal handlers."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -41,17 +41,17 @@ class Server(uvicorn.Server):
         yield
 
     def obey(self, stop: Stop) -> None:
-        """Ends when a stop is requested: after the requests in flight, or without them where it is to hurry."""
+        """Stops if a stop is requested: after the requests in flight, or at once if it must hurry."""
         self.should_exit = stop.is_requested()
         self.force_exit = stop.is_hurried()
 
 
 def create_server(settings: ServiceSettings, outage: Outage | None = None) -> Server:
-    """Returns the server of the whole application; it does not run yet.
+    """Returns the server of the application, not yet running.
 
     Args:
-        settings: of the service.
-        outage: what is known already of Postgres' absence.
+        settings: the service's settings.
+        outage: the state of Postgres as the start found it.
     """
     reserve = _RESERVE + _PER_CONNECTION * settings.pool_size
     limit = open_files.provide(settings.http_connections, reserve, "OUTBOX_HTTP_CONNECTIONS")
@@ -71,10 +71,10 @@ def create_server(settings: ServiceSettings, outage: Outage | None = None) -> Se
 
 
 def listen(address: Address) -> socket.socket:
-    """Opens the socket that the service listens on.
+    """Returns the listening socket of the service.
 
     Raises:
-        StartError: the port is taken, or the host is none of this machine's.
+        StartError: the port is taken, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

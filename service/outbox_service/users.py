@@ -1,4 +1,4 @@
-"""Creating users."""
+"""The endpoint that creates users."""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from outbox_service.schemas import MAX_FIELDS, CreateUser, User, UserCreated, Vi
 from outbox_service.store import Store
 
 _JSON = re.compile(r"application/json|[\w!#$&^.+-]+/[\w!#$&^.+-]+\+json", re.ASCII)
-"""Media types of JSON (RFC 6838 for what a name is made of, RFC 6839 for the suffix)."""
+"""Matches media types of JSON (RFC 6838 defines the characters of a name, RFC 6839 the suffix)."""
 
 _NOT_JSON = "the body must be JSON: send it with Content-Type: application/json"
 
@@ -33,7 +33,7 @@ _ALICE = {
 
 @dataclass(frozen=True)
 class SignUp:
-    """What it takes to create a user: one dependency, because Litestar starts a task for each where there are two."""
+    """Creates users. One dependency and not two, because Litestar starts a task for each if there are several."""
 
     hasher: PasswordHasher
     store: Store
@@ -42,7 +42,7 @@ class SignUp:
         """Hashes the password and writes the user.
 
         Raises:
-            BusyError: too many wait for a hash already.
+            BusyError: too many requests wait for a hash.
             TakenError, RefusedError, psycopg.OperationalError: as `Store.create_user` does.
         """
         hashed = await self.hasher.hash(user.password)
@@ -50,13 +50,13 @@ class SignUp:
 
 
 async def _check_body(request: Request[Any, Any, Any]) -> None:
-    """Refuses what is not JSON, before the framework reads the body.
+    """Refuses a body that is not JSON, before the framework reads it.
 
     Raises:
-        ClientException: it is not declared to be JSON (415), or is not JSON that can be read (400). The framework
-            alone would answer 500 to text that is not UTF-8 and to a thousand nested arrays.
+        ClientException: the body is not declared as JSON (415), or is not readable JSON (400). The framework alone
+            would answer 500 to text that is not UTF-8 and to a thousand nested arrays.
     """
-    # A browser sends no JSON media type across origins without asking first; it sends others, and bodies without any.
+    # Without a preflight, a browser sends no JSON media type across origins: only others, or none.
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not _JSON.fullmatch(media_type):
         raise ClientException(_NOT_JSON, status_code=415)
@@ -70,26 +70,26 @@ async def _check_body(request: Request[Any, Any, Any]) -> None:
         raise ClientException("the body is not valid UTF-8") from None
     except RecursionError:
         raise ClientException("the body is nested too deeply") from None
-    if isinstance(body, dict) and len(body) > MAX_FIELDS:  # else each costs a violation, and the answer grows with them
-        raise ClientException(f"the body has {len(body)} fields: send {', '.join(CreateUser.model_fields)} alone")
+    if isinstance(body, dict) and len(body) > MAX_FIELDS:  # each would cost a violation and lengthen the answer
+        raise ClientException(f"the body has {len(body)} fields: send only {', '.join(CreateUser.model_fields)}")
 
 
 @post(
     ["/v1/users", "/v1/create_user"],
     before_request=_check_body,
     summary="Create a user",
-    description="Creates a user, who gets a verification mail whatever happens after this answer.",
+    description="Creates a user. The user gets a verification mail, whatever fails after this answer.",
     responses={
         201: ResponseSpec(
             UserCreated,
-            description="The user exists, and the mail is on its way.",
+            description="The user exists, and the verification mail will be sent.",
             generate_examples=False,
             examples=[Example(summary="created", value={"user": _ALICE})],
         ),
         400: problems.described(
             400,
-            "Not JSON, or fields that are not valid; each is named.",
-            "the request has fields that are not valid; 'errors' names each",
+            "The body is not JSON, or has invalid fields; each is listed.",
+            problems.INVALID_FIELDS,
             [Violation(field="username", message="string should have at least 3 characters")],
         ),
         409: problems.described(
@@ -99,7 +99,7 @@ async def _check_body(request: Request[Any, Any, Any]) -> None:
             [Violation(field="username", message="is taken")],
         ),
         413: problems.described(413, "The body is over 64 KiB.", problems.TOO_LARGE),
-        415: problems.described(415, "The body is not declared to be JSON by its Content-Type.", _NOT_JSON),
+        415: problems.described(415, "The Content-Type is not JSON.", _NOT_JSON),
         503: problems.DESCRIBED_AWAY,
     },
 )
