@@ -1,4 +1,4 @@
-"""Clients as they are: those that offer HTTP/2 on a plain connection are served over HTTP/1.1, bodies and all."""
+"""Real clients that offer HTTP/2 on a plain connection are served over HTTP/1.1, with their bodies."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ SIGN_UPS = Path(__file__).parent.parent / "support" / "SignUps.java"
 
 @pytest.fixture
 def api(service_settings: ServiceSettings) -> Iterator[Api]:
-    """A service on a database of the test's own."""
+    """A service with a database of its own."""
     with serve(service_settings) as served:
         yield served
 
@@ -27,18 +27,18 @@ def run(*command: str) -> list[str]:
 
 
 def test_javas_client_signs_up(api: Api) -> None:
-    """It offers h2c with each request; every other of these has its body in chunks."""
+    """It offers h2c with each request; every second body is chunked."""
     if not shutil.which("java") or not any("jdk.compiler" in line for line in run("java", "--list-modules")):
-        pytest.skip("java is not installed, or without its compiler")
+        pytest.skip("java is not installed, or lacks its compiler")
     quick = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
     printed = run("java", *quick, str(SIGN_UPS), f"http://127.0.0.1:{api.port}/v1/users", "6")
     assert printed == [f"201 java_{number}" for number in range(6)]
 
 
 def test_curl_signs_up_with_http2(api: Api) -> None:
-    """It offers h2c with each request of a connection that it keeps."""
+    """It offers h2c with each request of a persistent connection."""
     if not shutil.which("curl") or not any("HTTP2" in line for line in run("curl", "--version")):
-        pytest.skip("curl is not installed, or knows no HTTP/2")
+        pytest.skip("curl is not installed, or lacks HTTP/2")
     requests: list[str] = []
     for number in range(3):
         requests += ["--next"] if requests else []

@@ -1,4 +1,4 @@
-"""Where one request ends and the next begins, so that nobody gets another's answer."""
+"""Where one request ends and the next begins, so that no client gets another's answer."""
 
 import json
 import re
@@ -19,7 +19,7 @@ LAST = b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 @pytest.fixture
 def api(service_settings: ServiceSettings) -> Iterator[Api]:
-    """A service on a database of the test's own."""
+    """A service with a database of its own."""
     with serve(service_settings) as served:
         yield served
 
@@ -36,7 +36,7 @@ def exchange(port: int, *parts: bytes) -> list[int]:
 
 
 def sign_up(*headers: bytes, body: bytes = BODY, version: bytes = b"1.1") -> bytes:
-    """Returns a request that creates a user, with these lines in its head."""
+    """Returns a request that creates a user, with these header lines."""
     lines = [b"POST /v1/users HTTP/" + version, b"Content-Type: application/json", *headers, b"", body]
     return b"\r\n".join(lines)
 
@@ -52,7 +52,7 @@ CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 def test_a_body_behind_an_offered_upgrade_is_read(
     api: Api, connection: Connection, upgrade: bytes, framing: str
 ) -> None:
-    """What is offered is not taken, and what follows the body is the next request."""
+    """The upgrade is ignored, and the bytes after the body are the next request."""
     offer = (b"Host: x", b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: " + upgrade, b"HTTP2-Settings: AAMAAABk")
     request = sign_up(*offer, LENGTH) if framing == "length" else sign_up(*offer, CHUNKED, body=CHUNKS)
 
@@ -101,7 +101,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("request_", REFUSED.values(), ids=REFUSED)
 def test_what_two_servers_may_read_differently_is_refused(api: Api, connection: Connection, request_: bytes) -> None:
-    """It gets one answer that is none of success, the connection is closed, and nothing behind it is looked at."""
+    """It gets one error, the connection is closed, and nothing after it is parsed."""
     statuses = exchange(api.port, request_, LAST)
 
     assert len(statuses) == 1
@@ -113,8 +113,8 @@ def test_what_two_servers_may_read_differently_is_refused(api: Api, connection: 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT"])
 @pytest.mark.parametrize("path", [b"/healthz", b"/nope"])
-def test_a_body_that_nobody_asked_for_is_read(api: Api, method: bytes, path: bytes) -> None:
-    """A body behind any method is no request of its own."""
+def test_an_unexpected_body_is_read(api: Api, method: bytes, path: bytes) -> None:
+    """The body of any method is not parsed as a request."""
     smuggled = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
     head = method + b" " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(smuggled)
 
@@ -124,8 +124,8 @@ def test_a_body_that_nobody_asked_for_is_read(api: Api, method: bytes, path: byt
     assert statuses[1] == 200
 
 
-def test_requests_in_a_row_are_answered_in_their_order(api: Api) -> None:
-    """Ten requests that are sent without waiting, sign-ups between them, get ten answers in their order."""
+def test_pipelined_requests_are_answered_in_order(api: Api) -> None:
+    """Ten pipelined requests, sign-ups among them, get ten answers in order."""
     requests: list[bytes] = []
     for number in range(3):
         body = json.dumps(user(f"user_{number}")).encode()

@@ -1,4 +1,4 @@
-"""The headers that every answer has, whoever writes it: the application, the middleware, the protocol or the server."""
+"""The headers of every answer, whether the application, the middleware, the protocol or the server writes it."""
 
 import json
 import socket
@@ -24,25 +24,25 @@ SAFE = {
 }
 POST = b"POST /v1/users HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LINK = "/v1/verify_email?email_id=1&secret_code=abc"
-BROWSER, PROGRAM = {"Accept": "text/html"}, {"Accept": "application/json"}
+BROWSER, JSON = {"Accept": "text/html"}, {"Accept": "application/json"}
 
 
 @pytest.fixture
 def api(service_settings: ServiceSettings) -> Iterator[Api]:
-    """A service on a database of the test's own."""
+    """A service with a database of its own."""
     with serve(service_settings) as served:
         yield served
 
 
-def parsed(answer: bytes) -> tuple[int, dict[str, list[str]]]:
-    """Returns the status of an answer, and its headers that are in SAFE."""
+def parse(answer: bytes) -> tuple[int, dict[str, list[str]]]:
+    """Returns the status of an answer and its headers that SAFE names."""
     head, _, rest = answer.partition(b"\r\n")
     headers = parse_headers(BytesIO(rest))
     return int(head.split(b" ")[1]), {name: headers.get_all(name, []) for name in SAFE}
 
 
 def test_every_answer_of_the_application_is_safe(api: Api, connection: Connection) -> None:
-    """Pages, probes, documentation, users and problems: none is to be stored, sniffed, framed or a referrer."""
+    """Pages, probes, documentation, users and problems: none may be cached, sniffed, framed or sent as a referrer."""
     request, post = api.client.request, api.post
     answers = [
         (200, request("GET", "/healthz")),
@@ -55,8 +55,8 @@ def test_every_answer_of_the_application_is_safe(api: Api, connection: Connectio
         (400, post(b"{")),
         (400, request("GET", LINK, headers=BROWSER)),
         (400, request("POST", LINK, headers=BROWSER)),
-        (400, request("GET", LINK, headers=PROGRAM)),
-        (400, request("GET", "/v1/verify_email", headers=PROGRAM)),
+        (400, request("GET", LINK, headers=JSON)),
+        (400, request("GET", "/v1/verify_email", headers=JSON)),
         (404, request("GET", "/nope")),
         (404, request("GET", "/schema/nope")),
         (404, request("GET", LINK.replace("?", "%3F"))),
@@ -74,9 +74,9 @@ def test_every_answer_of_the_application_is_safe(api: Api, connection: Connectio
     answers.append((503, request("GET", LINK, headers=BROWSER)))
 
     for status, answer in answers:
-        what = (answer.request.method, answer.request.url.path, answer.status_code)
-        assert answer.status_code == status, what
-        assert {name: answer.headers.get_list(name) for name in SAFE} == SAFE, what
+        failed = (answer.request.method, answer.request.url.path, answer.status_code)
+        assert answer.status_code == status, failed
+        assert {name: answer.headers.get_list(name) for name in SAFE} == SAFE, failed
 
 
 REFUSED = {
@@ -94,17 +94,17 @@ REFUSED = {
 def test_every_answer_of_the_protocol_is_safe(
     service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch, status: int, request_: bytes
 ) -> None:
-    """What is no request, or does not come in time, gets the same headers."""
+    """The answer to malformed or late requests has the same headers."""
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 0.2)
     monkeypatch.setattr(http_protocol, "BODY_TIMEOUT", 0.2)
     with serve(service_settings) as api:
-        assert parsed(exchange(api.port, request_)) == (status, SAFE)
+        assert parse(exchange(api.port, request_)) == (status, SAFE)
 
 
-def test_the_answers_of_a_service_that_is_full_or_stops_are_safe(
+def test_the_answers_of_a_full_or_stopping_service_are_safe(
     service_settings: ServiceSettings, connection: Connection
 ) -> None:
-    """One connection too many, and a request that outlasts the stop, get 503 with the same headers."""
+    """A connection over the limit and a request cut off by the stop get 503 with the same headers."""
     body = json.dumps(user()).encode()
     connection.execute("BEGIN")
     connection.execute("LOCK TABLE users")
@@ -113,15 +113,15 @@ def test_the_answers_of_a_service_that_is_full_or_stops_are_safe(
         with serve(service_settings.model_copy(update={"http_connections": 1, "grace": 0.1})) as api:
             busy = stack.enter_context(socket.create_connection(("127.0.0.1", api.port), timeout=20))
             busy.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-            eventually(lambda: connection.execute(waiting).fetchall(), 10, "it is at work")
-            assert parsed(exchange(api.port, b"")) == (503, SAFE)
-        assert parsed(busy.recv(65_536)) == (503, SAFE)
+            eventually(lambda: connection.execute(waiting).fetchall(), 10, "the request waits for the lock")
+            assert parse(exchange(api.port, b"")) == (503, SAFE)
+        assert parse(busy.recv(65_536)) == (503, SAFE)
 
 
-def test_the_answer_of_the_server_to_a_broken_application_is_safe(
+def test_the_answer_for_a_broken_application_is_safe(
     service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 500 that uvicorn writes itself has the same headers."""
+    """The 500 that uvicorn writes has the same headers."""
 
     async def broken(scope: dict[str, Any], *_: object) -> None:
         if scope["type"] == "http":
@@ -129,4 +129,4 @@ def test_the_answer_of_the_server_to_a_broken_application_is_safe(
 
     monkeypatch.setattr(server, "create_app", lambda *_: broken)
     with serve(service_settings) as api:
-        assert parsed(exchange(api.port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")) == (500, SAFE)
+        assert parse(exchange(api.port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")) == (500, SAFE)

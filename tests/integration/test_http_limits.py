@@ -1,4 +1,4 @@
-"""How long the service waits for a client, how much of a head it reads, and how many connections it keeps."""
+"""Limits on a client's time, on the size of a head, and on the number of connections."""
 
 import json
 import socket
@@ -31,10 +31,10 @@ def post(content: object) -> bytes:
 
 @pytest.fixture
 def api(service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    """A service that waits for half a second, and lets ten connections in."""
+    """A service that waits half a second for a client and accepts ten connections."""
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 0.5)
     monkeypatch.setattr(http_protocol, "BODY_TIMEOUT", 0.5)
-    monkeypatch.setattr(http_protocol, "_tally", Tally())  # a line a minute, whatever the tests before have met
+    monkeypatch.setattr(http_protocol, "_tally", Tally())  # one log line a minute, independent of earlier tests
     with serve(service_settings.model_copy(update={"http_connections": 10})) as served:
         yield served
 
@@ -44,8 +44,8 @@ def connect(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=20)
 
 
-def everything(connection: socket.socket) -> bytes:
-    """Returns all that comes until the service closes the connection."""
+def read_all(connection: socket.socket) -> bytes:
+    """Returns everything received until the service closes the connection."""
     received = b""
     with suppress(ConnectionResetError):
         while part := connection.recv(65_536):
@@ -54,8 +54,8 @@ def everything(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def held(port: int, count: int, sent: bytes) -> Iterator[list[socket.socket]]:
-    """Holds connections on which so much has been sent."""
+def hold_connections(port: int, count: int, sent: bytes) -> Iterator[list[socket.socket]]:
+    """Holds connections on which these bytes were sent."""
     with ExitStack() as stack:
         connections = [stack.enter_context(connect(port)) for _ in range(count)]
         for connection in connections:
@@ -64,10 +64,10 @@ def held(port: int, count: int, sent: bytes) -> Iterator[list[socket.socket]]:
 
 
 @pytest.mark.parametrize(
-    "part", [b"X: " + b"x" * 1000 + b"\r\n", b"x" * 10_000], ids=["lines without end", "a line without end"]
+    "part", [b"X: " + b"x" * 1000 + b"\r\n", b"x" * 10_000], ids=["endless lines", "an endless line"]
 )
 def test_a_head_without_end_is_refused(api: Api, part: bytes) -> None:
-    """At 64 KiB the service stops to read, says so, and answers others meanwhile."""
+    """At 64 KiB the service stops reading and logs it, and it serves other clients throughout."""
     sent = 0
     with connect(api.port) as connection:
         connection.sendall(LINE + b"X: ")
@@ -84,7 +84,7 @@ def test_a_head_without_end_is_refused(api: Api, part: bytes) -> None:
 
 
 def test_a_head_of_64_kib_is_read(api: Api) -> None:
-    """One that is just under the limit is served, and one just over it is a 431."""
+    """A head just under the limit is served; one just over it is a 431."""
     assert api.client.get("/healthz", headers={"X": "x" * 60_000}).status_code == 200
     assert is_problem(api.client.get("/healthz", headers={"X": "x" * 66_000}), 431)
 
@@ -95,17 +95,17 @@ COSTLY = {
     "many fields": post({f"{n:x}": 0 for n in range(5_500)}),
     "a long field": post({"x" * 60_000: 0}),
 }
-"""Small requests that each kept the service's loop busy for some 40 to 1,000 ms, or got an answer that was larger."""
+"""Small requests that kept the event loop busy for 40 to 1,000 ms each, or got a larger answer."""
 
 
 @pytest.mark.parametrize("request_", COSTLY.values(), ids=COSTLY)
 def test_a_small_request_costs_little(api: Api, request_: bytes) -> None:
-    """It is refused before most of it is looked at, in a short answer."""
+    """It is refused with a short answer before most of it is parsed."""
     began = time.process_time()
     with connect(api.port) as connection:
         with suppress(ConnectionError):
             connection.sendall(request_)
-        answer = everything(connection)
+        answer = read_all(connection)
     assert time.process_time() - began < 0.8
     assert answer.split(b" ")[1] in (b"400", b"413", b"431") or not answer
     assert len(answer) < 2000
@@ -114,7 +114,7 @@ def test_a_small_request_costs_little(api: Api, request_: bytes) -> None:
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_many_trailers_are_refused(api: Api, parts: int) -> None:
-    """Lines behind the last chunk cost as much as those of a head, and nobody sends any."""
+    """Lines after the last chunk cost as much as those of a head, and no real client sends any."""
     trailers = b"a:\r\n" * (15_000 // parts)
     with connect(api.port) as connection:
         connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n \r\n0\r\n")
@@ -123,22 +123,22 @@ def test_many_trailers_are_refused(api: Api, parts: int) -> None:
                 connection.sendall(trailers)
                 time.sleep(0.05)
             connection.sendall(b"\r\n")
-        assert everything(connection).startswith(b"HTTP/1.1 413 ")
+        assert read_all(connection).startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("sent", [b"G", LINE, BODY_LESS], ids=["a byte", "half a head", "half a body"])
-def test_half_a_request_is_not_waited_for(api: Api, sent: bytes) -> None:
-    """It gets 408, its connection is closed, and the log says so once, however many there are."""
-    with held(api.port, 5, sent) as connections:
-        answers = [everything(connection) for connection in connections]
+def test_half_a_request_times_out(api: Api, sent: bytes) -> None:
+    """It gets 408 and its connection is closed; many of them are logged once."""
+    with hold_connections(api.port, 5, sent) as connections:
+        answers = [read_all(connection) for connection in connections]
 
     assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers)
     (line,) = api.events("refused an HTTP request")
     assert "did not arrive within 0.5 s" in line["why"]
 
 
-def test_a_request_that_drips_is_not_waited_for(api: Api) -> None:
-    """The limit is one for the whole head: a byte now and then does not begin it anew."""
+def test_a_slow_request_times_out(api: Api) -> None:
+    """The limit is for the whole head: a byte now and then does not restart it."""
     began = time.monotonic()
     with connect(api.port) as connection, suppress(ConnectionError):
         connection.settimeout(0.05)
@@ -150,31 +150,31 @@ def test_a_request_that_drips_is_not_waited_for(api: Api) -> None:
     assert time.monotonic() < began + 5
 
 
-def test_what_is_idle_is_closed_without_an_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer to nothing would be taken for the answer to the next request."""
+def test_an_idle_connection_is_closed_without_an_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would take an answer for that to its next request."""
     monkeypatch.setattr(http_protocol, "IDLE_TIMEOUT", 0.2)
     with connect(api.port) as silent, connect(api.port) as served:
         served.sendall(LINE + b"\r\n")
-        assert everything(silent) == b""
-        assert everything(served).count(b"HTTP/1.1 ") == 1
+        assert read_all(silent) == b""
+        assert read_all(served).count(b"HTTP/1.1 ") == 1
     assert not api.events("refused an HTTP request")
 
 
 @pytest.mark.parametrize("sent", [b"", LINE, BODY_LESS], ids=["nothing", "half a head", "half a body"])
 def test_many_that_send_nothing_keep_nobody_out(api: Api, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are as many connections as may be, the one that has kept the service waiting longest makes room."""
+    """At the limit, the connection that has waited longest for its client is closed for a new one."""
     monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 60)
     monkeypatch.setattr(http_protocol, "BODY_TIMEOUT", 60)
-    with held(api.port, 30, sent) as connections:
+    with hold_connections(api.port, 30, sent) as connections:
         for _ in range(5):
             with httpx.Client(base_url=f"http://127.0.0.1:{api.port}", verify=False) as client:
                 assert client.get("/healthz").status_code == 200
-        assert all(everything(connection) == b"" for connection in connections[:20])
+        assert all(read_all(connection) == b"" for connection in connections[:20])
     assert len(api.events("too many connections")) == 1
 
 
-def test_requests_that_are_being_answered_make_no_room(api: Api, connection: Connection) -> None:
-    """Where all connections are at work, one more is told to come again, and those get their answers."""
+def test_a_connection_in_use_is_not_closed_for_a_new_one(api: Api, connection: Connection) -> None:
+    """If all connections are in use, a further one gets 503, and the others get their answers."""
     with ExitStack() as stack:
         connection.execute("BEGIN")
         connection.execute("LOCK TABLE users")
@@ -182,20 +182,20 @@ def test_requests_that_are_being_answered_make_no_room(api: Api, connection: Con
         for number, one in enumerate(busy):
             one.sendall(post(user(f"user_{number}")))
         waiting = "SELECT FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted"
-        eventually(lambda: connection.execute(waiting).fetchall(), 10, "they are at work")
+        eventually(lambda: connection.execute(waiting).fetchall(), 10, "the requests wait for the lock")
         with connect(api.port) as further:
-            assert everything(further).startswith(b"HTTP/1.1 503 ")
+            assert read_all(further).startswith(b"HTTP/1.1 503 ")
         connection.execute("ROLLBACK")
-        assert [everything(one)[:12] for one in busy] == [b"HTTP/1.1 201"] * 10
+        assert [read_all(one)[:12] for one in busy] == [b"HTTP/1.1 201"] * 10
 
 
 ANSWERS_UNREAD = 400
-"""Answers of 13 KB, pipelined: more than the buffers of both ends take."""
+"""Pipelined answers of 13 KB: more than the buffers of both ends hold."""
 
 
 @contextmanager
-def unread(port: int, count: int, last: bytes = b"") -> Iterator[list[socket.socket]]:
-    """Holds connections that ask for much and read nothing of it."""
+def hold_unread(port: int, count: int, last: bytes = b"") -> Iterator[list[socket.socket]]:
+    """Holds connections that request much and read nothing."""
     with ExitStack() as stack:
         connections = [stack.enter_context(socket.socket()) for _ in range(count)]
         for connection in connections:
@@ -206,29 +206,27 @@ def unread(port: int, count: int, last: bytes = b"") -> Iterator[list[socket.soc
 
 
 def is_held(port: int) -> bool:
-    """Whether the service, which runs in this process, holds a connection. To read from one would let it go on."""
+    """Returns whether the service, which runs in this process, holds a connection. Reading from it would release it."""
     held = psutil.Process().net_connections("tcp")
     return any(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == port for one in held)
 
 
-@pytest.mark.parametrize("last", [b"", b"nonsense\r\n\r\n"], ids=["requests alone", "nonsense in the end"])
-def test_a_client_that_reads_no_answers_is_not_waited_for(
-    api: Api, last: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once its buffers are full, it has so long to read on; then its connection is closed."""
+@pytest.mark.parametrize("last", [b"", b"nonsense\r\n\r\n"], ids=["only requests", "nonsense at the end"])
+def test_a_client_that_reads_no_answers_times_out(api: Api, last: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its buffers are full, its connection is closed after READ_TIMEOUT."""
     monkeypatch.setattr(http_protocol, "READ_TIMEOUT", 0.5)
-    with unread(api.port, 1, last):
+    with hold_unread(api.port, 1, last):
         eventually(lambda: is_held(api.port), 5, "it is accepted")
         eventually(lambda: not is_held(api.port), 20, "it is closed")
 
 
 def test_clients_that_read_no_answers_keep_nobody_out(service_settings: ServiceSettings) -> None:
-    """They make room for others before their time is over."""
-    with serve(service_settings.model_copy(update={"http_connections": 2})) as api, unread(api.port, 2):
+    """Their connections are closed for new ones before the time is over."""
+    with serve(service_settings.model_copy(update={"http_connections": 2})) as api, hold_unread(api.port, 2):
         eventually(lambda: _is_served(api.port), 15, "another client gets its answer")
 
 
 def _is_served(port: int) -> bool:
     with connect(port) as connection:
         connection.sendall(LINE + b"Connection: close\r\n\r\n")
-        return everything(connection).startswith(b"HTTP/1.1 200 ")
+        return read_all(connection).startswith(b"HTTP/1.1 200 ")

@@ -1,4 +1,4 @@
-"""A client that sends whatever bytes it is given, and reads the answers one by one."""
+"""A client that sends raw bytes and reads the answers one by one."""
 
 import socket
 from contextlib import suppress
@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 
 
 class Answer(NamedTuple):
-    """An answer's status, headers (their names in lower case) and body."""
+    """An answer's status, headers (names in lower case) and body."""
 
     status: int
     headers: dict[str, str]
@@ -14,7 +14,7 @@ class Answer(NamedTuple):
 
 
 class RawClient:
-    """One connection. Requests may be sent before the answers to others are read."""
+    """One connection. Requests can be sent before the answers to earlier ones are read."""
 
     def __init__(self, port: int) -> None:
         self._connection = socket.create_connection(("127.0.0.1", port), timeout=20)
@@ -28,14 +28,14 @@ class RawClient:
         self._connection.close()
 
     def send(self, *requests: bytes) -> None:
-        """Sends requests in one go."""
+        """Sends requests in one write."""
         self._connection.sendall(b"".join(requests))
 
     def answer(self, *, to_head: bool = False) -> Answer | None:
-        """Reads the next answer; None where the connection is closed.
+        """Reads the next answer; returns None if the connection is closed.
 
         Args:
-            to_head: whether it is to HEAD, and so has no body, whatever its length.
+            to_head: whether it answers HEAD, and so has no body whatever its Content-Length says.
         """
         try:
             line = self._received.readline()
@@ -49,7 +49,7 @@ class RawClient:
         return Answer(int(line.split()[1]), headers, body) if line else None
 
     def rest(self) -> bytes:
-        """Reads all that comes until the connection is closed."""
+        """Reads everything until the connection is closed."""
         with suppress(ConnectionError):
             return self._received.read()
         return b""

@@ -1,4 +1,4 @@
-"""Real reverse proxies before the service, with connections to it that they keep."""
+"""Real reverse proxies in front of the service, with persistent connections to it."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.support.mailbox import free_port
 from tests.support.waiting import eventually
 
-# What is widely copied to let WebSockets through: every request is forwarded with the client's own offer.
+# A widely copied configuration for WebSockets: every request is forwarded with the client's Upgrade header.
 _NGINX = """
 daemon off;
 worker_processes 1;
@@ -57,39 +57,39 @@ backend service
 _PROGRAMS = {"nginx": (_NGINX, ["-c", "{file}", "-p", "{folder}"]), "haproxy": (_HAPROXY, ["-db", "-f", "{file}"])}
 
 
-def find(name: str) -> str | None:
-    """Returns the program's path, if it is installed: Debian keeps it where administrators look."""
+def find_program(name: str) -> str | None:
+    """Returns the path of a program if it is installed; Debian installs proxies in /usr/sbin."""
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
 
 
 @contextmanager
-def proxy(name: str, folder: Path, upstream: int) -> Iterator[int]:
-    """Runs a proxy before a port of this machine until the block is left, and yields its own port.
+def run_proxy(name: str, folder: Path, upstream: int) -> Iterator[int]:
+    """Runs a proxy in front of a local port until the block ends, and yields the proxy's port.
 
     Args:
         name: `nginx` or `haproxy`.
-        folder: an empty one of its own.
-        upstream: where the service listens.
+        folder: an empty folder for the proxy's files.
+        upstream: the port of the service.
     """
-    program = find(name)
+    program = find_program(name)
     assert program is not None
     template, arguments = _PROGRAMS[name]
     port, file = free_port(), folder / f"{name}.conf"
     file.write_text(template.format(folder=folder, upstream=upstream, port=port))
-    if os.geteuid() == 0:  # nginx' own processes are nobody's
+    if os.geteuid() == 0:  # nginx's workers run as the user nobody
         folder.chmod(0o755)
     command = [program, *(argument.format(file=file, folder=folder) for argument in arguments)]
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
 
-        def listens() -> bool:
+        def is_listening() -> bool:
             assert process.poll() is None, (folder / "output").read_text()
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 return True
             return False
 
-        eventually(listens, 10, f"{name} listens")
+        eventually(is_listening, 10, f"{name} listens")
         yield port
     finally:
         process.send_signal(signal.SIGTERM)

@@ -21,8 +21,8 @@ VALID = {
 }
 
 
-def wrong_fields(changes: Mapping[str, object]) -> set[object]:
-    """Returns the fields that a user with these changes is refused for; empty where it is taken."""
+def invalid_fields(changes: Mapping[str, object]) -> set[object]:
+    """Returns the fields for which a user with these changes is refused; empty if it is accepted."""
     try:
         CreateUser.model_validate({**VALID, **changes})
     except ValidationError as error:
@@ -30,8 +30,8 @@ def wrong_fields(changes: Mapping[str, object]) -> set[object]:
     return set()
 
 
-def email_of(length: int) -> str:
-    """Returns an address of this many characters; a label of a domain has at most 63."""
+def email_of_length(length: int) -> str:
+    """Returns an address with this many characters; a label of a domain has at most 63."""
     domain = ".".join(["d" * 60] * 3) + ".com"
     return "a" * (length - len(domain) - 1) + "@" + domain
 
@@ -67,7 +67,7 @@ def email_of(length: int) -> str:
         ("full_name", unicodedata.normalize("NFD", "한가을")),
         ("full_name", "Zoe" + "\u0308" * 8),
         ("email", "a@b.co"),
-        ("email", email_of(200)),
+        ("email", email_of_length(200)),
         ("email", "first.last+tag@example.com"),
         ("email", "a@exämple.com"),
         ("email", "a@例え.jp"),
@@ -78,9 +78,9 @@ def email_of(length: int) -> str:
         ("email", "بريد٣@example.com"),
     ],
 )
-def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
-    """The shortest and the longest of each field, and all that it may be made of."""
-    assert wrong_fields({field: value}) == set()
+def test_a_valid_field_is_accepted(field: str, value: str) -> None:
+    """The shortest and longest value of each field, and every kind of character that it may have."""
+    assert invalid_fields({field: value}) == set()
     assert getattr(CreateUser.model_validate({**VALID, field: value}), field) == value
 
 
@@ -138,7 +138,7 @@ def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
         ("email", "Alice <alice@example.com>"),
         ("email", '"Alice" <alice@example.com>'),
         ("email", "<alice@example.com>"),
-        ("email", email_of(201)),
+        ("email", email_of_length(201)),
         ("email", "a" * 10_000 + "@example.com"),
         ("email", "a\u0301" + "\u0301" * 9 + "@example.com"),
         ("email", "a.\u0301b@example.com"),
@@ -153,29 +153,29 @@ def test_what_keeps_the_rules_is_taken(field: str, value: str) -> None:
         ("", "x"),
     ],
 )
-def test_what_breaks_a_rule_is_refused_for_it(field: str, value: object) -> None:
-    """One too short and one too long, a character too many, another type, a field that nobody knows."""
-    assert wrong_fields({field: value}) == {field}
+def test_an_invalid_field_is_refused(field: str, value: object) -> None:
+    """Too short, too long, a character that is not allowed, another type, an unknown field."""
+    assert invalid_fields({field: value}) == {field}
 
 
 def invisible_characters() -> list[str]:
-    """Returns the letters and marks that Unicode says are displayed as nothing, by the tables of pydantic's engine."""
+    """Returns the letters and marks that are Default_Ignorable_Code_Point, as pydantic's regex engine has them."""
     pattern = r"^[\p{Default_Ignorable_Code_Point}&&[\p{L}\p{M}]]$"
     invisible = TypeAdapter(Annotated[str, Field(pattern=pattern)])
-    found: list[str] = []
+    characters: list[str] = []
     for character in map(chr, range(sys.maxunicode + 1)):
         if unicodedata.category(character)[0] in "LM":
             with suppress(ValidationError):
-                found.append(invisible.validate_python(character))
-    return found
+                characters.append(invisible.validate_python(character))
+    return characters
 
 
 BLANK = ["\U00013440", "\U00013441", "\U00013442", "\U00016fe4", "\U0001bc9d"]
-"""Letters and marks that Unicode does not call ignorable, and whose glyph has nothing to see."""
+"""Letters and marks with an empty glyph that are not Default_Ignorable_Code_Point."""
 
 
 def test_an_invisible_character_is_no_part_of_a_name_or_an_address() -> None:
-    """Neither one that is all of it, nor one beside letters."""
+    """Neither alone nor next to letters."""
     invisible = invisible_characters()
     assert {"\u3164", "\u115f", "\u1160", "\uffa0", "\ufe0f", "\u034f", "\U000e0100"} <= set(invisible)
     for character in [*invisible, *BLANK]:
@@ -186,12 +186,12 @@ def test_an_invisible_character_is_no_part_of_a_name_or_an_address() -> None:
             {"email": f"al{character}ice@example.com"},
             {"email": f"alice@exa{character}mple.com"},
         ):
-            assert wrong_fields(changes) == set(changes), f"U+{ord(character):04X} in {changes.keys()}"
+            assert invalid_fields(changes) == set(changes), f"U+{ord(character):04X} in {changes.keys()}"
 
 
-def test_all_that_is_wrong_is_said_at_once() -> None:
-    """Each field is named, also those that are missing."""
-    assert wrong_fields({"username": "A", "password": "", "full_name": "1", "email": "x", "role": "admin"}) == {
+def test_all_violations_are_reported_at_once() -> None:
+    """Each invalid field is named, and each missing one."""
+    assert invalid_fields({"username": "A", "password": "", "full_name": "1", "email": "x", "role": "admin"}) == {
         *VALID,
         "role",
     }
@@ -201,32 +201,32 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 
 def test_an_error_does_not_repeat_the_password() -> None:
-    """What is logged or answered about a wrong body has nothing of it."""
+    """The error of an invalid body does not contain the password."""
     with pytest.raises(ValidationError) as caught:
         CreateUser.model_validate({**VALID, "password": "hunter2" * 20, "username": "A"})
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_domain_is_written_one_way() -> None:
-    """The domain of an address is lower case, its local part as it was typed."""
+def test_a_domain_is_stored_in_lower_case() -> None:
+    """The domain of an address is stored in lower case, an ASCII local part as typed."""
     assert CreateUser.model_validate({**VALID, "email": "Alice@EXAMPLE.com"}).email == "Alice@example.com"
 
 
 IDNA_DOTS = "\uff0e\u3002\uff61"
-"""What IDNA takes for a dot between labels (UTS #46), because keyboards of East Asia type it."""
+"""Characters that IDNA maps to a dot between labels (UTS #46), because East Asian keyboards type them."""
 DOTS = IDNA_DOTS + "\u2024\u2025\u2026\ufe52\u00b7\u06d4\u0701\u0702\ua4f8\ua4fa\ua60e\U00010a50\U0001d16d\u2e3c\u22c5"
-"""What looks like a dot, or several."""
+"""Characters that look like one dot or several."""
 
 
 @pytest.mark.parametrize("dot", DOTS, ids=ascii)
 def test_a_dot_is_a_dot(dot: str) -> None:
-    """Nothing before the @ looks like a dot but is none; in a domain, what IDNA takes for a dot becomes one."""
-    assert wrong_fields({"email": f"alice{dot}b@example.com"}) == {"email"}
-    assert wrong_fields({"email": f"élodie{dot}@example.com"}) == {"email"}
+    """Before the @, a character that looks like a dot is refused; in a domain, IDNA's dots become a dot."""
+    assert invalid_fields({"email": f"alice{dot}b@example.com"}) == {"email"}
+    assert invalid_fields({"email": f"élodie{dot}@example.com"}) == {"email"}
     if dot in IDNA_DOTS:
         assert CreateUser.model_validate({**VALID, "email": f"alice@example{dot}com"}).email == "alice@example.com"
     else:
-        assert wrong_fields({"email": f"alice@example{dot}com"}) == {"email"}
+        assert invalid_fields({"email": f"alice@example{dot}com"}) == {"email"}
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_dot_is_a_dot(dot: str) -> None:
     ids=ascii,
 )
 def test_a_second_form_of_a_letter_is_refused(local: str) -> None:
-    """Full width, ligatures, superscripts and the like would be second addresses that look like the first."""
+    """Full-width letters, ligatures, superscripts and the like would make a second address that looks the same."""
     with pytest.raises(ValidationError, match=r"must not contain U\+[0-9A-F]{4,5} before the @"):
         CreateUser.model_validate({**VALID, "email": f"{local}@example.com"})
 
@@ -266,18 +266,18 @@ def test_a_second_form_of_a_letter_is_refused(local: str) -> None:
     ],
 )
 def test_an_address_is_stored_in_one_form(typed: str, stored: str) -> None:
-    """Its domain as IDNA displays it; before the @, outside ASCII, composed and in lower case."""
+    """The domain as IDNA displays it; a non-ASCII part before the @ composed and in lower case."""
     assert CreateUser.model_validate({**VALID, "email": typed}).email == stored
 
 
-# Few characters, so that many of them belong together.
+# Few characters, so that many of them combine.
 _PIECES = st.sampled_from("aAbéÉiİ\u0131s\u017fßẞ\u03c3ςΣǅЖж.+-@\u0301\u0307\u212a\u0e33\u0640한\u1112")
 
 
 @given(st.lists(_PIECES | st.characters(), max_size=12).map("".join))
 @settings(max_examples=300, deadline=None, database=None)
 def test_the_stored_form_is_a_fixed_point(local: str) -> None:
-    """What is stored would be taken, and stored as it is: composed, and in lower case unless it is ASCII."""
+    """The stored form is accepted and stored unchanged: composed, and in lower case unless it is ASCII."""
     with suppress(ValidationError):
         stored = CreateUser.model_validate({**VALID, "email": f"{local}@example.com"}).email
         assert CreateUser.model_validate({**VALID, "email": stored}).email == stored
@@ -285,6 +285,6 @@ def test_the_stored_form_is_a_fixed_point(local: str) -> None:
         assert stored.isascii() or stored == stored.lower()
 
 
-def test_no_user_is_shown_with_a_hash() -> None:
-    """What the API tells of a user has no field for it."""
+def test_a_user_in_an_answer_has_no_hash() -> None:
+    """The answer's schema has no field for a hash or a password."""
     assert not {name for name in User.model_fields if "hash" in name or name == "password"}
