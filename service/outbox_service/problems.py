@@ -20,7 +20,7 @@ from outbox_service.store import TakenError
 MEDIA_TYPE = "application/problem+json"
 
 RETRY_AFTER = "1"
-"""Seconds."""
+"""The `Retry-After` header of a 503, in seconds."""
 
 INVALID_FIELDS = "the request has invalid fields: 'errors' lists each"
 
@@ -93,28 +93,25 @@ def _taken(request: AnyRequest, error: TakenError) -> Response[dict[str, Any]]:
     return problem(request, 409, str(error), [Violation(field=error.field, message="is taken")])
 
 
-def _busy(request: AnyRequest, error: BusyError) -> Response[dict[str, Any]]:
-    return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
-
-
-def _away(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
-    state = "unavailable" if postgres.is_outage(error) else "busy"
-    return problem(
-        request, 503, f"the database is {state}: try again in a moment", headers={"Retry-After": RETRY_AFTER}
-    )
-
-
-def _read_only(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
-    detail = "the database is read-only: try again in a moment"
+def _retry_later(request: AnyRequest, detail: str) -> Response[dict[str, Any]]:
     return problem(request, 503, detail, headers={"Retry-After": RETRY_AFTER})
 
 
 def _not_ready(request: AnyRequest, error: OutboxError) -> Response[dict[str, Any]]:
-    return problem(request, 503, str(error), headers={"Retry-After": RETRY_AFTER})
+    return _retry_later(request, str(error))
+
+
+def _away(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
+    state = "unavailable" if postgres.is_outage(error) else "busy"
+    return _retry_later(request, f"the database is {state}: try again in a moment")
+
+
+def _read_only(request: AnyRequest, _: Exception) -> Response[dict[str, Any]]:
+    return _retry_later(request, "the database is read-only: try again in a moment")
 
 
 def _never_migrated(request: AnyRequest, _: psycopg.errors.UndefinedTable) -> Response[dict[str, Any]]:
-    return _not_ready(request, NotMigratedError("the database is not migrated: run 'outbox migrate'"))
+    return _retry_later(request, "the database is not migrated: run 'outbox migrate'")
 
 
 def _failed(request: AnyRequest, error: Exception) -> Response[dict[str, Any]]:
@@ -126,7 +123,7 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     ValidationException: _invalid,
     HTTPException: _http,
     TakenError: _taken,
-    BusyError: _busy,
+    BusyError: _not_ready,
     NotMigratedError: _not_ready,
     UnsupportedDatabaseError: _not_ready,
     psycopg.errors.UndefinedTable: _never_migrated,

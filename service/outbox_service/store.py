@@ -25,7 +25,7 @@ from outbox_service.pool import AsyncConnection, check_writable
 from outbox_service.schemas import CreateUser, User
 
 _FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
-"""The field that is taken, by the constraint that is violated. Any other violation is not the client's fault."""
+"""The field that is taken, by the violated constraint. No other violation is the client's fault."""
 
 
 class TakenError(OutboxError):
@@ -155,15 +155,17 @@ class Store:
             psycopg.OperationalError: Postgres is away.
         """
         async with self._connection() as connection:
-            state, row = await self._judge(connection, email_id, code)
-            if use and state is LinkState.VALID and not await _use(connection, row):
+            state, row = await self._read_link(connection, email_id, code)
+            if use and state is LinkState.VALID and not await _use_link(connection, row):
                 # The user, the address or the link changed since it was read.
-                state, row = await self._judge(connection, email_id, code)
+                state, row = await self._read_link(connection, email_id, code)
                 if state is LinkState.VALID:  # the address was changed and changed back: the link was not used
                     state = LinkState.OUTDATED
             return OpenedLink(state, row.username, row.email)
 
-    async def _judge(self, connection: AsyncConnection, email_id: int, code: str) -> tuple[LinkState, _VerificationRow]:
+    async def _read_link(
+        self, connection: AsyncConnection, email_id: int, code: str
+    ) -> tuple[LinkState, _VerificationRow]:
         cursor = connection.cursor(row_factory=named(_VerificationRow))
         await cursor.execute(query("find_verification"), {"id": email_id})
         found = await cursor.fetchone()
@@ -198,7 +200,7 @@ class Store:
                 postgres.check_applied(set(await cursor.fetchall()))
 
 
-async def _use(connection: AsyncConnection, row: _VerificationRow) -> bool:
+async def _use_link(connection: AsyncConnection, row: _VerificationRow) -> bool:
     """Verifies the user and spends the link in one transaction; returns whether it did both, else neither."""
     async with connection.transaction():
         verified = await connection.execute(query("verify_user"), {"username": row.username, "email": row.email})

@@ -186,7 +186,7 @@ def test_a_valid_link_that_could_not_be_used_is_not_called_used(
     async def use_nothing(*_: object) -> bool:
         return False
 
-    monkeypatch.setattr(store, "_use", use_nothing)
+    monkeypatch.setattr(store, "_use_link", use_nothing)
     problem = api.client.post(PATH, params=mailed(connection).query, headers=JSON)
 
     assert is_problem(problem, 410)
