@@ -12,7 +12,7 @@ _LIKE_A_DOT = "\ua4f8\ua4fa\U0001d16d"
 """Letters and marks that look like dots (confusables.txt of UTS #39): two Lisu tones and an augmentation dot."""
 
 _SARA_AM = "\u0e33\u0eb3"
-"""A vowel of Thai and one of Lao, as keyboards type them. NFKC splits each into two characters that nobody types."""
+"""A vowel of Thai and one of Lao, as keyboards type them. NFKC splits each into two that keyboards do not type."""
 
 _STRAY_MARK = re.compile(rf"(?:^|[^LMN])M|M{{{MAX_MARKS + 1}}}")
 """Finds a mark without a base character, or too many marks, in a string of major categories, one letter a character."""

@@ -75,7 +75,7 @@ class LimitedProtocol(H11Protocol):
         self.conn = StrictConnection(h11.SERVER, MAX_HEAD)
         self._connections = connections
         self._waits_for: str | None = None
-        """What the client has to do next: send a "request", the rest of a "head" or "body", or go on "reading"."""
+        """The client's next step: a "request", the rest of a "head" or "body", "reading" an answer, or None."""
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -150,7 +150,7 @@ def test_what_is_taken_is_refused(api: Api, connection: Connection) -> None:
     assert api.create("other").status_code == 201
 
 
-def test_of_many_at_once_one_gets_the_name(api: Api, connection: Connection) -> None:
+def test_one_of_many_concurrent_clients_gets_the_name(api: Api, connection: Connection) -> None:
     """Of 20 concurrent clients with the same username, one gets 201 and the others get 409."""
     with ThreadPoolExecutor(20) as clients:
         answers = list(clients.map(lambda number: api.create("alice", email=f"a{number}@example.com"), range(20)))
