@@ -45,7 +45,7 @@ schedules *arguments: setup
 # Measure how long mails wait after a fault, and compare with the promised times
 [no-exit-message]
 recovery *arguments: setup
-    @{{ bin }}/python -m tests.chaos.figures {{ arguments }}
+    @{{ bin }}/python -m tests.chaos.recovery_times {{ arguments }}
 
 # Measure speed compared with the alternatives; `just bench relay` measures one part (--help lists the options)
 [no-exit-message]

@@ -1,4 +1,4 @@
-"""The chaos run: real servers and processes, clients at a set rate, faults at random from a seed, and a judge.
+"""The chaos run: real servers and processes, clients at a set rate, random faults from a seed, and a judge.
 
-Only the starting of the embedded servers is the product's; everything else here looks at it from outside.
+It uses the product's code to start the embedded servers, and otherwise observes the product from outside.
 """

@@ -1,38 +1,38 @@
-"""What a run leaves behind for the judge: plain records, all times in seconds since the epoch."""
+"""Defines the records of a run that the judge reads. All times are in seconds since the epoch."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 SHORTAGES = frozenset({"worker.few-descriptors", "worker.little-memory"})
-"""Faults that leave a process short of what it needs: it may end by itself, and says so by its code."""
+"""Faults that leave a process short of a resource: it may exit with an error code."""
 
 AWAY_WITH_BACKLOG = "mail.away-with-backlog"
 MAIL_OUTAGES = frozenset({AWAY_WITH_BACKLOG, "mail.connection-limit"})
-"""Faults of the mail server that are no mail's fault: they may spend no attempt."""
+"""Outages of the mail server, on which no attempt may be spent."""
 
 IMPORTED = "imported"
 
 
 @dataclass
-class Attempt:
-    """One request of a client, and what it was told."""
+class SignUp:
+    """One request of a client to create a user, and its answer."""
 
     intent: str
-    """`new`, `impatient` (hangs up early), `taken username`, `taken email` or `invalid`; `imported` is none of a
-    client's: an application has written the user straight into Postgres, due at once."""
+    """`new`, `impatient` (disconnects early), `taken username`, `taken email` or `invalid`; `imported` if no client but
+    an application created the user, directly in Postgres, with a mail that is due immediately."""
     username: str
     email: str
     service: int
     sent: float
     answered: float = 0.0
     status: int | None = None
-    """None: no answer."""
+    """None if there was no answer."""
     body: str = ""
 
 
 @dataclass
 class Mail:
-    """One mail that the mail server has accepted."""
+    """One mail that the mail server accepted."""
 
     recipient: str
     message_id: str
@@ -42,9 +42,9 @@ class Mail:
     session: int
     accepted: float
     answered: float | None = None
-    """When its 250 was written; None when a fault kept it back."""
+    """When its 250 was sent; None if a fault suppressed it."""
     followed: bool = False
-    """Whether the client said something more on this session: then it has read the 250."""
+    """Whether the client sent another command on this session, which shows that it had read the 250."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Session:
     number: int
     worker: int
     port: int
-    """Its client's port, which is the proxy's."""
+    """The client's port, which is the proxy's."""
     begun: float
     ended: float | None = None
 
@@ -69,7 +69,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two sessions that were sending to one recipient at once."""
+    """Two sessions that sent to one recipient at the same time."""
 
     recipient: str
     at: float
@@ -85,14 +85,14 @@ class Fault:
     targets: tuple[str, ...]
     start: float
     end: float = 0.0
-    """When what it struck was there again."""
+    """When its target was available again."""
     note: str = ""
     slots: tuple[str, ...] = ()
-    """The processes that it struck, as in `worker-0`."""
+    """The affected processes, such as `worker-0`."""
     relieved: float = 0.0
-    """When a shortage was over; what it struck comes back after that."""
+    """When a shortage was over; the process recovers after that."""
     crash: str = ""
-    """Why it could not be injected, or why what it struck did not come back."""
+    """Why it could not be injected, or why its target did not recover."""
 
 
 @dataclass
@@ -104,9 +104,9 @@ class Exit:
     at: float
     code: int
     cause: str
-    """`SIGKILL` or `SIGTERM` where it was injected; one of `SHORTAGES` where the process ended under it; else empty."""
+    """`SIGKILL` or `SIGTERM` if the run sent it; one of `SHORTAGES` if the process ended under it; else empty."""
     tail: str = ""
-    """The end of its log, where it was not to end like that."""
+    """The end of its log, if the exit was unexpected."""
     log: str = ""
     """The name of its log."""
 
@@ -141,15 +141,15 @@ class ForeignJob:
 
     id: str
     places: tuple[str, ...]
-    """The keys under which its owner may find it."""
+    """The keys under which its owner can find it."""
     written: float
-    looks: list[tuple[float, str, bool]] = field(default_factory=list)
-    """Each time that somebody looked: under which key it was, empty for none, and whether it had its hash."""
+    sightings: list[tuple[float, str, bool]] = field(default_factory=list)
+    """For each observation: the time, the key that held the job (empty for none), and whether its hash existed."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of a handler of the chaos run's own."""
+class HandlerRun:
+    """One run of the handler for large payloads."""
 
     row: int
     worker: int
@@ -158,39 +158,39 @@ class Run:
 
 @dataclass
 class Evidence:
-    """All that is known after a run."""
+    """Everything that is known after a run."""
 
     seed: int
     delays: tuple[float, ...]
     """Each service's `VERIFY_EMAIL_DELAY`."""
     lease: float
-    attempts: list[Attempt] = field(default_factory=list)
+    sign_ups: list[SignUp] = field(default_factory=list)
     mails: list[Mail] = field(default_factory=list)
     sessions: list[Session] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     overlaps: list[Overlap] = field(default_factory=list)
-    refused: dict[str, float] = field(default_factory=dict)
-    """Addresses that the mail server refused for good, and since when."""
+    refused_addresses: dict[str, float] = field(default_factory=dict)
+    """Addresses that the mail server permanently refused, and since when."""
     faults: list[Fault] = field(default_factory=list)
     exits: list[Exit] = field(default_factory=list)
     users: list[User] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    log_lines: list[dict[str, Any]] = field(default_factory=list)
     """The processes' log lines, with `slot` and `at`, by time."""
-    crashes: list[str] = field(default_factory=list)
+    tracebacks: list[str] = field(default_factory=list)
     """Tracebacks in the processes' logs."""
     lags: list[tuple[float, float]] = field(default_factory=list)
-    """Spans in which this process, through which all bytes pass, fell behind."""
-    bombs: int = 0
-    """Pickles that somebody has loaded."""
-    foreign: list[ForeignJob] = field(default_factory=list)
+    """Spans in which this process, through which all bytes pass, was late."""
+    loaded_bombs: int = 0
+    """Number of faults whose pickles were loaded or whose jobs were run."""
+    foreign_jobs: list[ForeignJob] = field(default_factory=list)
     large_rows: list[int] = field(default_factory=list)
     """Ids of rows with a large payload whose commit was confirmed."""
-    runs: list[Run] = field(default_factory=list)
-    """Of their handler, by time."""
-    calm: float = 0.0
+    handler_runs: list[HandlerRun] = field(default_factory=list)
+    """Runs of the handler for large payloads, by time."""
+    faults_over_at: float = 0.0
     """When the last fault was over."""
 
-    def delay_of(self, attempt: Attempt) -> float:
-        """Returns the seconds after which the mail to a user is due."""
-        return 0.0 if attempt.intent == IMPORTED else self.delays[attempt.service]
+    def delay_of(self, sign_up: SignUp) -> float:
+        """Returns the seconds from the creation of a user until the mail is due."""
+        return 0.0 if sign_up.intent == IMPORTED else self.delays[sign_up.service]

@@ -1,4 +1,4 @@
-"""The handler that the chaos run gives its workers: it takes a large payload, and writes down that it ran."""
+"""The handler for large payloads that the chaos run adds to its workers: it checks the payload and logs its run."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ _WORKER, _RUNS = "CHAOS_WORKER", "CHAOS_RUNS"
 
 
 class Large(BaseModel):
-    """A payload of any size, and what shows that it is whole."""
+    """A payload of any size, and its checksum."""
 
     text: str
     md5: str
@@ -23,23 +23,23 @@ TAKE_LARGE_PAYLOAD = Task("take_large_payload", Large)
 
 
 def runs_file(folder: Path) -> Path:
-    """Returns where a run's handlers write."""
+    """Returns the file to which the handlers of a run write."""
     return folder / "runs.log"
 
 
 def environment(worker: int, folder: Path) -> dict[str, str]:
-    """Returns what a worker needs to find the handler, and the handler to write.
+    """Returns the environment in which a worker finds the handler, and the handler its file.
 
     Args:
         worker: the number of its slot.
-        folder: the run's.
+        folder: the folder of the run.
     """
     return {"OUTBOX_HANDLERS": __name__, _WORKER: str(worker), _RUNS: str(runs_file(folder))}
 
 
 @handler(TAKE_LARGE_PAYLOAD)
 def take_large_payload(payload: Large, context: Context) -> None:
-    """Writes down its row, its worker and the time, in one write that no kill can cut."""
+    """Writes its row, its worker and the time, in one write that a kill cannot split."""
     if hashlib.md5(payload.text.encode(), usedforsecurity=False).hexdigest() != payload.md5:
         raise ValueError("the payload is not what was added")
     with Path(os.environ[_RUNS]).open("a") as file:

@@ -1,6 +1,6 @@
-"""One HTTP request on a connection of its own.
+"""Sends one HTTP request on a new connection.
 
-A client library's pool would cost this process, through which all bytes pass, more than the rest of the run.
+A client library's connection pool would cost this process, through which all bytes pass, more than the rest of the run.
 """
 
 import asyncio
@@ -8,14 +8,14 @@ import json
 
 
 class NoAnswerError(Exception):
-    """The connection failed, or the answer was not complete in time."""
+    """The connection failed, or the answer was incomplete at the timeout."""
 
 
 async def post(port: int, path: str, body: object, timeout: float) -> tuple[int, str]:  # noqa: ASYNC109 - a client's patience
     """Posts JSON to this machine and returns the status and the body of the answer.
 
     Raises:
-        NoAnswerError: nobody can say whether it was done.
+        NoAnswerError: it is unknown whether the request was handled.
     """
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
@@ -23,7 +23,7 @@ async def post(port: int, path: str, body: object, timeout: float) -> tuple[int,
     try:
         async with asyncio.timeout(timeout):
             return _read(await _exchange(port, request))
-    except (OSError, ValueError) as error:  # the time-out is an OSError too
+    except (OSError, ValueError) as error:  # the timeout is an OSError too
         raise NoAnswerError(f"{type(error).__name__}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Spans of time, and how they overlap."""
+"""Computes overlaps of time spans."""
 
 from collections.abc import Iterable
 
@@ -7,12 +7,12 @@ Span = tuple[float, float]
 
 
 def overlaps(one: Span, other: Span) -> bool:
-    """Whether two spans have a moment in common."""
+    """Whether two spans overlap or touch."""
     return one[0] <= other[1] and other[0] <= one[1]
 
 
 def covered(span: Span, by: Iterable[Span]) -> float:
-    """Returns how many seconds of a span the others cover together."""
+    """Returns how many seconds of a span the other spans cover together."""
     total, upto = 0.0, span[0]
     for start, end in sorted(by):
         begun, ended = max(start, upto), min(end, span[1])
@@ -23,7 +23,7 @@ def covered(span: Span, by: Iterable[Span]) -> float:
 
 
 def without(span: Span, gaps: Iterable[Span]) -> list[Span]:
-    """Returns what is left of a span; a gap's first moment belongs to what is left."""
+    """Returns the parts of a span outside the gaps; the start of a gap belongs to the part before it."""
     left: list[Span] = []
     start = span[0]
     for begin, end in sorted(gaps):

@@ -1,9 +1,10 @@
-"""All kinds of faults."""
+"""Lists all kinds of faults, and selects from them by pattern."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatch
 
 from tests.chaos import (
+    connection_faults,
     failovers,
     foreign_faults,
     large_row_faults,
@@ -11,7 +12,6 @@ from tests.chaos import (
     mail_outages,
     process_faults,
     server_faults,
-    wire_faults,
 )
 from tests.chaos.faults import Kind
 
@@ -19,7 +19,7 @@ ALL: tuple[Kind, ...] = (
     *process_faults.KINDS,
     *server_faults.KINDS,
     *failovers.KINDS,
-    *wire_faults.KINDS,
+    *connection_faults.KINDS,
     *mail_faults.KINDS,
     *mail_outages.KINDS,
     *foreign_faults.KINDS,
@@ -31,15 +31,15 @@ class UnknownKindError(Exception):
     """A pattern matches no kind of fault."""
 
 
-def chosen(patterns: Iterable[str]) -> list[Kind]:
-    """Returns the kinds whose name one of the patterns (`redis.*`) matches, all where there is no pattern.
+def select(patterns: Iterable[str]) -> list[Kind]:
+    """Returns the kinds with a name that matches a pattern such as `redis.*`, or all if there is no pattern.
 
     Raises:
-        UnknownKindError: a pattern matches none.
+        UnknownKindError: a pattern matches no kind.
     """
     patterns = tuple(patterns)
     for pattern in patterns:
         if not any(fnmatch(kind.name, pattern) for kind in ALL):
             names = ", ".join(kind.name for kind in ALL)
-            raise UnknownKindError(f"no kind of fault matches {pattern!r}; there are {names}")
+            raise UnknownKindError(f"no kind of fault matches {pattern!r}; the kinds are {names}")
     return [kind for kind in ALL if not patterns or any(fnmatch(kind.name, pattern) for pattern in patterns)]

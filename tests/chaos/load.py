@@ -1,19 +1,19 @@
-"""The clients: they create users at a set rate, and write down what they were told."""
+"""Runs clients that create users at a set rate, and records their answers."""
 
 import asyncio
 import random
 import time
 from itertools import count
 
-from tests.chaos.evidence import Attempt
+from tests.chaos.evidence import SignUp
 from tests.chaos.http import NoAnswerError, post
 
 INTENTS = {"new": 88, "impatient": 3, "taken username": 3, "taken email": 2, "invalid": 4}
-"""What clients mean to do, and how often in a hundred times."""
+"""What clients intend, in percent."""
 
 _PATIENCE = 10.0
 _IMPATIENCE = 0.03
-"""Seconds that a client waits for an answer; the impatient one hangs up about when the service commits."""
+"""Seconds that a client waits for an answer; an impatient one disconnects at about the commit."""
 _TRIES = 4
 
 _INVALID = (
@@ -31,15 +31,15 @@ class Load:
     """All clients of one run."""
 
     def __init__(self, ports: list[int], rate: float, draw: random.Random) -> None:
-        """Does nothing yet.
+        """Does not start yet.
 
         Args:
-            ports: where the services are to be reached.
+            ports: ports of the services.
             rate: new clients per second.
-            draw: where all chance comes from.
+            draw: source of all randomness.
         """
-        self.attempts: list[Attempt] = []
-        self.acknowledged: list[Attempt] = []
+        self.sign_ups: list[SignUp] = []
+        self.acknowledged: list[SignUp] = []
         self._rate = rate
         self._draw = draw
         self._names = count(1)
@@ -47,27 +47,27 @@ class Load:
         self._clients: set[asyncio.Task[None]] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Lets clients come until told to stop, and waits for the last of them."""
+        """Starts clients until `stop` is set, and waits for the last of them."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         while not stop.is_set():
             due += self._draw.expovariate(self._rate)
             if (wait := due - loop.time()) > 0:
                 await asyncio.sleep(wait)
-            client = asyncio.create_task(self._client(random.Random(self._draw.random())))
+            client = asyncio.create_task(self._run_client(random.Random(self._draw.random())))
             self._clients.add(client)
             client.add_done_callback(self._clients.discard)
         while self._clients:
             await asyncio.wait(self._clients)
 
     async def close(self) -> None:
-        """Sends home whoever is still there."""
+        """Cancels all clients."""
         for client in self._clients:
             client.cancel()
         if self._clients:
             await asyncio.wait(self._clients)
 
-    async def _client(self, draw: random.Random) -> None:
+    async def _run_client(self, draw: random.Random) -> None:
         intent = draw.choices(list(INTENTS), list(INTENTS.values()))[0]
         name = f"user_{next(self._names)}"
         user: dict[str, object] = {
@@ -83,7 +83,7 @@ class Load:
             user |= {"username": other.username} if intent == "taken username" else {"email": other.email.title()}
         if intent == "invalid":
             user |= draw.choice(_INVALID)
-        # Somebody who does not know whether it worked tries again, or does not.
+        # A client that does not know the outcome may try again.
         tries = _TRIES if draw.random() < 0.7 else 1
         for number in range(tries):
             service = draw.randrange(len(self._ports))
@@ -93,14 +93,14 @@ class Load:
             await asyncio.sleep(draw.uniform(0.5, 2.0))
 
     async def _post(self, service: int, user: dict[str, object], intent: str) -> int | None:
-        attempt = Attempt(intent, str(user["username"]), str(user["email"]), service, time.time())
-        self.attempts.append(attempt)
+        sign_up = SignUp(intent, str(user["username"]), str(user["email"]), service, time.time())
+        self.sign_ups.append(sign_up)
         patience = _IMPATIENCE if intent == "impatient" else _PATIENCE
         try:
-            attempt.status, attempt.body = await post(self._ports[service], "/v1/users", user, patience)
+            sign_up.status, sign_up.body = await post(self._ports[service], "/v1/users", user, patience)
         except NoAnswerError as error:
-            attempt.body = str(error)
-        attempt.answered = time.time()
-        if attempt.status == 201:
-            self.acknowledged.append(attempt)
-        return attempt.status
+            sign_up.body = str(error)
+        sign_up.answered = time.time()
+        if sign_up.status == 201:
+            self.acknowledged.append(sign_up)
+        return sign_up.status

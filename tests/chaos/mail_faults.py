@@ -1,23 +1,23 @@
-"""Faults of the mail server."""
+"""Injects faults of the mail server: it misbehaves at one step of a session."""
 
 from collections.abc import Awaitable, Callable
 
-from tests.chaos.faults import Act, Kind
-from tests.chaos.mailserver import ON_CONNECTING, Misbehaviour
+from tests.chaos.faults import Injection, Kind
+from tests.chaos.mailserver import CONNECT_STEPS, Misbehaviour
 
-_LENGTH = (0.5, 3.0)
-"""Seconds. Each costs the mails that it strikes a wait of 15 s and more, by design."""
+_DURATION = (0.5, 3.0)
+"""Seconds. Each affected mail then waits 15 s or more, by design."""
 _STEPS = ("connect", "ehlo", "starttls", "auth", "mail", "rcpt", "data", "dot")
 
 
-def _misbehave(step: str, does: str, share: float = 0.7) -> Callable[[Act], Awaitable[None]]:
-    async def inject(act: Act) -> None:
-        mail = act.stage.mail
+def _misbehave(step: str, does: str, share: float = 0.7) -> Callable[[Injection], Awaitable[None]]:
+    async def inject(injection: Injection) -> None:
+        mail = injection.system.mail
         mail.misbehaviour = Misbehaviour(step, does, share)
-        if step in ON_CONNECTING:
-            mail.hang_up()
+        if step in CONNECT_STEPS:
+            mail.close_idle_sessions()
         try:
-            await act.hold(*_LENGTH)
+            await injection.hold(*_DURATION)
         finally:
             mail.misbehaviour = None
 

@@ -1,21 +1,22 @@
-"""Outages of the mail server that are no mail's fault: no attempt may be spent on them."""
+"""Injects outages of the mail server, on which no attempt may be spent."""
 
 import asyncio
 import time
 
 import psycopg
 
-from tests.chaos.evidence import AWAY_WITH_BACKLOG, IMPORTED, Attempt
-from tests.chaos.faults import Act, Kind
+from tests.chaos.evidence import AWAY_WITH_BACKLOG, IMPORTED, SignUp
+from tests.chaos.faults import Injection, Kind
 
 _BACKLOG = 5000
+"""Users."""
 _CROWD = 200
-"""Users: enough that the workers want all the connections that they may have."""
+"""Users: enough for the workers to use all their connections."""
 _AWAY = 60.0
 """Seconds."""
 _PAUSE = 0.5
 
-# One statement, which may be said again where Postgres did not say whether it was done.
+# One statement, which can be repeated if its answer is lost.
 _IMPORT = """
 WITH imported AS (
     INSERT INTO users (username, hashed_password, full_name, email)
@@ -28,34 +29,34 @@ SELECT 'send_verify_email', jsonb_build_object('username', username), 'critical'
 """
 
 
-async def _take_away(act: Act) -> None:
-    """Lets nobody reach the mail server while an application imports users."""
-    proxies, way = act.stage.proxies["mail"], act.draw.choice(("refused", "reset"))
-    act.fault.note = f"connections are {way}"
+async def _take_away(injection: Injection) -> None:
+    """Makes the mail server unreachable while an application imports users."""
+    proxies, way = injection.system.proxies["mail"], injection.draw.choice(("refused", "reset"))
+    injection.fault.note = f"connections are {way}"
     try:
         for proxy in proxies:
             if way == "refused":
                 proxy.close()
             else:
-                proxy.resets = True
+                proxy.resets_connections = True
                 proxy.cut()
-        await _import_users(act, _BACKLOG)
-        await act.hold(_AWAY, _AWAY)
+        await _import_users(injection, _BACKLOG)
+        await injection.hold(_AWAY, _AWAY)
     finally:
         for proxy in proxies:
-            proxy.resets = False
+            proxy.resets_connections = False
             await proxy.open()
 
 
-async def _import_users(act: Act, count: int) -> None:
-    names = [f"import_{act.fault.number}_{number}" for number in range(count)]
-    users = [Attempt(IMPORTED, name, f"{name}@example.com", 0, time.time()) for name in names]
-    act.stage.imported += users
+async def _import_users(injection: Injection, count: int) -> None:
+    names = [f"import_{injection.fault.number}_{number}" for number in range(count)]
+    users = [SignUp(IMPORTED, name, f"{name}@example.com", 0, time.time()) for name in names]
+    injection.system.imported += users
     while True:
         try:
-            async with act.stage.postgres.connection() as connection:
+            async with injection.system.postgres.connection() as connection:
                 await connection.execute(_IMPORT, [names])
-        except psycopg.OperationalError:  # another fault's
+        except psycopg.OperationalError:  # another fault affects Postgres
             await asyncio.sleep(_PAUSE)
         else:
             break
@@ -63,16 +64,16 @@ async def _import_users(act: Act, count: int) -> None:
         user.answered, user.status = time.time(), 201
 
 
-async def _limit_connections(act: Act) -> None:
-    """Takes only so many connections at a time, over all workers, and answers 421 to others, while many are wanted."""
-    mail, most = act.stage.mail, act.draw.randint(1, 6)
-    act.fault.note = f"{most} connections"
-    mail.limit(most)
+async def _limit_connections(injection: Injection) -> None:
+    """Limits the connections of all workers together, answers 421 above that, and imports users to need more."""
+    mail, limit = injection.system.mail, injection.draw.randint(1, 6)
+    injection.fault.note = f"{limit} connections"
+    mail.limit_connections(limit)
     try:
-        await _import_users(act, _CROWD)
-        await act.hold(5, 20)
+        await _import_users(injection, _CROWD)
+        await injection.hold(5, 20)
     finally:
-        mail.most = None
+        mail.connection_limit = None
 
 
 KINDS = (Kind(AWAY_WITH_BACKLOG, _take_away), Kind("mail.connection-limit", _limit_connections))

@@ -1,4 +1,4 @@
-"""The mail server: it keeps every mail that it has accepted, and misbehaves at any step when told to."""
+"""A mail server that records every accepted mail, and misbehaves at any step on request."""
 
 import asyncio
 import random
@@ -13,13 +13,13 @@ import trustme
 from tests.chaos.evidence import Mail, Overlap, Session
 from tests.chaos.mailsession import MailSession
 
-ON_CONNECTING = ("connect", "ehlo", "starttls", "handshake", "auth")
-"""Steps that a client which keeps its connections comes to rarely: it has to be made to connect anew."""
+CONNECT_STEPS = ("connect", "ehlo", "starttls", "handshake", "auth")
+"""Steps that a client rarely reaches while it keeps its connections: it must be made to reconnect."""
 
 
 @dataclass(frozen=True)
 class Misbehaviour:
-    """What the server does wrong for a while."""
+    """What the server does wrong, and at which step."""
 
     step: str
     """`connect`, `ehlo`, `starttls`, `handshake`, `auth`, `mail`, `rcpt`, `data`, `body`, `dot` or `quit`."""
@@ -27,31 +27,31 @@ class Misbehaviour:
     """`hang`, `reset`, `4xx`, `5xx`; at `rcpt` also `address` (5xx for the recipient); at `dot` also `slow`,
     `take and hang`, `take and reset`; at `handshake` `wrong name`, `unknown authority`, `garbage`."""
     share: float = 1.0
-    """Of the times that a client comes to this step."""
+    """Probability, each time that a client reaches this step."""
     worker: int | None = None
-    """The slot whose mails alone are to suffer."""
+    """The only worker slot that is affected; None for all."""
 
 
 class MailServer:
-    """Listens on one port per worker slot, so that it knows who sends."""
+    """Listens on one port per worker slot, to identify the sender."""
 
     def __init__(self, folder: Path, draw: random.Random) -> None:
-        """Makes certificates, and does not listen yet.
+        """Creates certificates, and does not listen yet.
 
         Args:
-            folder: where the authority's certificate is put.
-            draw: where its latency and shares come from.
+            folder: where the certificate of the authority is written.
+            draw: source of all randomness.
         """
         self.draw = draw
         self.mails: list[Mail] = []
         self.sessions: list[Session] = []
         self.overlaps: list[Overlap] = []
-        self.refused: dict[str, float] = {}
-        self.handled: dict[str, Session] = {}
-        """By recipient: the session that is sending to it."""
+        self.refused_addresses: dict[str, float] = {}
+        self.sessions_by_recipient: dict[str, Session] = {}
+        """For each recipient, the session that is sending to it."""
         self.misbehaviour: Misbehaviour | None = None
         self.accepted = asyncio.Event()
-        """Set at every accepted mail, for a fault that waits for one."""
+        """Set at every accepted mail, for faults that wait for one."""
         self.authority = folder / "authority.pem"
         trusted = trustme.CA()
         trusted.cert_pem.write_to_path(str(self.authority))
@@ -60,8 +60,8 @@ class MailServer:
             "wrong name": _context(trusted, "mail.example.org"),
             "unknown authority": _context(trustme.CA(), "127.0.0.1"),
         }
-        self.most: int | None = None
-        """Connections that it takes at a time; None for any number."""
+        self.connection_limit: int | None = None
+        """Maximum number of connections; None for no limit."""
         self._servers: list[asyncio.Server] = []
         self._open: set[MailSession] = set()
 
@@ -77,28 +77,28 @@ class MailServer:
         return port
 
     def close(self) -> None:
-        """Stops listening, and hangs up."""
+        """Stops listening, and closes all sessions."""
         for server in self._servers:
             server.close()
         for session in list(self._open):
             session.close()
 
-    def hang_up(self, most: int | None = None) -> None:
-        """Closes idle sessions, as servers do; no more than so many."""
-        for session in [session for session in self._open if session.is_idle][:most]:
+    def close_idle_sessions(self, limit: int | None = None) -> None:
+        """Closes idle sessions, as servers do: at most `limit`, or all."""
+        for session in [session for session in self._open if session.is_idle][:limit]:
             session.close()
 
-    def limit(self, most: int) -> None:
-        """Takes no more connections at a time, and hangs up on idle ones above that."""
-        self.most = most
-        self.hang_up(max(0, len(self._open) - most))
+    def limit_connections(self, limit: int) -> None:
+        """Limits the number of connections, and closes idle sessions above the limit."""
+        self.connection_limit = limit
+        self.close_idle_sessions(max(0, len(self._open) - limit))
 
-    def has_too_many(self) -> bool:
-        """Whether there are more connections than it takes."""
-        return self.most is not None and len(self._open) > self.most
+    def has_too_many_sessions(self) -> bool:
+        """Whether there are more connections than the limit."""
+        return self.connection_limit is not None and len(self._open) > self.connection_limit
 
     def misbehaves(self, step: str, worker: int) -> str:
-        """Returns what is to be done wrong at a step this time; nothing most of the time."""
+        """Returns what to do wrong at a step this time; empty for nothing."""
         bad = self.misbehaviour
         if bad is None or bad.step != step or bad.worker not in (None, worker):
             return ""
@@ -111,9 +111,9 @@ class MailServer:
         session = MailSession(self, record, reader, writer)
         self._open.add(session)
         try:
-            # The last is the end of the run; asyncio's streams would make a noise of it.
+            # CancelledError is the end of the run; asyncio's streams would log it.
             with suppress(OSError, asyncio.IncompleteReadError, ssl.SSLError, ValueError, asyncio.CancelledError):
-                await session.talk()
+                await session.serve()
         finally:
             record.ended = time.time()
             self._open.discard(session)

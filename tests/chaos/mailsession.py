@@ -1,4 +1,4 @@
-"""One connection to the mail server, step by step."""
+"""Serves one connection to the mail server."""
 
 import asyncio
 import contextlib
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tests.chaos.mailserver import MailServer
 
 _LATENCY = (0.02, 0.15)
-"""Seconds that it takes over a mail, as real ones do: a killed worker must be able to die in the middle."""
+"""Seconds to accept a mail, as on a real server, so that a worker can be killed in the middle."""
 
 _SLOW = 1.6
-"""Seconds that it takes over a mail when it is slow; within the workers' time limit."""
+"""Seconds to accept a mail when the server is slow; within the workers' time limit."""
 
 _REPLIES = {
     "4xx": {
@@ -45,12 +45,12 @@ _REPLIES = {
 }
 
 
-class Ended(OSError):  # noqa: N818 - it is no mistake
+class Ended(OSError):  # noqa: N818 - not an error
     """The server ends the session."""
 
 
 class MailSession:
-    """Talks to one client until one of both hangs up."""
+    """Serves one client until either side disconnects."""
 
     def __init__(
         self, server: "MailServer", record: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -61,11 +61,11 @@ class MailSession:
         self._is_secure = False
         self._recipient = ""
         self._is_begun = False
-        """Whether it has taken the sender of a mail."""
+        """Whether it has accepted the sender of a mail."""
         self._last: Mail | None = None
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connection."""
         self._writer.close()
 
     @property
@@ -74,19 +74,19 @@ class MailSession:
         return not self._is_begun
 
     def forget_recipient(self) -> None:
-        """Takes note that this session sends to nobody now."""
-        if self._server.handled.get(self._recipient) is self._record:
-            del self._server.handled[self._recipient]
+        """Records that this session is not sending to any recipient."""
+        if self._server.sessions_by_recipient.get(self._recipient) is self._record:
+            del self._server.sessions_by_recipient[self._recipient]
         self._recipient = ""
         self._is_begun = False
 
-    async def talk(self) -> None:
+    async def serve(self) -> None:
         """Serves the client.
 
         Raises:
             Ended, OSError, EOFError: the session is over.
         """
-        if self._server.has_too_many():
+        if self._server.has_too_many_sessions():
             await self._say("421 4.7.0 too many connections")
             return
         await self._reply("connect", "220 ready")
@@ -95,12 +95,12 @@ class MailSession:
                 self._last.followed = True
                 self._last = None
             verb, _, rest = line.decode(errors="replace").strip().partition(" ")
-            serve = getattr(self, f"_{verb.lower()}", None)
-            if serve is None:
+            command = getattr(self, f"_{verb.lower()}", None)
+            if command is None:
                 await self._say("502 5.5.2 what?")
             else:
-                await serve(rest)
-            if self.is_idle and self._server.has_too_many():
+                await command(rest)
+            if self.is_idle and self._server.has_too_many_sessions():
                 return
 
     async def _ehlo(self, _: str) -> None:
@@ -121,7 +121,7 @@ class MailSession:
         await self._secure(self._server.certificates[bad or "right"])
 
     async def _secure(self, context: ssl.SSLContext) -> None:
-        # Not StreamWriter.start_tls, which fails in odd ways when the client leaves in the middle of the handshake.
+        # Not StreamWriter.start_tls, which fails in odd ways if the client disconnects during the handshake.
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(reader)
@@ -139,22 +139,22 @@ class MailSession:
         self._is_begun = await self._reply("mail", "250 2.1.0 OK")
 
     async def _rcpt(self, rest: str) -> None:
-        found = re.search(r"<(.*)>", rest)
-        recipient = found[1].lower() if found else ""
+        match = re.search(r"<(.*)>", rest)
+        recipient = match[1].lower() if match else ""
         bad = self._misbehaves("rcpt")
         if bad == "address":
-            self._server.refused.setdefault(recipient, time.time())
-        if recipient in self._server.refused:
+            self._server.refused_addresses.setdefault(recipient, time.time())
+        if recipient in self._server.refused_addresses:
             await self._say("550 5.1.1 no such user here")
             return
         if bad:
             await self._refuse(bad, "rcpt")
             return
-        other = self._server.handled.get(recipient)
+        other = self._server.sessions_by_recipient.get(recipient)
         if other is not None:
             workers = (other.worker, self._record.worker)
             self._server.overlaps.append(Overlap(recipient, time.time(), workers))
-        self._server.handled[recipient] = self._record
+        self._server.sessions_by_recipient[recipient] = self._record
         self._recipient = recipient
         await self._say("250 2.1.5 OK")
 
@@ -163,7 +163,7 @@ class MailSession:
             self.forget_recipient()
             return
         if bad := self._misbehaves("body"):
-            await self._reader.read(200)  # a part of it, and there may be more to come
+            await self._reader.read(200)  # only a part of it
             await self._refuse(bad, "body")
         content = await self._reader.readuntil(b"\r\n.\r\n")
         bad = self._misbehaves("dot")
@@ -177,7 +177,7 @@ class MailSession:
             await self._refuse(bad, "dot")
             self.forget_recipient()
             return
-        mail = self._take(content)
+        mail = self._accept(content)
         self.forget_recipient()
         if bad:
             await self._refuse(bad.removeprefix("take and "), "dot")
@@ -185,8 +185,8 @@ class MailSession:
         await self._say("250 2.0.0 taken")
         self._last = mail
 
-    def _take(self, content: bytes) -> Mail:
-        # By the package's older interface, which takes a tenth of the newer one's 3 ms: thousands may come at once.
+    def _accept(self, content: bytes) -> Mail:
+        # The package's older interface takes a tenth of the newer one's 3 ms: thousands may come at once.
         message = email.message_from_bytes(content)
         texts = (part for part in message.walk() if part.get_content_type() == "text/plain")
         body = next((part.get_payload(decode=True) for part in texts), b"")
@@ -215,10 +215,10 @@ class MailSession:
         raise Ended
 
     async def _reply(self, step: str, good: str) -> bool:
-        """Answers a step, and returns whether it was the good answer.
+        """Answers a step, and returns whether the answer was the good one.
 
         Raises:
-            Ended: it misbehaved, and the session is over.
+            Ended: the server misbehaved, and the session is over.
         """
         if bad := self._misbehaves(step):
             await self._refuse(bad, step)

@@ -1,4 +1,4 @@
-"""Looking at the database from outside: how many rows are in which state, and in the end all of them."""
+"""Observes the database: samples the number of rows by state, and reads all rows at the end."""
 
 import asyncio
 import math
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import psycopg
 
 from tests.chaos.evidence import Row, User
-from tests.chaos.stage import Stage
+from tests.chaos.system import System
 
 INTERVAL = 0.5
 """Seconds between two samples."""
 
 _LIMIT = 2.0
-"""Seconds that a sample may take; Postgres is away then."""
+"""Seconds that a sample may take; after that, Postgres counts as away."""
 
 _COUNT = """
 SELECT CASE WHEN status IN ('pending', 'enqueued') AND run_at > now() THEN 'not due' ELSE status END AS state, count(*)
@@ -22,7 +22,7 @@ FROM outbox
 GROUP BY state
 """
 
-# By Postgres' clock throughout: it may not be ours.
+# By Postgres' clock only: it may differ from ours.
 _WAITING = """
 SELECT count(*), coalesce(max(due_in), 0)
 FROM (
@@ -44,25 +44,24 @@ FROM outbox
 
 @dataclass
 class Observer:
-    """Samples the rows' states until it is cancelled."""
+    """Samples the states of the rows until it is cancelled."""
 
-    stage: Stage
+    system: System
     samples: list[tuple[float, dict[str, int] | None]] = field(default_factory=list)
-    """Seconds since the epoch, and rows by state, those whose time has not come as `not due`; None while Postgres is
-    away."""
+    """Seconds since the epoch, and number of rows by state, `not due` for waiting rows; None while Postgres is away."""
 
     @property
     def states(self) -> dict[str, int]:
-        """The newest counts that there are."""
+        """The newest counts."""
         return next((states for _, states in reversed(self.samples) if states is not None), {})
 
     async def run(self) -> None:
-        """Samples at a steady pace, through every outage."""
+        """Samples at a fixed interval, also during outages."""
         while True:
             try:
-                async with asyncio.timeout(5), self.stage.postgres.connection() as connection:
+                async with asyncio.timeout(5), self.system.postgres.connection() as connection:
                     pass
-                async with self.stage.postgres.connection() as connection:
+                async with self.system.postgres.connection() as connection:
                     while True:
                         await asyncio.sleep(INTERVAL)
                         async with asyncio.timeout(_LIMIT):
@@ -72,21 +71,21 @@ class Observer:
                 self.samples.append((time.time(), None))
                 await asyncio.sleep(INTERVAL)
 
-    async def waiting(self, within: float = math.inf) -> tuple[int, float]:
-        """Returns how many rows still have to be worked on, and in how many seconds the last of them is due.
+    async def count_waiting(self, within: float = math.inf) -> tuple[int, float]:
+        """Returns the number of unfinished rows, and the seconds until the last of them is due.
 
         Args:
-            within: seconds; rows that are due later are left out.
+            within: seconds; later rows are left out.
         """
-        async with self.stage.postgres.connection() as connection:
+        async with self.system.postgres.connection() as connection:
             cursor = await connection.execute(_WAITING, [within])
             row = await cursor.fetchone()
         assert row is not None
         return row[0], row[1]
 
     async def snapshot(self) -> tuple[list[User], list[Row]]:
-        """Returns all users and rows, as of one moment."""
-        async with self.stage.postgres.connection() as connection, connection.transaction():
+        """Returns all users and rows from one snapshot."""
+        async with self.system.postgres.connection() as connection, connection.transaction():
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             users = await (await connection.execute(_USERS)).fetchall()
             rows = await (await connection.execute(_ROWS)).fetchall()

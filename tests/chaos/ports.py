@@ -1,11 +1,11 @@
-"""Ports to listen on that no outgoing connection can take while nobody listens on them."""
+"""Chooses ports that no outgoing connection can occupy while they are closed."""
 
 import random
 import socket
 
 
 def free_port() -> int:
-    """Returns a port below those that systems give to outgoing connections, so that it may be closed and reopened."""
+    """Returns a port below the range for outgoing connections, so that it can be closed and reopened."""
     while True:
         port = random.SystemRandom().randrange(20_000, 30_000)
         with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""The processes under test, started again as a supervisor of services would, and every end of theirs on record."""
+"""Runs the processes under test, restarts them as a supervisor would, and records every exit."""
 
 import asyncio
 import os
@@ -13,16 +13,17 @@ from tests.chaos.evidence import SHORTAGES, Exit
 from tests.support.processes import command_of
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout: what runs is what lies beside these tests."""
+"""The checkout that contains these tests."""
 
-_LOOK = 0.05
-_UNASKED_PAUSE = 1.0
+_POLL = 0.05
+_RESTART_DELAY = 1.0
+"""Seconds until a process is restarted that was not asked to end."""
 _TAIL = 3000
 """Bytes of a log."""
 
 
 class Slot:
-    """A place in which one process is always to run."""
+    """Keeps one process running."""
 
     def __init__(self, module: str, number: int, environment: Mapping[str, str], folder: Path) -> None:
         self.module = module
@@ -32,11 +33,11 @@ class Slot:
         self.cause = ""
         """The signal that was sent to end it."""
         self.shortage = ""
-        """The kind of the fault, one of `SHORTAGES`, by which it may end."""
+        """The kind of fault, one of `SHORTAGES`, that may end it."""
         self.shortage_until = 0.0
         """Until when it may, by the monotonic clock."""
-        self.pause = _UNASKED_PAUSE
-        """Seconds until it is started again."""
+        self.restart_delay = _RESTART_DELAY
+        """Seconds until it is restarted."""
         self.ready = asyncio.Event()
         self.logs: list[Path] = []
         self._environment = environment
@@ -44,13 +45,13 @@ class Slot:
 
     @property
     def pid(self) -> int:
-        """Of the process that runs, or of the last one that did."""
+        """The id of the current or last process."""
         assert self.process is not None
         return self.process.pid
 
     def start(self) -> None:
         """Starts the process."""
-        self.cause, self.shortage, self.pause = "", "", _UNASKED_PAUSE
+        self.cause, self.shortage, self.restart_delay = "", "", _RESTART_DELAY
         self.ready.clear()
         log = self._folder / f"{self.name}.{len(self.logs)}.log"
         self.logs.append(log)
@@ -65,20 +66,20 @@ class Slot:
                 start_new_session=True,
             )
 
-    def end(self, number: signal.Signals, pause: float) -> None:
-        """Sends a signal that is to end the process, which is started again after a pause."""
+    def end(self, number: signal.Signals, restart_delay: float) -> None:
+        """Sends a signal that ends the process, and sets the delay of the restart in seconds."""
         if self.process is not None and self.process.poll() is None:
-            self.cause, self.pause = number.name, pause
+            self.cause, self.restart_delay = number.name, restart_delay
             self.ready.clear()
             self.process.send_signal(number)
 
     def send(self, number: signal.Signals) -> None:
-        """Sends SIGSTOP or SIGCONT."""
+        """Sends a signal that does not end the process: SIGSTOP or SIGCONT."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
 
-    def look(self) -> None:
-        """Takes note of it when the process says that it has started."""
+    def check_ready(self) -> None:
+        """Sets `ready` if the process has logged that it started."""
         if not self.ready.is_set() and not self.cause and b'"event":"started"' in self.logs[-1].read_bytes():
             self.ready.set()
 
@@ -88,7 +89,7 @@ class Slot:
 
 
 class Processes:
-    """All slots."""
+    """Supervises all slots."""
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self.slots = list(slots)
@@ -100,14 +101,14 @@ class Processes:
         return [slot for slot in self.slots if slot.module == module]
 
     def last_code(self, slot: Slot) -> int | None:
-        """Returns the code with which a slot's last process ended."""
+        """Returns the exit code of the last process of a slot."""
         return next((end.code for end in reversed(self.exits) if end.slot == slot.name), None)
 
     async def watch(self) -> None:
-        """Starts what has ended again, until it is cancelled."""
+        """Restarts processes that have ended, until it is cancelled."""
         due: dict[Slot, float] = {}
         while True:
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_POLL)
             for slot in self.slots:
                 assert slot.process is not None
                 if slot in due:
@@ -116,12 +117,12 @@ class Processes:
                         slot.start()
                 elif slot.process.poll() is not None:
                     self._record(slot)
-                    due[slot] = time.monotonic() + slot.pause
+                    due[slot] = time.monotonic() + slot.restart_delay
                 else:
-                    slot.look()
+                    slot.check_ready()
 
     async def close(self, limit: float = 40.0) -> None:
-        """Ends all by SIGTERM, and what has not ended after the limit by SIGKILL, which is then on record as such."""
+        """Ends all processes by SIGTERM, and by SIGKILL after the limit, which is recorded as an unexpected exit."""
         for slot in self.slots:
             slot.send(signal.SIGCONT)
             slot.end(signal.SIGTERM, 0)
@@ -133,10 +134,10 @@ class Processes:
                 alive.remove(slot)
             if time.monotonic() > deadline:
                 self.kill()
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_POLL)
 
     def kill(self) -> None:
-        """Ends whatever still runs, at once."""
+        """Kills all processes that still run."""
         for slot in self.slots:
             if slot.process is not None and slot.process.poll() is None:
                 with suppress(ProcessLookupError):
@@ -147,12 +148,12 @@ class Processes:
         code = slot.process.returncode
         is_short = time.monotonic() < slot.shortage_until
         cause = slot.shortage if slot.shortage and is_short and code > 0 else slot.cause
-        was_right = (cause, code) in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0)) or cause in SHORTAGES
-        tail = "" if was_right else slot.tail()
+        is_expected = (cause, code) in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", 0)) or cause in SHORTAGES
+        tail = "" if is_expected else slot.tail()
         self.exits.append(Exit(slot.name, slot.module, time.time(), code, cause, tail, slot.logs[-1].name))
 
 
 def clean_environment() -> dict[str, str]:
-    """Returns this environment without what configures the processes."""
+    """Returns this environment without the settings of the processes."""
     ours = ("OUTBOX_", "DATABASE_URL", "REDIS_URL", "SMTP_", "MAIL_", "HTTP_SERVER", "PUBLIC_URL", "VERIFY_", "LOG_")
     return {name: value for name, value in os.environ.items() if not name.startswith((*ours, "SECRET_KEY", "TEST_"))}

@@ -1,4 +1,4 @@
-"""A TCP proxy that can cut connections, silence them, tear them in the middle of a message, and refuse."""
+"""A TCP proxy that can cut, silence and refuse connections, and tear them in the middle of a message."""
 
 import asyncio
 import contextlib
@@ -14,46 +14,46 @@ _CHUNK = 65_536
 
 
 class Proxy:
-    """Listens on a port of its own and passes bytes on to a server."""
+    """Listens on a port and forwards bytes to a server."""
 
     def __init__(self, name: str, upstream: Path | int) -> None:
         """Does not listen yet.
 
         Args:
-            name: what it stands in front of.
+            name: the name of the server behind it.
             upstream: the server's Unix socket, or its port on this machine.
         """
         self.name = name
         self.port = free_port()
         self.cuts: list[Cut] = []
-        self.resets = False
-        """Whether it takes further connections and resets them at once."""
+        self.resets_connections = False
+        """Whether it resets new connections immediately."""
         self._upstream = upstream
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
 
     async def open(self) -> None:
-        """Begins, or begins again, to take connections."""
+        """Starts to listen, unless it already does."""
         if self._server is None:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
 
     @property
-    def takes_connections(self) -> bool:
-        """Whether further connections are served."""
-        return self._server is not None and not self.resets
+    def is_accepting(self) -> bool:
+        """Whether new connections are served."""
+        return self._server is not None and not self.resets_connections
 
-    def lead_to(self, upstream: Path | int) -> None:
-        """Passes further connections on to another server; those that there are stay where they are."""
+    def set_upstream(self, upstream: Path | int) -> None:
+        """Forwards new connections to another server; open ones stay where they are."""
         self._upstream = upstream
 
     def refuse(self) -> None:
-        """Stops listening: further connections are refused by the system."""
+        """Stops listening: the system refuses new connections."""
         if self._server is not None:
             self._server.close()
             self._server = None
 
     def close(self) -> None:
-        """Stops listening and cuts what there is."""
+        """Stops listening and cuts all connections."""
         self.refuse()
         self.cut()
 
@@ -65,24 +65,24 @@ class Proxy:
         return len(connections)
 
     def tear(self) -> int:
-        """Makes each connection pass on half of its next chunk, whichever way that goes, and then resets it."""
+        """Makes each connection forward half of its next chunk, in either direction, and then resets it."""
         for connection in self._connections:
             connection.is_torn = True
         return len(self._connections)
 
     def silence(self) -> int:
-        """Passes on nothing more of the connections that there are, until they are cut; further ones are served."""
+        """Forwards nothing more on the open connections, until they are cut; new ones are served."""
         for connection in self._connections:
-            connection.passes.clear()
+            connection.may_forward.clear()
         return len(self._connections)
 
     def cut_silenced(self) -> None:
-        """Resets the connections that were silenced: their host never comes back."""
-        for connection in [one for one in self._connections if not one.passes.is_set()]:
+        """Resets the silenced connections: their host never comes back."""
+        for connection in [one for one in self._connections if not one.may_forward.is_set()]:
             self._cut(connection)
 
-    def mend(self) -> None:
-        """Lets connections be that were to be torn and have been silent since."""
+    def cancel_tears(self) -> None:
+        """Spares the connections that were to be torn and have been idle since."""
         for connection in self._connections:
             connection.is_torn = False
 
@@ -91,7 +91,7 @@ class Proxy:
         connection.reset()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.resets:
+        if self.resets_connections:
             _reset(writer)
             return
         try:
@@ -108,7 +108,7 @@ class Proxy:
             if await connection.run():
                 self._cut(connection)
         except asyncio.CancelledError:
-            return  # the end of the run; asyncio's streams would make a noise of it
+            return  # the end of the run; asyncio's streams would log it
         finally:
             self._connections.discard(connection)
             connection.close()
@@ -121,16 +121,16 @@ class _Connection:
         server: tuple[asyncio.StreamReader, asyncio.StreamWriter],
     ) -> None:
         self.is_torn = False
-        self.passes = asyncio.Event()
-        """Whether it passes anything on."""
-        self.passes.set()
+        self.may_forward = asyncio.Event()
+        """Cleared while it is silenced."""
+        self.may_forward.set()
         self._client, self._server = client, server
         name = server[1].get_extra_info("sockname")
         self.port: int = name[1] if isinstance(name, tuple) else 0
-        """The port under which the server knows it."""
+        """The client port that the server sees."""
 
     async def run(self) -> bool:
-        """Passes bytes on both ways until one side hangs up; returns whether it is to be reset."""
+        """Forwards bytes in both directions until one side disconnects; returns whether to reset the connection."""
         pumps = [
             asyncio.ensure_future(self._pump(self._client[0], self._server[1])),
             asyncio.ensure_future(self._pump(self._server[0], self._client[1])),
@@ -145,7 +145,7 @@ class _Connection:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
-                await self.passes.wait()
+                await self.may_forward.wait()
                 if self.is_torn:
                     writer.write(data[: len(data) // 2])
                     return True
@@ -154,7 +154,7 @@ class _Connection:
         return False
 
     def reset(self) -> None:
-        self.passes.set()
+        self.may_forward.set()
         _reset(self._client[1])
         _reset(self._server[1])
 
@@ -164,7 +164,7 @@ class _Connection:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Ends a connection with RST, where it is one of TCP."""
+    """Ends a connection; a TCP connection with RST."""
     linger = struct.pack("ii", 1, 0)
     with contextlib.suppress(OSError):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)

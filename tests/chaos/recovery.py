@@ -1,4 +1,4 @@
-"""Whom each fault held up, and how long after its end the last of them got the mail."""
+"""Computes which users each fault delayed, and how long after its end the last of them got the mail."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -8,109 +8,110 @@ from tests.chaos.evidence import AWAY_WITH_BACKLOG, IMPORTED, Evidence, Fault
 from tests.chaos.intervals import Span, overlaps, without
 
 PUNCTUAL = 1.5
-"""Seconds after it is due by which a mail goes out when nothing is wrong."""
+"""Seconds after its due time within which a mail is sent if nothing is wrong."""
 
 DEFINITION = (
-    "A user is touched by a fault if the fault struck between the 201 and the mail, the mail was more than "
+    "A user is touched by a fault if the fault occurred between the 201 and the mail, the mail was more than "
     f"{PUNCTUAL:g} s late, and the row was not just waiting for its retry or for a dead worker's lease to end. "
-    "A fault of the service touches those who got no answer, or 503. "
-    "Recovery is from a fault's end to the last mail whose lateness is charged to it: of all that held a mail up, the "
-    "one that was over last is charged. After a failed attempt that includes the backoff of 15 s and more, after a "
-    "killed worker the lease of 15 s. Who waits behind the backlog of a longer outage is charged to that outage alone."
+    "A fault of the service touches the users whose clients got no answer, or 503. "
+    "Recovery is the time from a fault's end to the last mail whose delay is charged to it. If several faults delayed "
+    "a mail, it is charged to the one that ended last. After a failed attempt, recovery includes the backoff of 15 s "
+    "and more; after a killed worker, the lease of 15 s. Users who wait behind the backlog of a longer outage are "
+    "charged to that outage only."
 )
 
 _CLIENTS = ("service",)
-"""The only target of faults that cannot hold up the mail of a user who has been told 201."""
+"""The only target whose faults cannot delay the mail of a user that was acknowledged with 201."""
 
-_LIMITS = 5.0
-"""Seconds after a fault's end in which an attempt may still fail because of it: time limits run out."""
+_TIMEOUTS = 5.0
+"""Seconds after the end of a fault in which attempts may still fail because of it, by a timeout."""
 
 
 @dataclass
 class Recovery:
-    """What one fault did to users."""
+    """The effect of one fault on users."""
 
     touched: set[str] = field(default_factory=set)
     """Usernames."""
     seconds: float | None = None
-    """From its end to the last mail that is charged to it; None where there is none."""
+    """Seconds from its end to the last mail that is charged to it; None if there is none."""
 
     def add(self, username: str, seconds: float) -> None:
-        """Charges a mail to it that came so long after its end."""
+        """Charges a mail to the fault, which arrived that many seconds after its end."""
         self.touched.add(username)
         self.seconds = max(self.seconds or 0.0, seconds, 0.0)
 
 
 @dataclass(frozen=True)
 class _Wait:
-    """What a row had to wait for: its retry, or the end of a dead worker's lease."""
+    """A span in which a row waited for its retry, or for a dead worker's lease to end."""
 
     span: Span
     cause: str
-    """The target whose fault made it wait."""
+    """The target whose fault caused it."""
 
 
 def recoveries(evidence: Evidence) -> dict[int, Recovery]:
-    """Returns for each fault, by its number, what it did."""
-    found: dict[int, Recovery] = {fault.number: Recovery() for fault in evidence.faults}
+    """Returns the effect of each fault, by its number."""
+    result: dict[int, Recovery] = {fault.number: Recovery() for fault in evidence.faults}
     first = {recipient: mails[0].accepted for recipient, mails in copies(evidence.mails).items()}
     waits = _waits(evidence)
     faults = sorted(evidence.faults, key=lambda fault: fault.start)
     holding = [fault for fault in faults if fault.targets != _CLIENTS]
     clients = [fault for fault in faults if fault.targets == _CLIENTS]
     backlogs = _backlogs(evidence, first, waits)
-    for attempt in evidence.attempts:
-        if attempt.status in (None, 503):
+    for sign_up in evidence.sign_ups:
+        if sign_up.status in (None, 503):
             for fault in clients:
-                if overlaps((fault.start, fault.end), (attempt.sent, attempt.answered)):
-                    found[fault.number].touched.add(attempt.username)
-        got = first.get(attempt.email)
-        if attempt.status != 201 or got is None:
+                if overlaps((fault.start, fault.end), (sign_up.sent, sign_up.answered)):
+                    result[fault.number].touched.add(sign_up.username)
+        got = first.get(sign_up.email)
+        if sign_up.status != 201 or got is None:
             continue
-        if got < attempt.answered + evidence.delay_of(attempt) + PUNCTUAL:
+        if got < sign_up.answered + evidence.delay_of(sign_up) + PUNCTUAL:
             continue
-        own = [wait for wait in waits.get(attempt.username, ()) if wait.span[0] < got]
-        behind = [fault for fault, span in backlogs if overlaps(span, (attempt.answered, got))]
+        own = [wait for wait in waits.get(sign_up.username, ()) if wait.span[0] < got]
+        behind = [fault for fault, span in backlogs if overlaps(span, (sign_up.answered, got))]
         if behind and not own:
-            found[behind[-1].number].add(attempt.username, got - behind[-1].end)
+            result[behind[-1].number].add(sign_up.username, got - behind[-1].end)
             continue
-        exposed = without((attempt.answered, got), [wait.span for wait in own])
+        exposed = without((sign_up.answered, got), [wait.span for wait in own])
         touching = [fault for fault in holding if any(overlaps((fault.start, fault.end), span) for span in exposed)]
         for fault in touching:
-            found[fault.number].touched.add(attempt.username)
+            result[fault.number].touched.add(sign_up.username)
         if charged := _charged(touching, own, got):
-            found[charged.number].add(attempt.username, got - charged.end)
-    return found
+            result[charged.number].add(sign_up.username, got - charged.end)
+    return result
 
 
 def _backlogs(evidence: Evidence, first: dict[str, float], waits: dict[str, list[_Wait]]) -> list[tuple[Fault, Span]]:
-    """Returns the outages in which users were imported, each until these had their mails, but for rows of a wait."""
-    imported = [one for one in evidence.attempts if one.intent == IMPORTED and one.username not in waits]
-    found = []
+    """Returns the outages with imported users, each until these had their mails; rows with a wait do not count."""
+    imported = [one for one in evidence.sign_ups if one.intent == IMPORTED and one.username not in waits]
+    result = []
     for fault in evidence.faults:
         if fault.kind == AWAY_WITH_BACKLOG:
             got = [first.get(one.email, 0.0) for one in imported if fault.start <= one.sent <= fault.end]
-            found.append((fault, (fault.start, max(got, default=fault.end))))
-    return found
+            result.append((fault, (fault.start, max(got, default=fault.end))))
+    return result
 
 
 def _charged(touching: list[Fault], waits: list[_Wait], got: float) -> Fault | None:
-    """Returns the fault that held a mail up last."""
+    """Returns the last fault that delayed a mail."""
     if not waits or got - waits[-1].span[1] > PUNCTUAL:
         since = waits[-1].span[1] if waits else 0.0
         held = [fault for fault in touching if fault.end >= since]
         return max(held, key=lambda fault: (fault.end <= got, fault.end), default=None)
     last = waits[-1]
-    struck = [fault for fault in touching if fault.start <= last.span[0] <= fault.end + _LIMITS]
-    aimed = [fault for fault in struck if last.cause in fault.targets]
-    return next(reversed(aimed or struck), None)
+    causes = [fault for fault in touching if fault.start <= last.span[0] <= fault.end + _TIMEOUTS]
+    of_target = [fault for fault in causes if last.cause in fault.targets]
+    return next(reversed(of_target or causes), None)
 
 
 def _waits(evidence: Evidence) -> dict[str, list[_Wait]]:
-    """Returns by username when a row waited, in order."""
+    """Returns the waits of each user's row, in order."""
     usernames = {row.id: row.username for row in evidence.rows if row.username is not None}
     waits: dict[str, list[_Wait]] = defaultdict(list)
-    for line in evidence.lines:
+    for line in evidence.log_lines:
         if (username := usernames.get(line.get("row", 0))) is None:
             continue
         if line["event"] == "process task failed" and line["next_try"] is not None:

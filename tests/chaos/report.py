@@ -1,4 +1,4 @@
-"""What a run comes to: figures per kind of fault, as a table and as JSON."""
+"""Reports the figures of a run by kind of fault, as a table and as JSON."""
 
 import importlib.metadata
 import platform
@@ -19,7 +19,7 @@ _PACKAGES = ("outbox-service", "psycopg", "redis", "rq", "rq-scheduler", "litest
 
 @dataclass
 class Figures:
-    """What one kind of fault did, over all its times."""
+    """The effects of all faults of one kind."""
 
     times: int = 0
     users: set[str] = field(default_factory=set)
@@ -27,16 +27,16 @@ class Figures:
     ghosts: int = 0
     duplicates: int = 0
     seconds: list[float] = field(default_factory=list)
-    """Recoveries of those that held somebody up."""
+    """Recovery of each fault that delayed a mail."""
 
     @property
     def median(self) -> float | None:
-        """Of the recoveries, in seconds."""
+        """Median recovery in seconds."""
         return median(self.seconds) if self.seconds else None
 
     @property
     def worst(self) -> float | None:
-        """Of the recoveries, in seconds."""
+        """Longest recovery in seconds."""
         return max(self.seconds, default=None)
 
 
@@ -53,12 +53,12 @@ class Report:
 
 
 def report(evidence: Evidence, failures: list[Failure]) -> Report:
-    """Works out the figures."""
+    """Computes the figures of a run."""
     kinds: dict[str, Figures] = defaultdict(Figures)
     total = Figures()
     recovered = recoveries(evidence)
     orphans = {failure.about for failure in failures if failure.check == "orphans"}
-    orphaned = {attempt.username for attempt in evidence.attempts if attempt.email in orphans}
+    orphaned = {sign_up.username for sign_up in evidence.sign_ups if sign_up.email in orphans}
     faults = []
     for fault in evidence.faults:
         figures, recovery = kinds[fault.kind], recovered[fault.number]
@@ -68,28 +68,28 @@ def report(evidence: Evidence, failures: list[Failure]) -> Report:
             if recovery.seconds is not None:
                 one.seconds.append(recovery.seconds)
         faults.append({**asdict(fault), "users": len(recovery.touched), "recovery": recovery.seconds})
-    doubled = duplicates(evidence)
-    for duplicate in doubled:
+    found_duplicates = duplicates(evidence)
+    for duplicate in found_duplicates:
         if duplicate.kind:
             kinds[duplicate.kind].duplicates += 1
     for figures in kinds.values():
         figures.orphans = len(figures.users & orphaned)
-    total.orphans, total.duplicates = len(orphans), len(doubled)
+    total.orphans, total.duplicates = len(orphans), len(found_duplicates)
     total.ghosts = sum(failure.check == "ghosts" for failure in failures)
-    return Report(evidence, failures, doubled, dict(sorted(kinds.items())), total, faults)
+    return Report(evidence, failures, found_duplicates, dict(sorted(kinds.items())), total, faults)
 
 
 def table(of: Report) -> Table:
-    """Returns the table per kind of fault."""
-    made = Table(title=f"Chaos run, seed {of.evidence.seed}", caption=DEFINITION, caption_justify="left")
-    made.add_column("fault")
+    """Returns the table of figures by kind of fault."""
+    result = Table(title=f"Chaos run, seed {of.evidence.seed}", caption=DEFINITION, caption_justify="left")
+    result.add_column("fault")
     for name in ("times", "users touched", "orphans", "ghosts", "duplicates", "recovery median", "worst"):
-        made.add_column(name, justify="right")
+        result.add_column(name, justify="right")
     for name, figures in of.kinds.items():
-        made.add_row(name, *_cells(figures))
-    made.add_section()
-    made.add_row("all", *_cells(of.total))
-    return made
+        result.add_row(name, *_cells(figures))
+    result.add_section()
+    result.add_row("all", *_cells(of.total))
+    return result
 
 
 def _cells(figures: Figures) -> list[str]:
@@ -98,37 +98,37 @@ def _cells(figures: Figures) -> list[str]:
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} s"  # noqa: RUF001 - a dash for nothing
+    return "–" if value is None else f"{value:.1f} s"  # noqa: RUF001 - a dash for no value
 
 
 def summary(of: Report) -> dict[str, Any]:
     """Returns the run's totals."""
     evidence = of.evidence
     rows = [row.status for row in evidence.rows]
-    asked = [attempt for attempt in evidence.attempts if attempt.intent != IMPORTED]
+    asked = [sign_up for sign_up in evidence.sign_ups if sign_up.intent != IMPORTED]
     return {
         "users": len(evidence.users),
-        "imported": len(evidence.attempts) - len(asked),
+        "imported": len(evidence.sign_ups) - len(asked),
         "requests": len(asked),
-        "acknowledged": sum(attempt.status == 201 for attempt in asked),
-        "no answer": sum(attempt.status is None for attempt in asked),
-        "answered 503": sum(attempt.status == 503 for attempt in asked),
-        "refused": sum(attempt.status is not None and 400 <= attempt.status < 500 for attempt in asked),
+        "acknowledged": sum(sign_up.status == 201 for sign_up in asked),
+        "no answer": sum(sign_up.status is None for sign_up in asked),
+        "answered 503": sum(sign_up.status == 503 for sign_up in asked),
+        "refused": sum(sign_up.status is not None and 400 <= sign_up.status < 500 for sign_up in asked),
         "mails": len(evidence.mails),
         "faults": len(evidence.faults),
         "processes ended": len(evidence.exits),
         "done": rows.count("done"),
         "dead": rows.count("dead"),
-        "addresses refused for good": len(evidence.refused),
+        "addresses permanently refused": len(evidence.refused_addresses),
         "duplicates": len(of.duplicates),
         "duplicates unexplained": sum(not duplicate.excuse for duplicate in of.duplicates),
         "failures": len(of.failures),
-        "ms that this process fell behind, at worst": round(1000 * max((e - s for s, e in evidence.lags), default=0)),
+        "worst lag of this process, ms": round(1000 * max((e - s for s, e in evidence.lags), default=0)),
     }
 
 
 def as_json(of: Report) -> dict[str, Any]:
-    """Returns all of it for `results.json`."""
+    """Returns the content of `results.json`."""
     return {
         "seed": of.evidence.seed,
         "versions": {

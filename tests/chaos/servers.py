@@ -1,4 +1,4 @@
-"""Postgres and Redis, as somebody with their pid and an administrator's connection can ill-treat them."""
+"""Controls Postgres and Redis by signals and administrative connections."""
 
 import asyncio
 import signal
@@ -17,7 +17,7 @@ from outbox.devstack.embedded import EmbeddedServer
 from tests.support.faked_clock import FakedClock
 
 OBSERVER = "chaos"
-"""The name of our own connections to Postgres, which no fault ends."""
+"""The application name of the chaos run's connections to Postgres, which no fault ends."""
 
 _CLIENTS: LiteralString = (
     f"FROM pg_stat_activity WHERE backend_type = 'client backend' AND application_name <> '{OBSERVER}'"
@@ -27,19 +27,19 @@ _START_LIMIT = 60.0
 
 
 class Postgres:
-    """The server, and direct connections to it."""
+    """The Postgres server, and direct connections to it."""
 
     def __init__(self, server: EmbeddedServer, clock: FakedClock | None = None) -> None:
         self._server = server
         self.clock = clock
-        """The server's; None where it has the true time."""
+        """The server's faked clock; None if it has the true time."""
         self.url = server.url
         folder = parse_qs(urlsplit(server.url).query)["host"][0]
         self.socket = Path(folder, ".s.PGSQL.5432")
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
-        """Opens a connection in autocommit mode that faults spare.
+        """Opens a connection in autocommit mode that no fault ends.
 
         Raises:
             psycopg.OperationalError: Postgres is away.
@@ -53,16 +53,16 @@ class Postgres:
             await connection.close()
 
     def stop_at_once(self) -> None:
-        """Immediate shutdown: all connections are broken, and the next start recovers from the log."""
+        """Starts an immediate shutdown: it breaks all connections, and the next start recovers from the log."""
         self._server.process.send_signal(signal.SIGQUIT)
 
     async def start(self) -> None:
-        """Starts it again and returns when it lets clients in."""
+        """Restarts the server, and returns when it accepts clients."""
         await _restart(self._server)
         await self.await_up()
 
     async def await_up(self) -> None:
-        """Waits until it lets clients in."""
+        """Waits until the server accepts clients."""
         deadline = asyncio.get_running_loop().time() + _START_LIMIT
         while True:
             try:
@@ -79,7 +79,7 @@ class Postgres:
             return await (await connection.execute(query)).fetchall()
 
     async def await_standby(self) -> None:
-        """Waits until a standby has all that there is, and is sent the rest as it is written."""
+        """Waits until a standby has caught up and is streaming."""
         async with asyncio.timeout(_START_LIMIT):
             while True:
                 if await self.ask("SELECT FROM pg_stat_replication WHERE state = 'streaming'"):
@@ -87,11 +87,11 @@ class Postgres:
                 await asyncio.sleep(_POLL)
 
     async def shut_down(self) -> None:
-        """Fast shutdown: connections are ended, and a standby gets all that was written before."""
+        """Does a fast shutdown: it ends all connections, and a standby gets everything written before."""
         await _shut_down(self._server, signal.SIGINT)
 
     def suspend(self) -> None:
-        """Stops the whole tree of processes: the postmaster first, so that no new one is missed."""
+        """Suspends the whole process tree, the postmaster first, so that no new process is missed."""
         postmaster = psutil.Process(self._server.process.pid)
         postmaster.suspend()
         for child in postmaster.children(recursive=True):
@@ -99,7 +99,7 @@ class Postgres:
                 child.suspend()
 
     def resume(self) -> None:
-        """Lets it go on, where it was stopped."""
+        """Resumes the process tree, if it was suspended."""
         with suppress(psutil.NoSuchProcess):
             postmaster = psutil.Process(self._server.process.pid)
             for process in (*postmaster.children(recursive=True), postmaster):
@@ -107,7 +107,7 @@ class Postgres:
                     process.resume()
 
     async def terminate_connections(self) -> int:
-        """Ends all connections but our own and returns how many there were."""
+        """Ends all connections but our own, and returns their number."""
         return len(await self.ask(f"SELECT pg_terminate_backend(pid) {_CLIENTS}"))
 
     async def clients(self) -> list[str]:
@@ -116,7 +116,7 @@ class Postgres:
 
 
 class Redis:
-    """The server, and a direct connection to it."""
+    """The Redis server, and a direct connection to it."""
 
     def __init__(self, server: EmbeddedServer) -> None:
         self._server = server
@@ -133,12 +133,12 @@ class Redis:
             self._server.process.send_signal(number)
 
     async def start(self) -> None:
-        """Starts it again, empty, after it was ended, and returns when it answers."""
+        """Restarts the ended server, empty, and returns when it answers."""
         await _restart(self._server)
         await self.await_up()
 
     async def await_up(self) -> None:
-        """Waits until it answers."""
+        """Waits until the server answers."""
         deadline = loop_time() + _START_LIMIT
         while True:
             try:
@@ -151,7 +151,7 @@ class Redis:
                 return
 
     async def follow(self, primary: "Redis") -> None:
-        """Becomes a replica and returns when it has all that the primary has."""
+        """Becomes a replica of the primary, and returns when it has caught up."""
         port = (await primary.client.config_get("port"))["port"]
         await self.client.replicaof("127.0.0.1", port)
         async with asyncio.timeout(_START_LIMIT):
@@ -161,29 +161,29 @@ class Redis:
                 await asyncio.sleep(_POLL)
 
     async def clients(self) -> list[str]:
-        """Returns the names of all connections that have one."""
+        """Returns the names of all named connections."""
         return sorted(filter(None, [one["name"] for one in await self.client.client_list()]))
 
     async def shut_down(self) -> None:
-        """Ends it in order."""
+        """Ends the server by SIGTERM, and waits for its exit."""
         await _shut_down(self._server, signal.SIGTERM)
 
     async def copy(self) -> dict[bytes, tuple[int, bytes]]:
-        """Returns all keys with their remaining time (ms; 0 for ever) and value, as `DUMP` has it."""
+        """Returns all keys with their remaining time to live (ms; 0 for none) and their value as `DUMP` returns it."""
         keys = [key async for key in self.client.scan_iter(count=1000)]
         async with self.client.pipeline(transaction=True) as pipeline:
             for key in keys:
                 pipeline.pttl(key)
                 pipeline.dump(key)
-            found = await pipeline.execute()
+            replies = await pipeline.execute()
         return {
             key: (max(left, 0), value)
-            for key, left, value in zip(keys, found[::2], found[1::2], strict=True)
+            for key, left, value in zip(keys, replies[::2], replies[1::2], strict=True)
             if value is not None
         }
 
     async def become(self, copied: dict[bytes, tuple[int, bytes]]) -> None:
-        """Replaces all keys by an earlier copy, in one transaction."""
+        """Replaces all keys with an earlier copy, in one transaction."""
         async with self.client.pipeline(transaction=True) as pipeline:
             pipeline.flushall()
             for key, (left, value) in copied.items():
@@ -192,23 +192,23 @@ class Redis:
 
 
 def loop_time() -> float:
-    """Returns the running loop's time in seconds."""
+    """Returns the time of the running event loop in seconds."""
     return asyncio.get_running_loop().time()
 
 
-class Spares:
-    """Servers that are started in the course of a run; all of them end with it, also one that is just starting."""
+class ServerStarter:
+    """Starts servers during a run. All of them end with the run, even one that is just starting."""
 
     def __init__(self) -> None:
         self._opened = ExitStack()
         self._starter = ThreadPoolExecutor(1)
 
     async def start(self, server: AbstractContextManager[EmbeddedServer]) -> EmbeddedServer:
-        """Starts one in a thread, so that nothing else waits for it, and returns when it answers."""
+        """Starts a server in a thread, to block nothing else, and returns when it answers."""
         return await asyncio.get_running_loop().run_in_executor(self._starter, self._opened.enter_context, server)
 
     def close(self) -> None:
-        """Ends them."""
+        """Ends all servers."""
         self._starter.shutdown()
         self._opened.close()
 

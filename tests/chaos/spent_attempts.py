@@ -1,23 +1,23 @@
-"""Attempts that were spent on an outage of the mail server: there must be none."""
+"""Finds attempts that were spent on an outage of the mail server: there must be none."""
 
 from collections import Counter
 from collections.abc import Iterator
 
-from tests.chaos import logbook
+from tests.chaos import process_logs
 from tests.chaos.duplicates import copies
 from tests.chaos.evidence import MAIL_OUTAGES, SHORTAGES, Evidence, Fault
 from tests.chaos.intervals import Span, covered, overlaps
 
-_LIMITS = 5.0
-"""Seconds after a fault in which an attempt may still fail because of it: time limits run out."""
-_LONGEST = 30.0
-"""Seconds that an attempt at a mail may take."""
-_LAG = 0.5
-"""Seconds that this process was late, within `_LIMITS`, which make its answers come too late."""
+_TIMEOUTS = 5.0
+"""Seconds after a fault in which attempts may still fail because of it, by a timeout."""
+_TIME_LIMIT = 30.0
+"""Seconds that an attempt to send a mail may take."""
+_MAX_LAG = 0.5
+"""Seconds of lag of this process before a failure above which its answers may have been too late."""
 
 
 def spent_attempts(evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """Yields the rows of which an outage of the mail server, and nothing else that struck then, spent an attempt."""
+    """Yields the rows that spent an attempt on an outage of the mail server, and on no other fault."""
     outages = [fault for fault in evidence.faults if fault.kind in MAIL_OUTAGES]
     if outages:
         yield from _failed(evidence, outages)
@@ -25,42 +25,44 @@ def spent_attempts(evidence: Evidence) -> Iterator[tuple[str, str]]:
 
 
 def _failed(evidence: Evidence, outages: list[Fault]) -> Iterator[tuple[str, str]]:
-    """A failure over a mail counts, unless another fault was there or just over: of the server, or of this worker."""
+    """Yields failed attempts to send a mail during an outage, unless another fault may have caused them."""
     others = [fault for fault in evidence.faults if fault not in outages]
-    for line in logbook.of(evidence.lines, "process task failed"):
+    for line in process_logs.lines_of(evidence.log_lines, "process task failed"):
         at, is_late = line["at"], "took longer than" in line["error"]
         if not is_late and not line["error"].startswith("Mail"):
             continue
         targets = {"mail", "postgres", "worker"} if is_late else {"mail"}
-        struck = [fault for fault in others if targets & set(fault.targets) or line["slot"] in fault.slots]
-        causes = [(fault.start, fault.end) for fault in struck]
-        since = at - _LIMITS - (_LONGEST if is_late else 0)
-        if any(overlaps((since, at), cause) for cause in causes) or covered((since, at), evidence.lags) > _LAG:
+        possible = [fault for fault in others if targets & set(fault.targets) or line["slot"] in fault.slots]
+        causes = [(fault.start, fault.end) for fault in possible]
+        since = at - _TIMEOUTS - (_TIME_LIMIT if is_late else 0)
+        if any(overlaps((since, at), cause) for cause in causes) or covered((since, at), evidence.lags) > _MAX_LAG:
             continue
         for outage in outages:
-            if outage.start <= at <= outage.end + _LIMITS:
+            if outage.start <= at <= outage.end + _TIMEOUTS:
                 yield f"row {line['row']}", f"spent an attempt on {outage.kind} at {at:.3f}: {line['error']}"
 
 
 def _unaccounted(evidence: Evidence, outages: list[Fault]) -> Iterator[tuple[str, str]]:
-    """All attempts of a row but the last are in the logs, as failed or as those of a worker that died."""
-    told = Counter(
-        line["row"] for event in ("process task failed", "rescued row") for line in logbook.of(evidence.lines, event)
+    """Yields the rows with attempts, before the last, that no log line explains: neither a failure nor a rescue."""
+    logged = Counter(
+        line["row"]
+        for event in ("process task failed", "rescued row")
+        for line in process_logs.lines_of(evidence.log_lines, event)
     )
     last = {recipient: mails[-1].accepted for recipient, mails in copies(evidence.mails).items()}
     addresses = {user.username: user.email for user in evidence.users}
     for row in evidence.rows:
-        extra = row.attempts - 1 - told[row.id]
+        extra = row.attempts - 1 - logged[row.id]
         if extra < 1 or row.username is None:
             continue
-        life = (row.created, last.get(addresses.get(row.username, ""), evidence.calm))
+        life = (row.created, last.get(addresses.get(row.username, ""), evidence.faults_over_at))
         met = [outage.kind for outage in outages if overlaps(life, (outage.start, outage.end))]
         if met and extra > _lost_lines(evidence, life):
-            yield f"row {row.id}", f"has {row.attempts} attempts, {extra} of them unexplained but by {', '.join(met)}"
+            yield f"row {row.id}", f"has {row.attempts} attempts, {extra} explained by nothing but {', '.join(met)}"
 
 
 def _lost_lines(evidence: Evidence, life: Span) -> int:
-    """Returns how often an attempt may have ended without a line: with its worker, or the relay that rescued it."""
-    ends = sum(end.module in ("worker", "relay") and life[0] <= end.at <= life[1] for end in evidence.exits)
-    short = [(fault.start, fault.end) for fault in evidence.faults if fault.kind in SHORTAGES]
-    return ends + sum(overlaps(life, span) for span in short)
+    """Returns how many log lines may be missing: lost by a worker, or by the relay that rescued the row."""
+    exits = sum(end.module in ("worker", "relay") and life[0] <= end.at <= life[1] for end in evidence.exits)
+    shortages = [(fault.start, fault.end) for fault in evidence.faults if fault.kind in SHORTAGES]
+    return exits + sum(overlaps(life, span) for span in shortages)

@@ -7,17 +7,17 @@ import pytest
 
 from tests.chaos.duplicates import duplicates
 from tests.chaos.evidence import (
-    Attempt,
     Cut,
     Evidence,
     Exit,
     Fault,
     ForeignJob,
+    HandlerRun,
     Mail,
     Overlap,
     Row,
-    Run,
     Session,
+    SignUp,
     User,
 )
 from tests.chaos.intervals import covered, without
@@ -30,7 +30,7 @@ def evidence() -> Evidence:
     made = Evidence(seed=1, delays=(0.0,), lease=15.0)
     for number in (1, 2):
         name = f"user_{number}"
-        made.attempts.append(Attempt("new", name, f"{name}@x", 0, 99.0, 100.0, 201))
+        made.sign_ups.append(SignUp("new", name, f"{name}@x", 0, 99.0, 100.0, 201))
         made.users.append(User(name, f"{name}@x", 99.5))
         made.rows.append(row(number))
         made.sessions.append(Session(number - 1, 0, 5000 + number, 90.0))
@@ -72,7 +72,7 @@ def test_an_orphan() -> None:
     made = evidence()
     del made.mails[0]
     assert failed(made) == ["orphans"]
-    made.attempts[0].status = None
+    made.sign_ups[0].status = None
     assert failed(made) == ["orphans"]
 
 
@@ -82,7 +82,7 @@ def test_an_address_that_is_refused_is_no_orphan() -> None:
     del made.mails[0]
     made.rows[0] = row(1, "dead", last_error="550 no such user")
     assert failed(made) == ["orphans", "unexplained dead"]
-    made.refused["user_1@x"] = 100.5
+    made.refused_addresses["user_1@x"] = 100.5
     assert failed(made) == []
     made.rows[0] = row(1)
     assert failed(made) == ["orphans"]
@@ -267,10 +267,10 @@ def test_a_client_that_was_refused_and_is_there() -> None:
     """409 and 400 leave nothing behind; no answer and 503 may or may not."""
     made = evidence()
     for status in (409, 400):
-        made.attempts[0].status = status
+        made.sign_ups[0].status = status
         assert "inconsistent clients" in failed(made)
     for unknown in (503, None):
-        made.attempts[0].status = unknown
+        made.sign_ups[0].status = unknown
         assert failed(made) == []
 
 
@@ -284,7 +284,7 @@ def test_a_client_that_was_told_of_a_user_who_is_not_there() -> None:
 def test_a_409_for_what_nobody_has() -> None:
     """A client that is refused without cause can never succeed."""
     made = evidence()
-    made.attempts.append(Attempt("taken username", "user_9", "user_9@x", 0, 99.0, 100.0, 409))
+    made.sign_ups.append(SignUp("taken username", "user_9", "user_9@x", 0, 99.0, 100.0, 409))
     assert failed(made) == ["inconsistent clients"]
 
 
@@ -301,7 +301,7 @@ def test_a_user_that_nobody_asked_for() -> None:
 def test_an_answer_that_does_not_fit_the_request(intent: str, status: int) -> None:
     """Such as a 500."""
     made = evidence()
-    made.attempts.append(Attempt(intent, "user_9", "user_9@x", 0, 99.0, 100.0, status))
+    made.sign_ups.append(SignUp(intent, "user_9", "user_9@x", 0, 99.0, 100.0, status))
     assert "unexpected answers" in failed(made)
 
 
@@ -315,11 +315,11 @@ def test_a_process_that_ended_by_itself() -> None:
 def test_a_traceback_of_a_process_that_a_shortage_ended() -> None:
     """It says why; one of a process that lives on, or that ended by itself, is a failure."""
     made = evidence()
-    made.crashes.append("worker-0.0.log: Traceback … MemoryError")
+    made.tracebacks.append("worker-0.0.log: Traceback … MemoryError")
     assert failed(made) == ["tracebacks"]
     made.exits.append(Exit("worker-0", "worker", 100.0, 1, "worker.little-memory", log="worker-0.0.log"))
     assert failed(made) == []
-    made.crashes.append("worker-0.1.log: Traceback … MemoryError")
+    made.tracebacks.append("worker-0.1.log: Traceback … MemoryError")
     assert failed(made) == ["tracebacks"]
 
 
@@ -333,7 +333,7 @@ def test_a_fault_that_failed() -> None:
 def test_a_traceback() -> None:
     """Nobody may say that all is well with one in the log."""
     made = evidence()
-    made.crashes.append("service-0.0.log: Traceback …")
+    made.tracebacks.append("service-0.0.log: Traceback …")
     assert failed(made) == ["tracebacks"]
 
 
@@ -349,7 +349,7 @@ def test_two_workers_at_one_user() -> None:
 def test_a_job_that_got_lost_without_a_fault() -> None:
     """The sweep covers it up; the judge does not."""
     made = evidence()
-    made.lines.append({"event": "swept row", "row": 1, "at": 110.0})
+    made.log_lines.append({"event": "swept row", "row": 1, "at": 110.0})
     made.faults.append(Fault(0, "mail.cut", ("mail",), 109.0, 109.0))
     assert failed(made) == ["lost jobs"]
     made.faults.append(Fault(1, "redis.flushall", ("redis",), 107.5, 107.5))
@@ -359,7 +359,7 @@ def test_a_job_that_got_lost_without_a_fault() -> None:
 def test_a_lost_job_may_be_noticed_late_while_relays_are_away() -> None:
     """The sweep is theirs."""
     made = evidence()
-    made.lines.append({"event": "swept row", "row": 1, "at": 120.0})
+    made.log_lines.append({"event": "swept row", "row": 1, "at": 120.0})
     made.faults.append(Fault(0, "redis.flushall", ("redis",), 107.5, 107.5))
     assert failed(made) == ["lost jobs"]
     made.faults.append(Fault(1, "relay.pause", ("relay",), 107.0, 118.0))
@@ -369,12 +369,12 @@ def test_a_lost_job_may_be_noticed_late_while_relays_are_away() -> None:
 def test_a_lost_job_may_be_noticed_late_where_the_clock_jumped() -> None:
     """Its hand-over was dated by a clock that was ahead; another delivery of the row was not."""
     made = evidence()
-    made.lines.append({"event": "enqueued task", "row": 1, "delivery": 1, "at": 100.7})
-    made.lines.append({"event": "swept row", "row": 1, "delivery": 1, "at": 140.0})
+    made.log_lines.append({"event": "enqueued task", "row": 1, "delivery": 1, "at": 100.7})
+    made.log_lines.append({"event": "swept row", "row": 1, "delivery": 1, "at": 140.0})
     assert failed(made) == ["lost jobs"]
     made.faults.append(Fault(0, "postgres.clock-jump", ("mail", "postgres"), 100.5, 110.0))
     assert failed(made) == []
-    made.lines.append({"event": "swept row", "row": 1, "delivery": 2, "at": 150.0})
+    made.log_lines.append({"event": "swept row", "row": 1, "delivery": 2, "at": 150.0})
     assert failed(made) == ["lost jobs"]
 
 
@@ -398,7 +398,7 @@ def test_a_mail_is_not_early_where_the_clock_jumped() -> None:
 def test_a_pickle_that_was_loaded() -> None:
     """Redis holds no code."""
     made = evidence()
-    made.bombs = 1
+    made.loaded_bombs = 1
     assert failed(made) == ["hostile code"]
 
 
@@ -418,7 +418,7 @@ def test_an_imported_user() -> None:
     """Is no client's, and due at once; it gets a mail as any."""
     made = evidence()
     made.delays = (0.5,)
-    made.attempts.append(Attempt("imported", "user_3", "user_3@x", 0, 99.0, 100.0, 201))
+    made.sign_ups.append(SignUp("imported", "user_3", "user_3@x", 0, 99.0, 100.0, 201))
     made.users.append(User("user_3", "user_3@x", 99.5))
     made.rows.append(row(3))
     assert failed(made) == ["orphans"]
@@ -431,7 +431,7 @@ def test_an_imported_user() -> None:
 def test_an_attempt_that_failed_because_of_an_outage(kind: str, error: str) -> None:
     """No other fault of the server or the worker was there or just over, and this machine did not fall behind."""
     made = with_outage(kind)
-    made.lines.append(failed_line(100.5, error))
+    made.log_lines.append(failed_line(100.5, error))
     made.rows[0] = row(1, attempts=2)
     assert failed(made) == ["spent attempts"]
     made.faults.append(Fault(1, "mail.reset-at-rcpt", ("mail",), 98.0, 99.0))
@@ -449,7 +449,7 @@ def test_an_attempt_that_failed_because_of_an_outage(kind: str, error: str) -> N
 def test_an_attempt_that_failed_for_other_reasons(at: float, error: str) -> None:
     """Before the outage, or not over a mail."""
     made = with_outage()
-    made.lines.append(failed_line(at, error))
+    made.log_lines.append(failed_line(at, error))
     made.rows[0] = row(1, attempts=2)
     assert failed(made) == []
 
@@ -459,7 +459,7 @@ def test_an_attempt_that_nobody_accounts_for() -> None:
     made = with_outage()
     made.rows[0] = row(1, attempts=3)
     assert failed(made) == ["spent attempts"]
-    made.lines.append({"event": "rescued row", "row": 1, "at": 100.2})
+    made.log_lines.append({"event": "rescued row", "row": 1, "at": 100.2})
     assert failed(made) == ["spent attempts"]
     made.exits.append(Exit("worker-0", "worker", 100.1, -9, "SIGKILL"))
     assert failed(made) == []
@@ -473,10 +473,10 @@ def test_a_foreign_job_that_got_lost() -> None:
     """From its queue, from where it was put aside, or its hash; a fault that took Redis' data since is to blame."""
     made = evidence()
     places = ("rq:queue:app", "outbox:foreign:rq:queue:app")
-    made.foreign.append(ForeignJob("x", places, 100.0, [(105.0, places[0], True), (200.0, places[1], True)]))
+    made.foreign_jobs.append(ForeignJob("x", places, 100.0, [(105.0, places[0], True), (200.0, places[1], True)]))
     assert failed(made) == []
     for lost in ((200.0, "", True), (200.0, places[0], False)):
-        made.foreign[0].looks[1] = lost
+        made.foreign_jobs[0].sightings[1] = lost
         made.faults = [
             Fault(0, "redis.silence", ("redis",), 110.0, 130.0),
             Fault(1, "worker.kill", ("worker",), 110, 111),
@@ -492,11 +492,11 @@ def test_a_foreign_job_that_a_worker_had_in_hand() -> None:
     """From a queue that bears the name of one of ours it may go with a worker, until it was seen aside."""
     made = evidence()
     places = ("rq:queue:default", "outbox:foreign:rq:queue:default")
-    made.foreign.append(ForeignJob("x", places, 100.0, [(105.0, places[0], True), (200.0, "", True)]))
+    made.foreign_jobs.append(ForeignJob("x", places, 100.0, [(105.0, places[0], True), (200.0, "", True)]))
     assert failed(made) == ["lost foreign jobs"]
     made.faults.append(Fault(0, "worker.kill", ("worker",), 110.0, 111.0))
     assert failed(made) == []
-    made.foreign[0].looks[0] = (105.0, places[1], True)
+    made.foreign_jobs[0].sightings[0] = (105.0, places[1], True)
     assert failed(made) == ["lost foreign jobs"]
 
 
@@ -507,7 +507,7 @@ def test_a_large_row_that_got_lost_or_never_ran() -> None:
     assert failed(made) == ["large rows"]
     made.rows.append(replace(row(3), username=None, task="take_large_payload"))
     assert failed(made) == ["large rows"]
-    made.runs.append(Run(3, 0, 101.0))
+    made.handler_runs.append(HandlerRun(3, 0, 101.0))
     assert failed(made) == []
     made.rows[-1] = replace(made.rows[-1], status="dead")
     assert failed(made) == ["unexplained dead"]
@@ -517,7 +517,7 @@ def test_a_large_row_that_ran_twice() -> None:
     """Only where its worker could not mark it."""
     made = evidence()
     made.rows.append(replace(row(3), username=None, task="take_large_payload"))
-    made.runs += [Run(3, 0, 101.0), Run(3, 1, 120.0)]
+    made.handler_runs += [HandlerRun(3, 0, 101.0), HandlerRun(3, 1, 120.0)]
     assert failed(made) == ["large rows"]
     made.exits.append(Exit("worker-0", "worker", 102.5, -9, "SIGKILL"))
     assert failed(made) == []
@@ -528,7 +528,7 @@ def late(*faults: Fault, lines: list[dict[str, Any]] | None = None) -> dict[int,
     made = evidence()
     made.mails[0].accepted = 120.0
     made.faults.extend(faults)
-    made.lines.extend(lines or [])
+    made.log_lines.extend(lines or [])
     return {number: (len(found.touched), found.seconds) for number, found in recoveries(made).items()}
 
 
@@ -553,7 +553,7 @@ def test_who_waits_behind_a_backlog_is_charged_to_the_outage() -> None:
     made.faults.append(Fault(0, "mail.away-with-backlog", ("mail",), 90.0, 98.0))
     made.faults.append(Fault(1, "relay.kill", ("relay",), 115.0, 116.0))
     made.mails[0].accepted = 120.0
-    made.attempts.append(Attempt("imported", "user_3", "user_3@x", 0, 91.0, 92.0, 201))
+    made.sign_ups.append(SignUp("imported", "user_3", "user_3@x", 0, 91.0, 92.0, 201))
     made.mails.append(mail(3, 110.0, session=0))
     found = recoveries(made)
     assert (found[0].touched, found[0].seconds) == ({"user_1", "user_3"}, 22.0)

@@ -30,7 +30,7 @@ def test_an_address_that_moves(tmp_path: Path) -> None:
             await proxy.open()
             before = await asyncio.open_connection("127.0.0.1", proxy.port)
             answers = [await ask(*before)]
-            proxy.lead_to(tmp_path / "new")
+            proxy.set_upstream(tmp_path / "new")
             after = await asyncio.open_connection("127.0.0.1", proxy.port)
             answers += [await ask(*before), await ask(*after)]
             for _, writer in (before, after):

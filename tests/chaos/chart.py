@@ -1,4 +1,4 @@
-"""The picture: rows per state over time, and the faults below, so that a person sees the recovery."""
+"""Draws the rows by state over time, with the faults below."""
 
 from pathlib import Path
 
@@ -23,19 +23,19 @@ _TARGETS = {
     "mail": "#66a61e",
 }
 _SHORTEST = 0.4
-"""Seconds; a fault of a moment would not be seen."""
+"""Seconds; a shorter bar would not be visible."""
 
 Samples = list[tuple[float, dict[str, int] | None]]
 
 
-def draw(samples: Samples, faults: list[Fault], calm: float, path: Path) -> None:
+def draw_chart(samples: Samples, faults: list[Fault], faults_over_at: float, path: Path) -> None:
     """Draws a run.
 
     Args:
         samples: rows by state over time; None while Postgres is away.
-        faults: what to mark.
-        calm: when the last fault was over.
-        path: where to; the ending says how.
+        faults: the faults to mark.
+        faults_over_at: when the last fault was over.
+        path: the file to write; its extension is the format.
     """
     begun = samples[0][0]
     figure, (rows, strip) = plt.subplots(
@@ -44,10 +44,10 @@ def draw(samples: Samples, faults: list[Fault], calm: float, path: Path) -> None
     _draw_rows(rows, samples, begun)
     _draw_faults(strip, faults, begun)
     for axes in (rows, strip):
-        axes.axvline((calm - begun) / 60, color="black", linewidth=0.8, linestyle=":")
+        axes.axvline((faults_over_at - begun) / 60, color="black", linewidth=0.8, linestyle=":")
     rows.annotate(
         "no more faults",
-        ((calm - begun) / 60, 1),
+        ((faults_over_at - begun) / 60, 1),
         xycoords=("data", "axes fraction"),
         fontsize=8,
         xytext=(3, -10),
@@ -87,7 +87,7 @@ def _draw_rows(axes: Axes, samples: Samples, begun: float) -> None:
     done.set_ylim(bottom=0)
     handles = [*axes.get_legend_handles_labels()[0], *done.get_legend_handles_labels()[0]]
     axes.legend(handles, [str(handle.get_label()) for handle in handles], loc="upper left", fontsize=8, ncols=6)
-    axes.set_title("Rows per state while faults are injected; gaps are Postgres being away")
+    axes.set_title("Rows by state while faults are injected (gaps: Postgres is away)")
 
 
 def _draw_faults(axes: Axes, faults: list[Fault], begun: float) -> None:

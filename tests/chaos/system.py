@@ -1,4 +1,4 @@
-"""All that runs: servers, proxies between, the mail server, and several of each process."""
+"""Runs the system under test: servers, proxies in every connection, and several of each process."""
 
 import asyncio
 import random
@@ -12,55 +12,55 @@ from pathlib import Path
 
 from outbox.devstack.embedded import embedded_postgres, embedded_redis
 from tests.chaos import handlers
-from tests.chaos.evidence import Attempt, ForeignJob
+from tests.chaos.evidence import ForeignJob, SignUp
 from tests.chaos.mailserver import MailServer
 from tests.chaos.ports import free_port
 from tests.chaos.processes import ROOT, Processes, Slot, clean_environment
 from tests.chaos.proxy import Proxy
-from tests.chaos.servers import Postgres, Redis, Spares
+from tests.chaos.servers import Postgres, Redis, ServerStarter
 from tests.support.faked_clock import clocked_postgres
 from tests.support.redis_pair import replicating
 
 DELAYS = (2.0, 0.0)
-"""`VERIFY_EMAIL_DELAY` of the services in turn: rq-scheduler's set has a part in some mails, and none in others."""
+"""`VERIFY_EMAIL_DELAY` of the services in turn, in seconds: some mails pass through rq-scheduler's set, some do not."""
 
 LEASE = 15.0
-"""Seconds; the product's default, which it runs with."""
+"""Seconds; the product's default."""
 
 _SMTP_TIMEOUT = 3.0
-"""Seconds: nearly twice as long as the mail server takes when it is slow, on a machine that is busy besides."""
+"""Seconds: nearly twice the time of a slow mail, because the machine is busy."""
 _SECRET_KEY = "a secret key of the chaos run, 32 characters or more"
 
 
 @dataclass
-class Stage:
-    """What faults act on, and the load runs against."""
+class System:
+    """The running system, which faults act on."""
 
     postgres: Postgres
-    """Whoever it is at present, as of Redis: a fail-over puts another one in its place."""
+    """The current server; a fail-over replaces it."""
     redis: Redis
-    spares: Spares
-    """What starts further servers."""
+    """The current server; a fail-over replaces it."""
+    server_starter: ServerStarter
     mail: MailServer
     processes: Processes
     proxies: dict[str, list[Proxy]]
-    """By target: `service` and `mail` one per slot, `postgres` one per worker and one for all else, `redis` one."""
+    """By target: `service` and `mail` one per slot, `postgres` one for the rest and one per worker, `redis` one."""
     delays: tuple[float, ...]
     folder: Path
-    imported: list[Attempt] = field(default_factory=list)
-    """Users that faults have written straight into Postgres."""
-    foreign: list[ForeignJob] = field(default_factory=list)
+    imported: list[SignUp] = field(default_factory=list)
+    """Users that faults wrote directly into Postgres."""
+    foreign_jobs: list[ForeignJob] = field(default_factory=list)
     large_rows: list[int] = field(default_factory=list)
 
     async def restore(self) -> None:
-        """Ends whatever a fault may have left in force, and waits until all is up."""
+        """Undoes whatever faults may have left behind, and waits until everything is up."""
         self.postgres.resume()
         if self.postgres.clock is not None:
             self.postgres.clock.set_ahead(0)
         self.redis.send(signal.SIGCONT)
-        self.mail.misbehaviour = self.mail.most = None
+        self.mail.misbehaviour = self.mail.connection_limit = None
         for proxy in self.all_proxies():
-            proxy.mend()
+            proxy.cancel_tears()
             await proxy.open()
         for slot in self.processes.slots:
             slot.send(signal.SIGCONT)
@@ -73,7 +73,7 @@ class Stage:
                 await slot.ready.wait()
 
     async def release(self) -> None:
-        """Lets go of the servers, so that they can be ended."""
+        """Resumes the servers and closes the connection to Redis, so that the servers can end."""
         self.postgres.resume()
         self.redis.send(signal.SIGCONT)
         await self.redis.close()
@@ -84,26 +84,26 @@ class Stage:
 
 
 @asynccontextmanager
-async def open_stage(
+async def open_system(
     folder: Path,
     counts: dict[str, int],
     seed: int,
     delays: tuple[float, ...] = DELAYS,
     *,
     has_faked_clock: bool = False,
-) -> AsyncGenerator[Stage]:
-    """Starts everything, and ends it when the block is left.
+) -> AsyncGenerator[System]:
+    """Starts everything, and ends it at the end of the block.
 
     Args:
-        folder: for data and logs; emptied before.
-        counts: how many of each process.
-        seed: of whatever is random in it.
+        folder: for data and logs; empty.
+        counts: number of processes by module.
+        seed: seed of all randomness.
         delays: `VERIFY_EMAIL_DELAY` of the services in turn, in seconds.
-        has_faked_clock: whether Postgres' clock can be made to jump.
+        has_faked_clock: whether Postgres' clock can jump.
     """
     async with AsyncExitStack() as stack:
-        spares = Spares()
-        stack.callback(spares.close)
+        server_starter = ServerStarter()
+        stack.callback(server_starter.close)
         postgres = _postgres(stack, folder / "postgres", has_faked_clock=has_faked_clock)
         redis = Redis(stack.enter_context(embedded_redis(folder / "redis", settings=replicating(free_port()))))
         _migrate(postgres.url)
@@ -144,9 +144,9 @@ async def open_stage(
         async with asyncio.timeout(60):
             for slot in slots:
                 await slot.ready.wait()
-        stage = Stage(postgres, redis, spares, mail, processes, proxies, delays, folder)
-        stack.push_async_callback(stage.release)
-        yield stage
+        system = System(postgres, redis, server_starter, mail, processes, proxies, delays, folder)
+        stack.push_async_callback(system.release)
+        yield system
         watching.cancel()
         await processes.close()
 

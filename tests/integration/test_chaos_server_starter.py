@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from outbox.devstack.embedded import EmbeddedServer, embedded_redis
-from tests.chaos.servers import Spares
+from tests.chaos.servers import ServerStarter
 
 
 def test_a_run_that_ends_while_a_server_starts(tmp_path: Path) -> None:
@@ -24,13 +24,13 @@ def test_a_run_that_ends_while_a_server_starts(tmp_path: Path) -> None:
             yield server
 
     async def run() -> None:
-        spares = Spares()
-        starting = asyncio.create_task(spares.start(slow()))
+        server_starter = ServerStarter()
+        starting = asyncio.create_task(server_starter.start(slow()))
         assert await asyncio.to_thread(begun.wait, 10)
         starting.cancel()
         await asyncio.wait([starting])
         may_start.set()
-        spares.close()
+        server_starter.close()
 
     asyncio.run(run())
 

@@ -1,4 +1,4 @@
-"""What the processes said, line by line."""
+"""Reads the logs of the processes."""
 
 import json
 from collections.abc import Iterable
@@ -17,17 +17,17 @@ _EVENTS = frozenset(
         "stopped",
     }
 )
-"""The judge's reading; the rest stays in the files."""
+"""Events that the judge reads."""
 
 
 def read(logs: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the lines that the judge reads, by time, and every traceback or "request failed" there is.
+    """Returns the lines that the judge reads, by time, and every traceback or "request failed".
 
     Args:
-        logs: the folder with the processes' logs, named as in `worker-0.3.log`.
+        logs: the folder with the logs of the processes, named as in `worker-0.3.log`.
     """
     lines: list[dict[str, Any]] = []
-    crashes: list[str] = []
+    tracebacks: list[str] = []
     for path in sorted(logs.glob("*.log")):
         slot = path.name.partition(".")[0]
         with path.open(encoding="utf-8", errors="replace") as text:
@@ -38,15 +38,15 @@ def read(logs: Path) -> tuple[list[dict[str, Any]], list[str]]:
                     continue
                 fields = json.loads(line)
                 if "exception" in fields or fields["event"] == "request failed":
-                    crashes.append(f"{path.name}: {line.strip()}")
+                    tracebacks.append(f"{path.name}: {line.strip()}")
                 if fields["event"] in _EVENTS:
                     lines.append({**fields, "slot": slot, "at": _seconds(fields["timestamp"])})
         if any("Traceback" in line for line in plain):
-            crashes.append(f"{path.name}: {''.join(plain)}")
-    return sorted(lines, key=lambda line: float(line["at"])), crashes
+            tracebacks.append(f"{path.name}: {''.join(plain)}")
+    return sorted(lines, key=lambda line: float(line["at"])), tracebacks
 
 
-def of(lines: Iterable[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+def lines_of(lines: Iterable[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     """Returns the lines of one event."""
     return [line for line in lines if line["event"] == event]
 
