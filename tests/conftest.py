@@ -1,4 +1,4 @@
-"""Fixtures of every level."""
+"""Fixtures for all tests."""
 
 import secrets
 import tempfile
@@ -29,13 +29,13 @@ Connection = psycopg.Connection[dict[str, Any]]
 
 
 def pytest_report_header() -> str:
-    """Says which servers the run uses."""
-    return f"Postgres: {postgres_choice().described}; Redis: {redis_choice().described}"
+    """Returns which servers the run uses."""
+    return f"Postgres: {postgres_choice().description}; Redis: {redis_choice().description}"
 
 
 @contextmanager
 def short_folder() -> Iterator[Path]:
-    """A folder for a server: not pytest's own, which another run would close to the user that Postgres runs as."""
+    """A folder for a server. In pytest's own, another run would revoke access for the user that runs Postgres."""
     with tempfile.TemporaryDirectory(prefix="outbox-test-") as folder:
         yield Path(folder)
 
@@ -70,13 +70,13 @@ def create_database(server_url: str) -> Iterator[Callable[[str | None], str]]:
         return with_database(server_url, name)
 
     yield create
-    for name in created if postgres_choice().kind == "given" else ():  # the others go as a whole
+    for name in created if postgres_choice().kind == "given" else ():  # other servers are deleted entirely
         execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
 
 
 @pytest.fixture(scope="module")
 def file_postgres() -> Iterator[EmbeddedServer]:
-    """A migrated Postgres of one file's own: its tests may stop it and change its settings, if they undo that."""
+    """A migrated Postgres for one test file, whose tests may stop it and change its settings if they undo that."""
     with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
         migrate(server.url)
         yield server
@@ -88,7 +88,7 @@ def foreign_url(request: pytest.FixtureRequest, server_url: str) -> Iterator[str
     name = f"outbox_test_{secrets.token_hex(6)}"
     database, encoding = psycopg.sql.Identifier(name), psycopg.sql.Literal(request.param)
     with psycopg.connect(server_url, autocommit=True) as connection:
-        # The server's own provider may know no other encoding; Postgres 14 has but one.
+        # The server's default provider may support no other encoding; Postgres 14 has only one provider.
         provider = "LOCALE_PROVIDER libc" if connection.info.server_version >= 150_000 else ""
         connection.execute(
             psycopg.sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING {} LOCALE 'C' {}").format(
@@ -115,7 +115,7 @@ def databases(create_database: Callable[[str | None], str], template: str) -> Da
 
 @pytest.fixture
 def database_url(databases: Databases) -> Iterator[str]:
-    """A migrated, empty database of the test's own."""
+    """A migrated, empty database for one test."""
     url = databases.lend()
     yield url
     databases.take_back(url)
@@ -123,7 +123,7 @@ def database_url(databases: Databases) -> Iterator[str]:
 
 @pytest.fixture
 def connection(database_url: str) -> Iterator[Connection]:
-    """A connection to it, in autocommit mode, whose rows are dictionaries."""
+    """A connection to the test's database, in autocommit mode; its rows are dictionaries."""
     with postgres.connect(database_url, "test") as opened:
         yield opened
 
@@ -139,7 +139,7 @@ def redis_url(session_redis_url: str) -> str:
 
 @pytest.fixture
 def redis_client(redis_url: str) -> Iterator[redis.Redis]:
-    """A client of it."""
+    """A client of the emptied Redis."""
     with redis_connection.connect(redis_url, "test") as client:
         yield client
 
@@ -153,20 +153,20 @@ def mailbox() -> Iterator[Mailbox]:
 
 @pytest.fixture
 def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "trustme.CA":
-    """A certificate authority that this machine trusts for the time of the test."""
+    """A certificate authority that this process and its children trust during the test."""
     import trustme  # slow to import
 
-    made = trustme.CA()
-    made.cert_pem.write_to_path(tmp_path / "ca.pem")
+    trusted = trustme.CA()
+    trusted.cert_pem.write_to_path(tmp_path / "ca.pem")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-    return made
+    return trusted
 
 
 @pytest.fixture
 def stack(
     request: pytest.FixtureRequest, tmp_path: Path, database_url: str, redis_url: str, mailbox: Mailbox
 ) -> Iterator[Stack]:
-    """The three processes, to be started by the test."""
+    """A stack of the three processes, which the test starts."""
     opened = Stack(tmp_path, database_url, redis_url, mailbox.url)
     opened.measured = request.node.get_closest_marker("unmeasured") is None
     yield opened
@@ -175,14 +175,14 @@ def stack(
 
 @pytest.fixture
 def own_redis() -> Iterator[EmbeddedServer]:
-    """A Redis of the test's own, to be stopped, restarted or ruined."""
+    """A Redis for one test, which may stop, restart or break it."""
     with short_folder() as folder, embedded_redis(folder) as server:
         yield server
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[EmbeddedServer]:
-    """A migrated Postgres of the test's own, to be stopped and restarted."""
+    """A migrated Postgres for one test, which may stop and restart it."""
     with short_folder() as folder, embedded_postgres(folder, settings=["fsync=off"]) as server:
         migrate(server.url)
         yield server
@@ -190,7 +190,7 @@ def own_postgres() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def clocked_postgres() -> Iterator[faked_clock.ClockedPostgres]:
-    """A migrated Postgres of the test's own whose clock the test sets."""
+    """A migrated Postgres for one test, which may set its clock."""
     if missing := faked_clock.why_missing():
         pytest.skip(missing)
     with short_folder() as folder, faked_clock.clocked_postgres(folder, settings=["fsync=off"]) as postgres:
@@ -206,7 +206,7 @@ def relay_settings(database_url: str, redis_url: str) -> RelaySettings:
 
 @pytest.fixture
 def service_settings(database_url: str) -> ServiceSettings:
-    """Settings of a service whose mails go out at once."""
+    """Settings of a service without a delay before its mails."""
     return ServiceSettings(database_url=database_url, secret_key=SECRET_KEY, verify_email_delay=0)
 
 

@@ -1,4 +1,4 @@
-"""The clock that other tests set: what Postgres sees of it."""
+"""Postgres runs by a clock that tests can set."""
 
 import os
 import time
@@ -13,17 +13,17 @@ from tests.support.waiting import eventually
 
 
 def ahead(connection: psycopg.Connection) -> float:
-    """Returns the seconds by which the server's time is ahead of ours, by the quickest of a few answers."""
-    looks: list[tuple[float, float]] = []
+    """Returns the seconds by which the server's time is ahead of ours, by the fastest of five answers."""
+    answers: list[tuple[float, float]] = []
     for _ in range(5):
         begun = time.time()
         (now,) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone() or (0,)
-        looks.append((time.time() - begun, float(now) - begun))
-    return min(looks)[1]
+        answers.append((time.time() - begun, float(now) - begun))
+    return min(answers)[1]
 
 
 def ahead_of(url: str) -> float | None:
-    """Returns the same by a session of its own; None while Postgres is away."""
+    """Returns the same in a new session; None while Postgres is away."""
     try:
         with psycopg.connect(url, autocommit=True) as connection:
             return ahead(connection)
@@ -33,7 +33,7 @@ def ahead_of(url: str) -> float | None:
 
 @pytest.mark.parametrize("seconds", [3600.25, -0.75])
 def test_a_jump_shows_at_once_in_every_session(clocked_postgres: ClockedPostgres, seconds: float) -> None:
-    """In one that is open and in a new one, there and back."""
+    """Open and new sessions see a jump of the clock, and its return."""
     with psycopg.connect(clocked_postgres.url, autocommit=True) as opened:
         assert ahead(opened) == pytest.approx(0, abs=0.1)
         clocked_postgres.clock.set_ahead(seconds)
@@ -45,7 +45,7 @@ def test_a_jump_shows_at_once_in_every_session(clocked_postgres: ClockedPostgres
 
 
 def test_a_lock_timeout_expires_in_time_while_the_clock_is_ahead(clocked_postgres: ClockedPostgres) -> None:
-    """Postgres asks for the time in a signal handler, which must see the same clock."""
+    """Postgres reads the time in a signal handler, which must see the same clock."""
     with (
         psycopg.connect(clocked_postgres.url) as holder,
         psycopg.connect(clocked_postgres.url, autocommit=True) as waiting,
@@ -60,7 +60,7 @@ def test_a_lock_timeout_expires_in_time_while_the_clock_is_ahead(clocked_postgre
 
 
 def test_a_restart_keeps_the_clock(clocked_postgres: ClockedPostgres) -> None:
-    """It is the machine's, not the process'."""
+    """A restarted server keeps the faked time."""
     clocked_postgres.clock.set_ahead(60)
     clocked_postgres.server.process.terminate()
     clocked_postgres.server.process.wait(30)
@@ -69,7 +69,7 @@ def test_a_restart_keeps_the_clock(clocked_postgres: ClockedPostgres) -> None:
 
 
 def test_a_standby_runs_by_the_same_clock(clocked_postgres: ClockedPostgres) -> None:
-    """What it shows of its own is what the primary does."""
+    """A standby with the clock's environment shows the faked time."""
     environment = {**os.environ, **clocked_postgres.clock.environment}
     with (
         short_folder() as folder,

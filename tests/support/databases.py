@@ -1,4 +1,4 @@
-"""Databases for tests: cloned from a migrated one, and handed on emptied where a test has left the schema alone."""
+"""Provides databases for tests: clones of a migrated one, reused after a test unless it changed the schema."""
 
 from collections.abc import Callable
 from typing import LiteralString
@@ -6,17 +6,17 @@ from typing import LiteralString
 import psycopg
 import psycopg.sql
 
-_MOST_ROWS = 5_000
-"""Rows that are emptied; a new database is cheaper than to delete more."""
+_MAX_ROWS = 5_000
+"""Rows to delete at most; above that, a new database is cheaper."""
 
-# Others first: a session that is about to end may still write.
+# Run before the tables are emptied: a session that is about to end may still write.
 _END_OTHERS: LiteralString = """
 SELECT bool_and(pg_terminate_backend(pid, 5000))
 FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
 """
 
-# Who creates or alters something writes to a catalog, and who drops something leaves one row less in it.
+# Creating or altering an object writes to a catalog, and dropping one deletes a row from it.
 _CATALOGS = (
     "pg_class",
     "pg_attribute",
@@ -44,7 +44,7 @@ SELECT setval(seqrelid::regclass, 1, false) FROM pg_sequence;
 
 
 class Databases:
-    """Migrated, empty databases, one for each test."""
+    """A pool of migrated, empty databases, one per test."""
 
     def __init__(self, create: Callable[[str | None], str], template: str) -> None:
         self._create = create
@@ -53,7 +53,7 @@ class Databases:
         self._emptied: list[str] = []
 
     def lend(self) -> str:
-        """Returns the URL of one."""
+        """Returns the URL of a database."""
         if self._emptied:
             return self._emptied.pop()
         url = self._create(self._template)
@@ -63,22 +63,22 @@ class Databases:
         return url
 
     def take_back(self, url: str) -> None:
-        """Empties one for the next test, or leaves it where that would not make it as new."""
+        """Empties a database for the next test, or abandons it if that would not restore it."""
         try:
             with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
                 connection.execute(_END_OTHERS)
                 if _schema(connection) != self._schema:
                     return
                 (rows,) = connection.execute("SELECT count(*) FROM outbox").fetchone() or (0,)
-                if rows <= _MOST_ROWS:
+                if rows <= _MAX_ROWS:
                     connection.execute(_EMPTY)
                     self._emptied.append(url)
         except psycopg.Error:
-            return  # the test has taken it down
+            return  # the test stopped the server or dropped the database
 
 
 def _schema(connection: psycopg.Connection) -> object:
-    """Returns what no change of the schema leaves as it was."""
+    """Returns a value that every change of the schema or the settings changes."""
     parts = (
         psycopg.sql.SQL("SELECT count(*), max(xmin::text::bigint) FROM {}").format(psycopg.sql.Identifier(catalog))
         for catalog in _CATALOGS

@@ -1,7 +1,7 @@
-/* A clock that is ahead of the true one by as much as a file says, for a program that is started with LD_PRELOAD.
+/* Shifts the clock of a program that is started with LD_PRELOAD by the microseconds in a file.
  *
- * The file is mapped, so a change holds at once and in all processes, and no call costs more than it did. Nothing here
- * takes a lock or allocates: Postgres asks for the time in its signal handlers too. The monotonic clock stays as it is.
+ * The file is mapped: a change takes effect immediately in all processes, and no call becomes slower. Nothing here
+ * takes a lock or allocates, because Postgres reads the time in signal handlers too. The monotonic clock is unchanged.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -31,7 +31,7 @@ int clock_gettime(clockid_t clock, struct timespec *now)
 {
     int result = (int)syscall(SYS_clock_gettime, clock, now);
     if (result == 0 && ahead != NULL && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) {
-        int64_t microseconds = *ahead; /* read once: it may change meanwhile */
+        int64_t microseconds = *ahead; /* read once: it may change at any time */
         now->tv_sec += microseconds / 1000000;
         now->tv_nsec += microseconds % 1000000 * 1000;
         if (now->tv_nsec >= 1000000000) {

@@ -1,8 +1,8 @@
-"""A Postgres whose clock can be set, for jumps of the server's time; every other process keeps the true time.
+"""Runs a Postgres with a clock that tests can set. All other processes keep the true time.
 
-libfaketime does not serve: while a process waits, it shows the true time to signal handlers, and a `lock_timeout` that
-expires then is put off by as much as the clock is ahead. So a small library of ours is preloaded, which needs a C
-compiler.
+libfaketime does not work here: while a process waits, it shows the true time to signal handlers, which delays a
+`lock_timeout` that expires then by as much as the clock is ahead. So we preload a small library of our own, which needs
+a C compiler.
 """
 
 import mmap
@@ -24,17 +24,17 @@ _SOURCE = Path(__file__).with_suffix(".c")
 
 
 class NoFakedClockError(Exception):
-    """This machine cannot run a server under a faked clock."""
+    """This machine cannot run a server with a faked clock."""
 
 
 class FakedClock:
-    """The clock of one server. A change holds at once, in sessions that are open as well."""
+    """The clock of one server. A change takes effect immediately, also in open sessions."""
 
     def __init__(self, library: Path) -> None:
-        """Makes the file that the server's processes map; it shows the true time."""
+        """Creates the file that the server's processes map, set to the true time."""
         file = library.with_suffix(".ahead")
         self.environment = {"LD_PRELOAD": str(library), "FAKED_CLOCK": str(file)}
-        """What a server needs in its environment to run by this clock."""
+        """The environment in which a server uses this clock."""
         file.write_bytes(struct.pack("=q", 0))
         file.chmod(0o644)
         with file.open("r+b") as opened:
@@ -42,12 +42,12 @@ class FakedClock:
 
     @property
     def ahead(self) -> float:
-        """Seconds by which it is ahead of the true time; negative where it is behind."""
+        """Seconds by which it is ahead of the true time; negative if it is behind."""
         (microseconds,) = struct.unpack("=q", self._mapped[:])
         return float(microseconds / 1_000_000)
 
     def set_ahead(self, seconds: float) -> None:
-        """Jumps to the true time and so many seconds more, or less where they are negative; 0 is the true time."""
+        """Jumps to the true time plus `seconds`, which may be negative."""
         self._mapped[:] = struct.pack("=q", round(seconds * 1_000_000))
 
 
@@ -56,26 +56,26 @@ class ClockedPostgres:
     """A Postgres and its clock."""
 
     server: EmbeddedServer
-    """May be stopped and restarted; its clock stays as it is."""
+    """Can be stopped and restarted; its clock stays as it is."""
     clock: FakedClock
 
     @property
     def url(self) -> str:
-        """What clients connect to."""
+        """The URL for clients."""
         return self.server.url
 
 
 @contextmanager
 def clocked_postgres(folder: Path, *, settings: Sequence[str] = ()) -> Iterator[ClockedPostgres]:
-    """Runs Postgres as `embedded_postgres` does, with a clock that can be set and shows the true time at first.
+    """Runs Postgres as `embedded_postgres` does, with a clock that can be set; it first shows the true time.
 
     Args:
-        folder: where its data is; made if need be.
-        settings: parameters as in `fsync=off`.
+        folder: its data folder, which is created if needed.
+        settings: parameters such as `fsync=off`.
 
     Raises:
         NoFakedClockError: there is no C compiler, or this is not Linux.
-        StartError: Postgres does not come up.
+        StartError: Postgres does not start.
     """
     compiled = _compiled()
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def clocked_postgres(folder: Path, *, settings: Sequence[str] = ()) -> Iterator[
 
 
 def why_missing() -> str:
-    """Returns why `clocked_postgres` cannot run here and what to install; empty where it can."""
+    """Returns why `clocked_postgres` cannot run here and what to install; empty if it can."""
     try:
         _compiled()
     except NoFakedClockError as error:
@@ -108,6 +108,6 @@ def _compiled() -> bytes:
         compiling = subprocess.run(command, capture_output=True, text=True, check=False)
         if compiling.returncode != 0:
             raise NoFakedClockError(
-                f"a faked clock needs a C compiler that works: apt-get install gcc libc6-dev\n{compiling.stderr}"
+                f"a faked clock needs a working C compiler: apt-get install gcc libc6-dev\n{compiling.stderr}"
             )
         return library.read_bytes()

@@ -1,4 +1,4 @@
-"""How Postgres has understood an expression: which operators it has found, and whether for exactly these types."""
+"""Reads Postgres' parse trees: which operators an expression uses, and whether they match its types exactly."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 Node = list[Any]
-"""A node of Postgres' own text for trees (`pg_node_tree`), or one of its lists: strings and nodes."""
+"""A node, or a list in a node, of Postgres' text format for trees (`pg_node_tree`): strings and nodes."""
 
 _IMPLICIT = "2"
 """Postgres' CoercionForm COERCE_IMPLICIT_CAST."""
@@ -17,7 +17,7 @@ _IMPLICIT = "2"
 
 @contextmanager
 def parse_trees(connection: psycopg.Connection[Any]) -> Iterator[list[str]]:
-    """Yields a list that gets the tree of each statement that the connection parses inside the block."""
+    """Yields a list that collects the tree of each statement that the connection parses during the block."""
     trees: list[str] = []
 
     def keep(notice: psycopg.errors.Diagnostic) -> None:
@@ -36,14 +36,14 @@ def parse_trees(connection: psycopg.Connection[Any]) -> Iterator[list[str]]:
 
 
 def inexact_operators(connection: psycopg.Connection[Any], tree: str) -> list[str]:
-    """Returns each operator of a tree that was found for other types than its operands have.
+    """Returns the operators of a tree that do not match the types of their operands exactly.
 
-    An operator of somebody else's that is defined for exactly these types would have been found instead.
+    Postgres would choose another role's operator instead if it were defined for exactly these types.
     """
-    converting, found = set[int](), set[int]()
+    converting, operators = set[int](), set[int]()
     for node in _nodes(_parsed(tree)):
         numbers, operands = _operation(node)
-        found.update(numbers)
+        operators.update(numbers)
         if any(_is_converted(operand) for operand in operands):
             converting.update(numbers)
     rows = connection.execute(
@@ -53,7 +53,7 @@ def inexact_operators(connection: psycopg.Connection[Any], tree: str) -> list[st
         WHERE oid = ANY (%s::oid[])
            OR oid = ANY (%s::oid[]) AND EXISTS (SELECT FROM pg_type WHERE typtype = 'p' AND oid IN (oprleft, oprright))
         """,
-        [list(converting), list(found)],
+        [list(converting), list(operators)],
     )
     return [row["name"] for row in rows]
 
@@ -70,7 +70,7 @@ def _parsed(tree: str) -> Node:
             open_nodes.pop()
         else:
             open_nodes[-1].append(token)
-    assert open_nodes == [root], "the text is whole"
+    assert open_nodes == [root], "the tree is complete"
     return root
 
 
@@ -82,7 +82,7 @@ def _nodes(node: Node) -> Iterator[Node]:
 
 
 def _operation(node: Node) -> tuple[list[int], Node]:
-    """Returns the numbers of a node's operators, and their operands."""
+    """Returns the OIDs of a node's operators, and their operands."""
     if ":opno" in node:
         return [int(_field(node, ":opno"))], _field(node, ":args")
     if ":opnos" in node:

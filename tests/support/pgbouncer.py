@@ -1,4 +1,4 @@
-"""A PgBouncer before the run's Postgres."""
+"""Runs PgBouncer in front of a Postgres server."""
 
 import os
 import shutil
@@ -15,29 +15,31 @@ from outbox.devstack.unprivileged import make_own
 from tests.support.waiting import eventually
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
-"""Debian's package puts it where an ordinary user's PATH does not lead."""
+"""Debian installs it in a folder that is not in an ordinary user's PATH."""
 
 
 @contextmanager
 def pgbouncer(folder: Path, server_url: str, mode: str = "transaction") -> Iterator[str]:
-    """Runs PgBouncer before all databases of a server.
+    """Runs PgBouncer in front of all databases of a server.
 
     Args:
-        folder: an empty one of its own, with a short name: its socket is in it.
+        folder: an empty folder with a short path, because it holds the socket.
         server_url: a database of that server.
-        mode: how long a client keeps a session: for a `transaction`, or a `session`.
+        mode: the pool mode, `transaction` or `session`.
 
     Yields:
-        The URL of the same database by way of it.
+        The URL of the same database through PgBouncer.
     """
     assert PROGRAM is not None
     server = conninfo_to_dict(server_url)
     name = str(server.pop("dbname"))
-    to = " ".join(f"{key}='{value}'" for key, value in server.items() if key in {"host", "port", "user", "password"})
+    target = " ".join(
+        f"{key}='{value}'" for key, value in server.items() if key in {"host", "port", "user", "password"}
+    )
     (folder / "pgbouncer.ini").write_text(
         f"""
         [databases]
-        * = {to}
+        * = {target}
         [pgbouncer]
         auth_type = any
         listen_port = 6432

@@ -1,4 +1,4 @@
-"""The three processes, run as a user runs them: real processes with an environment and signals."""
+"""Runs the three processes as a user does: as real processes, controlled by their environment and signals."""
 
 import json
 import os
@@ -28,16 +28,16 @@ QUICK = {
     "OUTBOX_SWEEP_GRACE": "1",
     "OUTBOX_LEASE": "2",
 }
-"""Settings under which what is lost is found within a few seconds."""
+"""Settings with which the relay recovers lost rows within a few seconds."""
 
 
 def command_of(module: str) -> list[str]:
-    """Returns the command that starts a process of ours, or a module."""
+    """Returns the command that starts one of the three processes, or else a module."""
     return [sys.executable, "-m", *(["outbox"] if module in PROCESSES else []), module]
 
 
 class Process:
-    """One running process, its log and its end."""
+    """A process and its log."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Process:
             )
 
     def text(self) -> str:
-        """Returns all that it has printed."""
+        """Returns its whole output."""
         return self.log.read_text(errors="replace")
 
     def events(self, event: str) -> list[dict[str, Any]]:
@@ -71,14 +71,14 @@ class Process:
         return [line for line in lines if line.get("event") == event]
 
     def await_event(self, event: str, seconds: float = 20) -> dict[str, Any]:
-        """Waits until it logs an event and returns the first."""
+        """Waits until it logs an event, and returns the first such line."""
         eventually(lambda: self.events(event) or self.popen.poll() is not None, seconds, f"{event!r} of {self.module}")
-        found = self.events(event)
-        assert found, f"{self.module} ended with {self.popen.returncode}:\n{self.text()}"
-        return found[0]
+        lines = self.events(event)
+        assert lines, f"{self.module} exited with {self.popen.returncode}:\n{self.text()}"
+        return lines[0]
 
     def is_up(self) -> bool:
-        """Whether it still runs."""
+        """Whether it is running."""
         return self.popen.poll() is None
 
     def send(self, number: signal.Signals) -> None:
@@ -86,27 +86,27 @@ class Process:
         self.popen.send_signal(number)
 
     def wait(self, seconds: float = 30) -> int:
-        """Waits for its end and returns the exit code."""
+        """Waits for its exit, and returns the exit code."""
         return self.popen.wait(seconds)
 
     def stop(self) -> int:
-        """Ends it as an operator would: SIGTERM."""
+        """Stops it by SIGTERM, and returns the exit code."""
         if self.popen.poll() is None:
             self.send(signal.SIGTERM)
         return self.wait()
 
     def kill(self) -> None:
-        """Ends it whatever it does."""
+        """Kills it if it is running."""
         if self.popen.poll() is None:
             self.popen.kill()
         self.popen.wait()
 
 
 class Stack:
-    """Any number of services, relays and workers on one database, Redis and mailbox. Ends all that it started."""
+    """Any number of services, relays and workers on one database, Redis and mailbox."""
 
     measured = True
-    """Whether the processes measure their coverage, which makes each start and each row dearer."""
+    """Whether the processes measure their coverage, which slows down each start and each row."""
 
     def __init__(self, folder: Path, database_url: str, redis_url: str, smtp_url: str) -> None:
         self.folder = folder
@@ -125,18 +125,18 @@ class Stack:
 
     @property
     def url(self) -> str:
-        """Where the API is."""
+        """The URL of the API."""
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, module: str, *, limits: str = "", **environment: str) -> Process:
-        """Starts `python -m module`, behind a command of the shell that sets limits, without waiting for it."""
+        """Starts a process without waiting for it; `limits` is a shell command to run before, such as `ulimit`."""
         log = self.folder / f"{module}-{len(self.processes)}.log"
         process = Process(module, {**self.environment, **environment}, log, measured=self.measured, limits=limits)
         self.processes.append(process)
         return process
 
     def run(self, module: str, *, limits: str = "", **environment: str) -> Process:
-        """Starts a process and waits until it says that it has started (the service: until it answers)."""
+        """Starts a process, and waits until it logs that it started; a service must also answer."""
         process = self.start(module, limits=limits, **environment)
         process.await_event("started")
         if module == "service":
@@ -144,7 +144,7 @@ class Stack:
         return process
 
     def run_all(self, *modules: str, **environment: str) -> list[Process]:
-        """Starts processes at once and waits until all have started."""
+        """Starts processes at the same time, and waits for all of them."""
         processes = [self.start(module, **environment) for module in modules]
         for process in processes:
             process.await_event("started", 40)
@@ -153,7 +153,7 @@ class Stack:
         return processes
 
     def create_user(self, name: str, **headers: str) -> tuple[int, dict[str, Any]]:
-        """Creates a user and returns the status and the answer."""
+        """Creates a user, and returns the status and the answer."""
         user = {
             "username": name,
             "password": "correct horse",
@@ -163,33 +163,33 @@ class Stack:
         return self.post("/v1/users", user, **headers)
 
     def post(self, path: str, body: object, **headers: str) -> tuple[int, dict[str, Any]]:
-        """Posts JSON."""
+        """Sends a POST request with JSON, and returns the status and the answer."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
         )
         return _answer(request)
 
     def get(self, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
-        """Gets JSON."""
+        """Sends a GET request, and returns the status and the answer."""
         return _answer(urllib.request.Request(self.url + path, headers={"Accept": "application/json", **headers}))
 
     def close(self) -> None:
-        """Kills whatever still runs."""
+        """Kills all processes that are running."""
         for process in self.processes:
             process.kill()
 
 
 def take_down(server: EmbeddedServer) -> None:
-    """Stops an embedded server at once, as an operator or a crash would; `server.restart()` brings it back."""
+    """Stops an embedded server and waits for its exit; `server.restart()` starts it again."""
     server.process.send_signal(signal.SIGINT if server.name == "postgres" else signal.SIGTERM)
     server.process.wait(30)
 
 
 @contextmanager
 def frozen(server: EmbeddedServer) -> Iterator[None]:
-    """Stops a server and its children in their tracks: connections stay open, and nothing answers."""
+    """Suspends a server and its children during the block: connections stay open, and nothing answers."""
     main = psutil.Process(server.process.pid)
-    main.suspend()  # first, and until it has stopped: what it starts while its children are listed would go on
+    main.suspend()  # before its children are listed: a child that it starts after that would keep running
     eventually(lambda: main.status() == psutil.STATUS_STOPPED, 5, "it has stopped")
     processes = [main, *main.children(recursive=True)]
     for process in processes:
@@ -202,11 +202,11 @@ def frozen(server: EmbeddedServer) -> Iterator[None]:
 
 
 def add_users(connection: psycopg.Connection[Any], names: list[str], *, delay: float = 0) -> None:
-    """Creates users and their outbox rows as the service does, but many at once and by SQL alone.
+    """Creates users and their outbox rows by SQL, in one transaction.
 
     Args:
-        connection: in autocommit mode.
-        names: their usernames; a user's address is name@example.com.
+        connection: a connection in autocommit mode.
+        names: their usernames; each address is name@example.com.
         delay: seconds until their mails are due.
     """
     with connection.transaction():
@@ -224,7 +224,7 @@ def add_users(connection: psycopg.Connection[Any], names: list[str], *, delay: f
 
 
 def _answer(request: urllib.request.Request) -> tuple[int, dict[str, Any]]:
-    """Returns status and JSON; status 0 where there was no answer."""
+    """Returns the status and the JSON answer; status 0 if there was no answer."""
     try:
         with urllib.request.urlopen(request, timeout=15) as response:
             return response.status, json.loads(response.read() or b"{}")
@@ -236,7 +236,7 @@ def _answer(request: urllib.request.Request) -> tuple[int, dict[str, Any]]:
 
 
 def _clean_environment(*, measured: bool) -> dict[str, str]:
-    """Returns this environment without what configures the processes, and without the tests' own servers."""
+    """Returns this environment without the settings of the processes and of the tests."""
     ours = ("OUTBOX_", "DATABASE_URL", "REDIS_URL", "SMTP_", "MAIL_", "HTTP_SERVER", "PUBLIC_URL", "VERIFY_", "LOG_")
     left_out = (*ours, "SECRET_KEY", "TEST_", *(() if measured else ("COVERAGE_",)))
     return {name: value for name, value in os.environ.items() if not name.startswith(left_out)}

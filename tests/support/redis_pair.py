@@ -1,4 +1,4 @@
-"""A primary and a replica of Redis behind one address, which moves from the old primary to the new one."""
+"""Runs a Redis primary and replica behind one address, which a fail-over moves to the new primary."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,18 +14,18 @@ from tests.support.waiting import eventually
 
 
 def replicating(port: int) -> list[str]:
-    """Returns the settings of a server that is to be a primary or a replica, and is reached by others at a port."""
+    """Returns the settings of a primary or a replica that other servers reach at a port."""
     return ["bind 127.0.0.1", f"port {port}", "repl-diskless-sync yes", "repl-diskless-sync-delay 0"]
 
 
 class RedisPair:
-    """Two servers. What is connected to the old primary stays connected to it: no socket is closed by a fail-over."""
+    """Two servers. A fail-over closes no socket: clients of the old primary stay connected to it."""
 
     def __init__(
         self, folder: Path, servers: list[EmbeddedServer], ports: list[int], clients: list[redis.Redis]
     ) -> None:
         self.url = f"unix://{quote(str(folder / 'primary.sock'))}"
-        """Leads to the primary at the time of the connect, as a DNS name or a Kubernetes service does."""
+        """The URL of the address: new connections reach the server it points to, as with a DNS name."""
         self._address = folder / "primary.sock"
         self._sockets = [Path(unquote(urlsplit(server.url).path)) for server in servers]
         self._ports = ports
@@ -36,12 +36,12 @@ class RedisPair:
 
     @property
     def primary(self) -> redis.Redis:
-        """A client of the server that takes writes."""
+        """A client of the primary."""
         return self._clients[self._primary]
 
     @property
     def other(self) -> redis.Redis:
-        """A client of the other one."""
+        """A client of the other server."""
         return self._clients[1 - self._primary]
 
     def fail_over(self) -> None:
@@ -51,17 +51,17 @@ class RedisPair:
         self.replicate()
 
     def promote(self) -> None:
-        """Makes the other one the primary; the old one still takes writes."""
+        """Makes the other server the primary; the old one still accepts writes."""
         self._primary = 1 - self._primary
         self.primary.replicaof("NO", "ONE")
 
     def replicate(self) -> None:
-        """Makes the other one a replica, and waits until it has all that the primary has."""
+        """Makes the other server a replica, and waits until it has caught up."""
         self.other.replicaof("127.0.0.1", self._ports[self._primary])
         eventually(lambda: self.other.info("replication").get("master_link_status") == "up", 15, "it replicates")
 
     def move_address(self) -> None:
-        """Makes the address lead to the primary, for who connects from now on."""
+        """Makes the address point to the primary, for new connections."""
         new = self._address.with_suffix(".new")
         new.symlink_to(self._sockets[self._primary])
         new.replace(self._address)
@@ -69,7 +69,7 @@ class RedisPair:
 
 @contextmanager
 def redis_pair(folder: Path) -> Iterator[RedisPair]:
-    """Runs both until the block is left."""
+    """Runs both servers until the end of the block."""
     ports = [free_port(), free_port()]
     with ExitStack() as opened:
         servers = [

@@ -1,4 +1,4 @@
-"""Outbox rows, as tests write and read them."""
+"""Writes and reads outbox rows for tests."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tests.conftest import Connection
 
 
 def add_row(connection: Connection, **columns: Any) -> Delivery:
-    """Adds a row, handed over once unless told otherwise, and returns its delivery."""
+    """Adds a row, by default handed over once, and returns its delivery."""
     values = {"task": "noted", "payload": "{}", "status": "enqueued", "delivery": 1, **columns}
     row = connection.execute(
         "INSERT INTO outbox (task, payload, queue, status, delivery, attempts, max_retries, timeout, run_at, done_at, "
@@ -24,7 +24,7 @@ def add_row(connection: Connection, **columns: Any) -> Delivery:
 
 
 def read_row(connection: Connection, delivery: Delivery) -> dict[str, Any]:
-    """Returns a row as it is now."""
+    """Returns a row, with the remaining seconds of its lease and until it is due."""
     row = connection.execute(
         "SELECT *, extract(epoch FROM lease_until - now())::float8 AS lease, "
         "extract(epoch FROM run_at - now())::float8 AS waits FROM outbox WHERE id = %s",
@@ -35,5 +35,5 @@ def read_row(connection: Connection, delivery: Delivery) -> dict[str, Any]:
 
 
 def offer(client: redis.Redis, *job_ids: str | bytes, queue: str = "default") -> None:
-    """Puts ids into a queue."""
+    """Appends job ids to a queue."""
     client.rpush(f"rq:queue:{queue}", *job_ids)

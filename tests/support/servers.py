@@ -1,4 +1,4 @@
-"""Which Postgres and Redis a run uses: given ones, containers, or the embedded servers, in this order."""
+"""Provides the Postgres and Redis of a test run: given servers, containers, or embedded servers, in this order."""
 
 import gc
 import os
@@ -23,16 +23,16 @@ REDIS_IMAGE = os.environ.get("TEST_REDIS_IMAGE", "redis:8-alpine")
 
 @dataclass(frozen=True)
 class Choice:
-    """Where one server comes from."""
+    """The origin of a server."""
 
     kind: str
     """`given`, `container` or `embedded`."""
-    described: str
+    description: str
 
 
 @cache
 def choice_of(variable: str, image: str, embedded: str) -> Choice:
-    """Decides where a server comes from; an engine that cannot get the image counts as none."""
+    """Chooses the origin of a server; a Docker engine that cannot get the image counts as none."""
     if os.environ.get(variable):
         return Choice("given", f"given by {variable}")
     if _engine_has(image):
@@ -43,18 +43,18 @@ def choice_of(variable: str, image: str, embedded: str) -> Choice:
 
 
 def postgres_choice() -> Choice:
-    """Where Postgres comes from in this run."""
+    """Returns the origin of this run's Postgres."""
     return choice_of("TEST_DATABASE_URL", POSTGRES_IMAGE, "PostgreSQL")
 
 
 def redis_choice() -> Choice:
-    """Where Redis comes from in this run."""
+    """Returns the origin of this run's Redis."""
     return choice_of("TEST_REDIS_URL", REDIS_IMAGE, "Redis")
 
 
 @contextmanager
 def postgres_server(folder: Path) -> Iterator[str]:
-    """Runs (or just names) the run's Postgres and yields the URL of a database from which others may be created."""
+    """Runs Postgres, unless one is given, and yields the URL of a database from which others can be created."""
     kind = postgres_choice().kind
     if kind == "given":
         yield os.environ["TEST_DATABASE_URL"]
@@ -67,12 +67,12 @@ def postgres_server(folder: Path) -> Iterator[str]:
         settings = ["fsync=off", "full_page_writes=off", "max_connections=200", "autovacuum=off"]
         with embedded_postgres(folder, settings=settings) as server:
             yield server.url
-            server.process.send_signal(signal.SIGQUIT)  # at once: in order, it would first write 300 databases to disk
+            server.process.send_signal(signal.SIGQUIT)  # a fast shutdown would first write 300 databases to disk
 
 
 @contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """Runs (or just names) the run's Redis and yields its URL."""
+    """Runs Redis, unless one is given, and yields its URL."""
     kind = redis_choice().kind
     if kind == "given":
         yield _database_of_this_process(os.environ["TEST_REDIS_URL"])
@@ -87,7 +87,7 @@ def redis_server(folder: Path) -> Iterator[str]:
 
 
 def _database_of_this_process(redis_url: str) -> str:
-    """Returns the URL with the database that this one of several test processes (`pytest -n`) may empty."""
+    """Returns the URL of the database that this test process (of several with `pytest -n`) may empty."""
     process = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     if redis_url.startswith("unix://"):
         return f"{redis_url.partition('?')[0]}?db={process}"
@@ -96,19 +96,19 @@ def _database_of_this_process(redis_url: str) -> str:
 
 def _engine_has(image: str) -> bool:
     with warnings.catch_warnings():
-        # Where no engine answers, the client forgets its socket.
+        # If no engine answers, the client does not close its socket.
         warnings.simplefilter("ignore", ResourceWarning)
         try:
             with closing(docker.from_env(timeout=30)) as engine:
-                _get(engine, image)
-            answers = True
+                _pull_if_missing(engine, image)
+            has_image = True
         except (docker.errors.DockerException, OSError):
-            answers = False
+            has_image = False
         gc.collect()
-    return answers
+    return has_image
 
 
-def _get(engine: docker.DockerClient, image: str) -> None:
+def _pull_if_missing(engine: docker.DockerClient, image: str) -> None:
     try:
         engine.images.get(image)
     except docker.errors.ImageNotFound:
@@ -119,11 +119,11 @@ def cluster_settings() -> list[str]:
     """Returns the settings of a Redis in cluster mode, on ports that no other test uses at the same time."""
     while (port := free_port()) > 50_000:
         pass
-    return ["cluster-enabled yes", "bind 127.0.0.1", f"port {port}"]  # its bus is on the port 10,000 higher
+    return ["cluster-enabled yes", "bind 127.0.0.1", f"port {port}"]  # the cluster bus uses port + 10,000
 
 
 def with_database(url: str, name: str) -> str:
-    """Returns the URL with another database in it."""
+    """Returns the URL with another database name."""
     head, _, query = url.partition("?")
     server, _, _ = head.rpartition("/")
     return f"{server}/{quote(name)}" + (f"?{query}" if query else "")

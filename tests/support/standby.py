@@ -1,4 +1,4 @@
-"""A Postgres and its streaming standby, which change roles as in a fail-over."""
+"""Runs a Postgres and its streaming standby, which can change roles in a fail-over."""
 
 import os
 import signal
@@ -19,20 +19,20 @@ from tests.support.processes import take_down
 from tests.support.waiting import eventually
 
 KEPT = "wal_keep_size=64MB"
-"""The setting by which a new primary keeps what the old one lacks when that comes back as its standby."""
+"""The setting by which a new primary keeps the WAL that the old one lacks when it returns as a standby."""
 _SETTINGS = ("fsync=off", KEPT)
 
 
 @dataclass
 class Pair:
-    """Two servers, of which one streams to the other."""
+    """A primary, and the standby to which it streams."""
 
     primary: EmbeddedServer
     standby: EmbeddedServer
     folders: dict[str, Path]
-    """Where each one's data and sockets are, by its URL."""
+    """Folder of each server's data and sockets, by its URL."""
     address: Path
-    """A folder of sockets that leads to one of the two, as a name in DNS does."""
+    """A link to the socket folder of one of the two, like a name in DNS."""
 
     @property
     def url(self) -> str:
@@ -41,22 +41,22 @@ class Pair:
 
     @property
     def both_url(self) -> str:
-        """The database at whichever of the two may be written to."""
+        """The database at whichever of the two accepts writes."""
         hosts = ",".join(quote(str(folder)) for folder in self.folders.values())
         return f"postgresql://outbox@/outbox?host={hosts}&target_session_attrs=read-write"
 
     def fail_over(self) -> None:
-        """Promotes the standby; the old primary comes back as its standby. The address stays where it is."""
+        """Promotes the standby; the old primary returns as its standby. The address does not move."""
         take_down(self.primary)
         with psycopg.connect(self.standby.url, autocommit=True) as connection:
             connection.execute("SELECT pg_promote()")
         self.primary, self.standby = self.standby, self.primary
         make_standby(self.folders[self.standby.url], self.primary.url)
         self.standby.restart()
-        eventually(lambda: is_standby(self.standby), 30, "the old primary is back as a standby")
+        eventually(lambda: is_standby(self.standby), 30, "the old primary has returned as a standby")
 
     def move_address(self) -> None:
-        """Makes the address lead to the primary."""
+        """Makes the address point to the primary."""
         moved = self.address.with_name("moved")
         moved.symlink_to(self.folders[self.primary.url])
         moved.replace(self.address)
@@ -64,10 +64,10 @@ class Pair:
 
 @contextmanager
 def streaming_pair(folder: Path) -> Iterator[Pair]:
-    """Runs a primary and its standby, with an address that leads to the primary.
+    """Runs a primary and its standby, with an address that points to the primary.
 
     Args:
-        folder: an empty one of its own, with a short name: sockets are in it.
+        folder: an empty folder with a short path, because it holds sockets.
     """
     with (
         embedded_postgres(folder / "first", settings=_SETTINGS) as first,
@@ -84,13 +84,13 @@ def streaming_pair(folder: Path) -> Iterator[Pair]:
 def standby(
     data: Path, primary_url: str, *, settings: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Iterator[EmbeddedServer]:
-    """Copies a primary, and runs the copy as its standby until the block is left.
+    """Copies a primary, and runs the copy as its standby until the end of the block.
 
     Args:
-        data: the copy's folder, which is made; its log is beside it.
-        primary_url: where the primary is, on this machine.
-        settings: parameters as in `fsync=off`.
-        environment: of the server; the parent's unless given.
+        data: the data folder of the copy, which is created; its log is beside it.
+        primary_url: the URL of the primary, on this machine.
+        settings: parameters such as `fsync=off`.
+        environment: environment of the server; by default that of this process.
 
     Yields:
         The server, once it answers.
@@ -121,11 +121,11 @@ def standby(
 
 
 def make_standby(data: Path, primary_url: str) -> None:
-    """Makes a server that is down a standby from its next start on.
+    """Configures a stopped server to start as a standby.
 
     Args:
         data: its data folder.
-        primary_url: whom it is to follow.
+        primary_url: the primary that it follows.
     """
     with (data / "postgresql.auto.conf").open("a") as settings:
         settings.write(f"primary_conninfo = '{primary_url}'\n")
@@ -134,7 +134,7 @@ def make_standby(data: Path, primary_url: str) -> None:
 
 
 def is_standby(server: EmbeddedServer) -> bool:
-    """Whether a server answers, and only replays what another writes."""
+    """Whether a server answers and is a standby."""
     try:
         with psycopg.connect(server.url) as connection:
             return connection.execute("SELECT pg_is_in_recovery()").fetchone() == (True,)

@@ -1,4 +1,4 @@
-"""Parameters for the statements, as the processes give them."""
+"""Defines parameters for the statements, as the processes pass them."""
 
 import re
 from typing import Any
@@ -46,6 +46,6 @@ STATEMENTS: dict[str, dict[str, Any]] = {
     "give_up_unhandled": {"ids": MANY[:500]},
     "row_statuses": {"ids": MANY},
 }
-"""Every statement of relay, worker and `outbox dead` that touches the outbox, with parameters as they come."""
+"""Every statement of relay, worker and `outbox dead` that uses the outbox, with typical parameters."""
 TEXT = (sql_folder() / "queries.sql").read_text(encoding="utf-8")
 NAMES = re.findall(r"^-- name: (\w+)$", TEXT, re.MULTILINE)

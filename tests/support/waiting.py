@@ -1,4 +1,4 @@
-"""Waiting for something to become true, with a deadline."""
+"""Waits for a condition, with a deadline."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def eventually(check: Callable[[], T], seconds: float = 10, what: str = "the condition") -> T:
-    """Calls `check` until it returns something true, and returns that; fails after the deadline."""
+    """Calls `check` until it returns a true value, and returns that; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     pause = 0.005
     while not (result := check()):

@@ -1,6 +1,6 @@
-"""Runs a process under a clock that is wrong: `CLOCK_OF=relay CLOCK_ERROR=3600 python -m tests.support.wrong_clock`.
+"""Runs a process with a wrong clock: `CLOCK_OF=relay CLOCK_ERROR=3600 python -m tests.support.wrong_clock`.
 
-The monotonic clock stays as it is, as it does on a machine whose time was set wrong.
+The monotonic clock is unchanged, as on a machine that was set to a wrong time.
 """
 
 import datetime as dt
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def set_wrong(seconds: float) -> None:
-    """Moves what this process takes for the time; for good, and before anything else is imported."""
+    """Shifts the time of this process permanently; must be called before anything else is imported."""
     true_time, true_time_ns, true_datetime = time.time, time.time_ns, dt.datetime
 
-    class _Kind(type):
+    class _DatetimeType(type):
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, true_datetime)
 
-    class _WrongDatetime(dt.datetime, metaclass=_Kind):
+    class _WrongDatetime(dt.datetime, metaclass=_DatetimeType):
         @classmethod
         def now(cls, tz: dt.tzinfo | None = None) -> Any:
             return true_datetime.fromtimestamp(time.time(), tz)
