@@ -1,4 +1,4 @@
-"""Time is Postgres' time everywhere: a relay or a worker whose own clock is an hour off does no harm."""
+"""All processes use Postgres' time: a relay or a worker with a clock an hour off does no harm."""
 
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -20,10 +20,10 @@ DELAY = 1.5
 def test_clocks_that_are_an_hour_off(
     stack: Stack, connection: Connection, mailbox: Mailbox, relays: int, workers: int
 ) -> None:
-    """A delayed mail is neither early nor late; nothing is swept, rescued, handed over twice or deleted too soon.
+    """A delayed mail is neither early nor late; no row is swept, rescued, handed over twice or deleted too soon.
 
-    The handler takes longer than the lease, so that the row is only safe while the lease is renewed; and a done row
-    is kept for its retention time, neither an hour longer nor an hour less.
+    The handler takes longer than the lease, so that the row depends on its renewal. A done row is kept for its
+    retention time, neither an hour longer nor an hour less.
     """
     mailbox.data_delay = 1.5
     connection.execute(
@@ -58,18 +58,18 @@ def test_clocks_that_are_an_hour_off(
 
 
 def status(connection: Connection) -> str:
-    """Returns the status of the mail's row."""
+    """Returns the status of the row of the mail."""
     row = connection.execute("SELECT status FROM outbox WHERE task = 'send_verify_email'").fetchone()
     assert row
     return str(row["status"])
 
 
 def with_wrong_clock(stack: Stack, module: str, error: int) -> Process:
-    """Starts a process whose clock is so many seconds off."""
+    """Starts a process with a clock that is `error` seconds off."""
     return stack.start("tests.support.wrong_clock", CLOCK_OF=module, CLOCK_ERROR=str(error))
 
 
 def error_of(process: Process) -> float:
-    """Returns how many seconds the time in a process' log is off."""
+    """Returns by how many seconds the time in a process's log is off."""
     logged = datetime.fromisoformat(process.await_event("started")["timestamp"])
     return (logged - datetime.now(UTC)).total_seconds()

@@ -1,4 +1,4 @@
-"""What a user of the service sees when nothing fails."""
+"""A user signs up and is verified when nothing fails."""
 
 from tests.support.mailbox import Mailbox, link_in
 from tests.support.processes import Stack
@@ -6,7 +6,7 @@ from tests.support.waiting import eventually
 
 
 def test_the_link_in_the_mail_verifies_the_user(stack: Stack, mailbox: Mailbox) -> None:
-    """A client creates a user; after the delay, not before, the mail arrives, and its link verifies the user."""
+    """A client creates a user; the mail arrives, and its link verifies the user."""
     for module in ("service", "relay", "worker"):
         stack.run(module, VERIFY_EMAIL_DELAY="2")
 

@@ -1,4 +1,4 @@
-"""Redis and the outbox hold what is not ours: nothing of it runs, nothing stops, real users still get their mails."""
+"""Redis and the outbox hold foreign data: none of it runs, no process stops, and real users still get their mails."""
 
 import math
 import os
@@ -54,19 +54,19 @@ GARBAGE_IDS = [
 
 
 class Bomb:
-    """A pickle that makes a folder when it is loaded."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-        """Says how it is to be loaded."""
+        """Returns the call that loads it."""
         return os.mkdir, (str(self.folder),)
 
 
 @dataclass
 class Running:
-    """The three processes, and users that are real."""
+    """The three processes, and real users."""
 
     stack: Stack
     processes: list[Process]
@@ -76,7 +76,7 @@ class Running:
     numbers: Iterator[int] = field(default_factory=count)
 
     def serves(self, users: int = 3) -> None:
-        """Creates users and waits until each has got exactly one mail; nothing may have ended or crashed."""
+        """Creates users, waits for exactly one mail each, and checks that no process has ended or crashed."""
         names = [f"real_{next(self.numbers)}" for _ in range(users)]
         assert [self.stack.create_user(name)[0] for name in names] == [201] * users
         eventually(lambda: all(self.mailbox.to(f"{name}@example.com") for name in names), 15, "the mails")
@@ -87,7 +87,7 @@ class Running:
             assert "Traceback" not in process.text()
 
     def unfinished(self) -> list[dict[str, Any]]:
-        """Returns rows that somebody still has to do something about."""
+        """Returns the sign-up rows that are neither done nor dead."""
         return self.connection.execute(
             "SELECT id FROM outbox WHERE status IN ('pending', 'enqueued', 'running') AND task = 'send_verify_email'"
         ).fetchall()
@@ -100,7 +100,7 @@ def running(
     template: str,
     session_redis_url: str,
 ) -> Iterator[Running]:
-    """The three processes, for all tests here: they have to survive every one of them."""
+    """The three processes, which must survive all tests of this file."""
     url = create_database(template)
     with (
         serve_mailbox() as mailbox,
@@ -119,12 +119,12 @@ def running(
 
 @pytest.fixture(autouse=True)
 def emptied(running: Running) -> None:
-    """Leaves nothing of the test before in Redis, and no row that waits."""
+    """Empties Redis before each test."""
     running.redis.flushall()
 
 
 def test_garbage_in_the_queues_and_in_the_set(running: Running) -> None:
-    """Ids that no relay has written are dropped, wherever they are and whatever their score."""
+    """Ids that no relay wrote are dropped, in the queues and in the set, whatever their score."""
     running.serves(1)
     for queue in ("critical", "default"):
         running.redis.rpush(f"rq:queue:{queue}", *GARBAGE_IDS)
@@ -134,12 +134,12 @@ def test_garbage_in_the_queues_and_in_the_set(running: Running) -> None:
 
     running.serves()
 
-    eventually(lambda: running.redis.zcard(SCHEDULED) <= 1, 5, "the set is rid of what is due")
+    eventually(lambda: running.redis.zcard(SCHEDULED) <= 1, 5, "the due members have left the set")
     assert running.redis.llen("rq:queue:critical") == running.redis.llen("rq:queue:default") == 0
 
 
 def test_ids_of_done_rows_and_old_deliveries(running: Running) -> None:
-    """Jobs of rows that are done, of deliveries that were, and of ones that are yet to be, send nothing."""
+    """Jobs of done rows, and of past and future deliveries, send nothing."""
     running.serves(2)
     newest = running.connection.execute("SELECT max(id) AS id FROM outbox").fetchone()
     assert newest is not None
@@ -152,12 +152,12 @@ def test_ids_of_done_rows_and_old_deliveries(running: Running) -> None:
 
     running.serves()
 
-    eventually(lambda: not running.redis.llen("rq:queue:critical"), 5, "all are taken")
+    eventually(lambda: not running.redis.llen("rq:queue:critical"), 5, "all jobs are taken")
     assert len(running.mailbox.mails) == sent + 3
 
 
 def test_pickles_and_other_functions_jobs(running: Running, tmp_path: Path) -> None:
-    """Jobs that stock RQ or rq-scheduler enqueued, and hashes whose data is a bomb, are neither loaded nor run."""
+    """Jobs that stock RQ or rq-scheduler enqueued, and hashes with a bomb as data, are neither loaded nor run."""
     mark = tmp_path / "it ran"
     running.serves(1)
     for name in ("critical", "default"):
@@ -178,7 +178,7 @@ def test_pickles_and_other_functions_jobs(running: Running, tmp_path: Path) -> N
 
     running.serves()
 
-    eventually(lambda: not running.redis.llen("rq:queue:critical"), 5, "all are taken")
+    eventually(lambda: not running.redis.llen("rq:queue:critical"), 5, "all jobs are taken")
     assert not mark.exists()
 
 
@@ -195,7 +195,7 @@ def test_pickles_and_other_functions_jobs(running: Running, tmp_path: Path) -> N
     ],
 )
 def test_a_key_of_the_wrong_type(running: Running, key: str) -> None:
-    """A string where RQ keeps a list or a set is got rid of: nobody has to repair anything."""
+    """A string at a key where RQ keeps a list or a set is deleted, without an operator's help."""
     running.redis.set(key, "not what you think")
     insert(running.connection, "no_such_task", {}, "default")
     insert(running.connection, "no_such_task", {}, "critical")
@@ -204,7 +204,7 @@ def test_a_key_of_the_wrong_type(running: Running, key: str) -> None:
 
 
 def test_a_jobs_key_of_the_wrong_type(running: Running) -> None:
-    """A string where the next rows' jobs will be does not keep the rows from being handed over."""
+    """A string at the keys of the next rows' jobs does not prevent their hand-over."""
     running.serves(1)
     newest = running.connection.execute("SELECT max(id) AS id FROM outbox").fetchone()
     assert newest is not None
@@ -215,18 +215,18 @@ def test_a_jobs_key_of_the_wrong_type(running: Running) -> None:
 
 
 def test_values_of_ten_megabytes(running: Running) -> None:
-    """Ids, hashes and strings of 10 MB cost a line each, which holds little of them, and not a line per look."""
+    """Ids, hashes and strings of 10 MB are logged once each, in a short line, not at every look."""
     running.serves(1)
     large = b"x" * 10_000_000
     newest = running.connection.execute("SELECT max(id) AS id FROM outbox").fetchone()
     assert newest is not None
     service, relay, worker = running.processes
-    before = told(relay, worker)
-    # Redis keeps no command for a worker that connects anew just then, as a key of the wrong type may make it.
+    before = count_foreign_lines(relay, worker)
+    # Redis does not keep a command for a worker that is just reconnecting, as a key of the wrong type may make it do.
     channel = PUBSUB_CHANNEL_TEMPLATE % worker.events("started")[0]["worker"]
     eventually(lambda: running.redis.publish(channel, large), 5, "the worker listens")
-    eventually(lambda: told(relay, worker) != before, 10, "the command was heard")
-    for number in (1, 2):  # where the next rows' jobs will be
+    eventually(lambda: count_foreign_lines(relay, worker) != before, 10, "the command was received")
+    for number in (1, 2):  # the keys of the next rows' jobs
         running.redis.hset(f"rq:job:{newest['id'] + number}-1", mapping={"data": large, "origin": large})
     running.redis.set(f"rq:job:{newest['id'] + 3}-1", large)
     running.redis.hset("rq:job:1000000-1", mapping={"data": large, "origin": large})
@@ -237,20 +237,20 @@ def test_values_of_ten_megabytes(running: Running) -> None:
     running.serves()
 
     lines = Counter({"dropped job": 4, "deleted key": 1, "ignored an RQ command": 1})
-    eventually(lambda: told(relay, worker) - before >= lines, 15, "all were seen")
+    eventually(lambda: count_foreign_lines(relay, worker) - before >= lines, 15, "all were logged")
     running.serves()
-    assert told(relay, worker) - before == lines
+    assert count_foreign_lines(relay, worker) - before == lines
     assert all(len(line) < 2000 for process in (service, relay, worker) for line in process.text().splitlines())
 
 
-def told(*processes: Process) -> Counter[str]:
-    """Returns how many lines of each kind there are of what strangers did."""
+def count_foreign_lines(*processes: Process) -> Counter[str]:
+    """Returns the number of log lines about foreign data, by event."""
     kinds = ("dropped job", "deleted key", "ignored an RQ command")
     return Counter({kind: sum(len(process.events(kind)) for process in processes) for kind in kinds})
 
 
 def insert(connection: Connection, task: str, payload: object, queue: str = "default") -> int:
-    """Writes an outbox row without asking anybody and returns its id."""
+    """Writes an outbox row without validation, and returns its id."""
     row = connection.execute(
         "INSERT INTO outbox (task, payload, queue) VALUES (%s, %s, %s) RETURNING id", [task, Jsonb(payload), queue]
     ).fetchone()
@@ -258,10 +258,10 @@ def insert(connection: Connection, task: str, payload: object, queue: str = "def
     return int(row["id"])
 
 
-def test_rows_whose_payloads_do_not_fit(running: Running) -> None:
-    """They are dead with an error that says why, however large they are; others are unharmed.
+def test_rows_with_invalid_payloads(running: Running) -> None:
+    """They become dead with an error that says why, however large they are; other rows are unharmed.
 
-    Those that do not fit the model are so only when their grace is over: another worker may handle them.
+    Those that do not fit the model become dead only after their grace: another worker may handle them.
     """
     payloads: list[object] = [
         {},
@@ -278,7 +278,7 @@ def test_rows_whose_payloads_do_not_fit(running: Running) -> None:
     rows = [insert(running.connection, "send_verify_email", payload, "critical") for payload in payloads]
 
     unhandled = "SELECT FROM outbox WHERE id = ANY (%s) AND unhandled_since IS NOT NULL"
-    eventually(lambda: len(running.connection.execute(unhandled, [rows]).fetchall()) == 6, 10, "all were looked at")
+    eventually(lambda: len(running.connection.execute(unhandled, [rows]).fetchall()) == 6, 10, "all were claimed")
     running.connection.execute("UPDATE outbox SET unhandled_since = unhandled_since - interval '1 h'")
 
     running.serves()
@@ -293,22 +293,22 @@ def test_rows_whose_payloads_do_not_fit(running: Running) -> None:
     assert "sudo" in found[4]["last_error"]
 
 
-def test_tasks_that_nobody_knows(running: Running) -> None:
-    """They wait for a newer worker, without an attempt counted; others are unharmed."""
+def test_unknown_tasks(running: Running) -> None:
+    """They wait for a newer worker, and no attempt counts; other rows are unharmed."""
     rows = [
         insert(running.connection, task, {}) for task in ("no_such_task", "os.system", "x" * 100, "\u2028 \x1b[31m")
     ]
 
     running.serves()
 
-    def judged() -> list[dict[str, Any]]:
+    def given_back() -> list[dict[str, Any]]:
         return running.connection.execute(
             "SELECT attempts FROM outbox WHERE id = ANY (%s) AND status <> 'running' AND unhandled_since IS NOT NULL "
             "AND last_error LIKE 'no handler for task%%'",
             [rows],
         ).fetchall()
 
-    eventually(lambda: judged() == [{"attempts": 0}] * len(rows), 10, "all were given back")
+    eventually(lambda: given_back() == [{"attempts": 0}] * len(rows), 10, "all were given back")
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_tasks_that_nobody_knows(running: Running) -> None:
 def test_a_payload_that_python_cannot_read(
     stack: Stack, connection: Connection, mailbox: Mailbox, payload: str, running: Running
 ) -> None:
-    """JSON that is good to Postgres and too much for Python's parser makes its row dead, and ends no process."""
+    """JSON that is valid in Postgres and too much for Python's parser makes its row dead, and ends no process."""
     stack.environment |= {**QUICK, "OUTBOX_UNHANDLED_GRACE": "0"}
     url = stack.environment["REDIS_URL"]
     stack.environment["REDIS_URL"] = f"{url}?db=1" if url.startswith("unix:") else with_database(url, "1")

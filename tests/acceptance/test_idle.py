@@ -1,4 +1,4 @@
-"""What the three processes cost when there is nothing to do."""
+"""The three processes use few resources when there is nothing to do."""
 
 import time
 from collections import Counter
@@ -17,13 +17,13 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.unmeasured
 
 SECONDS = 6.0
-"""How long they are watched."""
+"""Seconds of the measurement."""
 
 
-def test_idle_processes_cost_next_to_nothing(
+def test_idle_processes_use_almost_nothing(
     stack: Stack, own_postgres: EmbeddedServer, own_redis: EmbeddedServer, mailbox: Mailbox
 ) -> None:
-    """All together at most 2 statements and 5 Redis commands a second; each 1 % of a core and 80 MB."""
+    """At most 2 statements and 5 Redis commands per second in all; at most 1 % of a core and 80 MB each."""
     with postgres.connect(own_postgres.url, "test") as connection:
         connection.execute("ALTER DATABASE outbox SET log_statement = 'all'")
         connection.execute("ALTER SYSTEM SET log_line_prefix = '%a|'")
@@ -31,16 +31,16 @@ def test_idle_processes_cost_next_to_nothing(
     stack.environment |= {"DATABASE_URL": own_postgres.url, "REDIS_URL": own_redis.url}
     processes = stack.run_all("service", "relay", "worker")
     assert stack.create_user("alice")[0] == 201
-    eventually(lambda: mailbox.to("alice@example.com"), 10, "all have worked")
-    awaited_until = time.monotonic() + 3
-    eventually(lambda: time.monotonic() > awaited_until, 5, "what follows the work is over")
+    eventually(lambda: mailbox.to("alice@example.com"), 10, "the mail")
+    idle_at = time.monotonic() + 3
+    eventually(lambda: time.monotonic() > idle_at, 5, "they are idle")
 
     used = [psutil.Process(process.popen.pid) for process in processes]
     with redis_connection.connect(own_redis.url, "test") as client:
         commands = _Commands(client)
         log_size, busy = own_postgres.log.stat().st_size, [sum(process.cpu_times()[:2]) for process in used]
         watched_until = time.monotonic() + SECONDS
-        eventually(lambda: time.monotonic() > watched_until, SECONDS + 5, "they were watched")
+        eventually(lambda: time.monotonic() > watched_until, SECONDS + 5, "the measurement is over")
         statements = _statements(own_postgres.log.read_bytes()[log_size:].decode())
         received = commands.stop()
 
@@ -54,13 +54,13 @@ def test_idle_processes_cost_next_to_nothing(
 
 
 def _statements(log: str) -> Counter[str]:
-    """Counts statements in Postgres' log, by process; one that is prepared or has parameters is 'execute' there."""
+    """Counts the statements in Postgres' log by process; those with parameters or prepared are logged as 'execute'."""
     lines = (line for line in log.splitlines() if "|LOG:  statement: " in line or "|LOG:  execute " in line)
     return Counter(line.partition("|")[0] for line in lines)
 
 
 class _Commands:
-    """Counts the commands that clients send to Redis, but not those that scripts call."""
+    """Counts the commands that clients send to Redis, without those that scripts call."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
@@ -77,8 +77,8 @@ class _Commands:
                 self._seen[command["command"].partition(" ")[0]] += 1
 
     def stop(self) -> Counter[str]:
-        """Ends it, and returns how many there were of each."""
-        self._client.echo("that is all")
+        """Stops counting, and returns the number of each command."""
+        self._client.echo("end")
         self._thread.join(5)
         self._monitor.__exit__(None, None, None)
         return self._seen

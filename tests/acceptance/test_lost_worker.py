@@ -1,4 +1,4 @@
-"""A mail is not lost where its worker is killed."""
+"""A mail is not lost if its worker is killed."""
 
 import signal
 
@@ -16,18 +16,18 @@ pytestmark = pytest.mark.unmeasured
 
 @pytest.fixture
 def stack(stack: Stack) -> Stack:
-    """A stack that finds lost rows within seconds."""
+    """A stack that recovers lost rows within seconds."""
     stack.environment |= QUICK
     return stack
 
 
 def test_a_killed_workers_rows_are_sent_by_another(stack: Stack, connection: Connection, mailbox: Mailbox) -> None:
-    """SIGKILL while handlers hang in the mail server: after the lease, and not before, another worker sends each."""
+    """After a SIGKILL while handlers wait for the mail server, another worker sends each mail once."""
     mailbox.data_delay = 60
     first, _ = stack.run_all("worker", "relay")
-    names = [f"user_{n}" for n in range(8)]  # as many as it has connections to the mail server
+    names = [f"user_{n}" for n in range(8)]  # one per connection of the worker to the mail server
     add_users(connection, names)
-    eventually(lambda: mailbox.taking == 8, 10, "eight handlers hang in the mail server")
+    eventually(lambda: mailbox.taking == 8, 10, "eight handlers wait for the mail server")
 
     first.kill()
     mailbox.data_delay = 0
@@ -46,7 +46,7 @@ def test_a_killed_workers_rows_are_sent_by_another(stack: Stack, connection: Con
 def test_a_living_worker_keeps_its_rows_beyond_the_lease(
     stack: Stack, connection: Connection, mailbox: Mailbox
 ) -> None:
-    """A handler that takes longer than the lease keeps its row: leases are renewed, and nobody sends it again."""
+    """A handler that takes longer than the lease keeps its row, because leases are renewed: one mail is sent."""
     mailbox.data_delay = 2.5
     stack.run_all("worker", "worker", "relay", OUTBOX_LEASE="1")
     add_users(connection, ["slow"])
@@ -58,10 +58,10 @@ def test_a_living_worker_keeps_its_rows_beyond_the_lease(
 
 
 def test_a_row_that_kills_its_worker_every_time(stack: Stack, connection: Connection) -> None:
-    """It ends `dead` after its retries, with an error that says why, and takes no other row with it.
+    """It becomes `dead` after its retries, with an error that says why, and makes no other row dead.
 
-    A supervisor starts the worker anew each time, as systemd would. The wait of rows that lost a worker twice is cut
-    short here, which brings the rows together again that it would have parted.
+    The test restarts the worker each time, as systemd would. It shortens the wait of rows that lost a worker twice, so
+    that one worker takes all rows together again, which that wait would prevent.
     """
     stack.environment |= {"OUTBOX_LEASE": "1", "OUTBOX_HORIZON": "1", "OUTBOX_HANDLERS": "tests.support.tasks"}
     stack.run("relay")
@@ -70,7 +70,7 @@ def test_a_row_that_kills_its_worker_every_time(stack: Stack, connection: Connec
         for _ in range(20):
             outbox.add(connection, PAUSE, {})
     eventually(lambda: not connection.execute("SELECT FROM outbox WHERE status <> 'enqueued'").fetchall(), 10)
-    workers = [stack.start("worker")]  # it takes them all at once
+    workers = [stack.start("worker")]  # takes all rows at once
 
     def has_ended() -> bool:
         if not workers[-1].is_up():
@@ -83,6 +83,6 @@ def test_a_row_that_kills_its_worker_every_time(stack: Stack, connection: Connec
     assert (dead["task"], dead["attempts"]) == (KILL_THE_WORKER.name, 3)
     assert dead["last_error"] == f"the worker {dead['worker']} vanished: it did not renew its lease in time"
     others = connection.execute("SELECT attempts FROM outbox WHERE status = 'done'").fetchall()
-    assert max(row["attempts"] for row in others) > 1, "they ran beside it"
-    ended = [worker.wait() for worker in workers if not worker.is_up()]
-    assert ended == [-signal.SIGKILL] * 3, "it had three attempts, and nothing else ended a worker"
+    assert max(row["attempts"] for row in others) > 1, "other rows ran beside it"
+    exit_codes = [worker.wait() for worker in workers if not worker.is_up()]
+    assert exit_codes == [-signal.SIGKILL] * 3, "it had three attempts, and nothing else ended a worker"

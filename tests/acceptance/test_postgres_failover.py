@@ -1,4 +1,4 @@
-"""Postgres fails over: no process stays on the old primary, which comes back as a standby before the address moves."""
+"""No process stays on the old primary after a fail-over of Postgres, even if it returns before the address moves."""
 
 import os
 import subprocess
@@ -28,25 +28,25 @@ pytestmark = pytest.mark.unmeasured
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     """A migrated Postgres and its standby."""
-    with short_folder() as folder, streaming_pair(folder) as made:
-        migrate(made.primary.url)
-        yield made
+    with short_folder() as folder, streaming_pair(folder) as servers:
+        migrate(servers.primary.url)
+        yield servers
 
 
 @pytest.mark.parametrize("pooling", [False, True])
 def test_the_service_leaves_the_standby(
     pair: Pair, service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch, *, pooling: bool
 ) -> None:
-    """At a standby it is not ready; once the address leads to the new primary, it creates users within seconds."""
+    """At a standby it is not ready; once the address points to the new primary, it creates users within seconds."""
     monkeypatch.setattr("outbox_service.pool.POOL_TIMEOUT", 0.5)
     pair.move_address()
     settings = service_settings.model_copy(update={"database_url": pair.url, "transaction_pooling": pooling})
     with serve(settings) as api:
         assert api.create(f"before_{pooling}".lower()).status_code == 201
         pair.fail_over()
-        for _ in range(3):  # not by chance: the pool has had the time to connect anew
+        for _ in range(3):  # several times, so that the pool has had time to reconnect
             assert is_problem(api.client.get("/readyz"), 503)
-        assert is_problem(api.create("meanwhile"), 503)
+        assert is_problem(api.create("during"), 503)
         pair.move_address()
         eventually(lambda: api.client.get("/readyz").status_code == 200, 20, "it is ready")
         assert api.create(f"after_{pooling}".lower()).status_code == 201
@@ -58,7 +58,7 @@ def test_the_service_leaves_the_standby(
 def test_a_server_that_turns_read_only(
     own_postgres: EmbeddedServer, service_settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sign-up that is refused for that ends its session, and says so, as `/readyz` does; later it goes on."""
+    """A sign-up refused for that gets 503, as `/readyz` does, and its session is closed; later sign-ups succeed."""
     monkeypatch.setattr("outbox_service.pool.POOL_TIMEOUT", 0.5)
 
     def sessions() -> set[int]:
@@ -88,8 +88,8 @@ def test_a_server_that_turns_read_only(
     assert len(api.events("Postgres is back")) == 1
 
 
-def test_a_sign_up_tells_that_postgres_is_read_only(service_settings: ServiceSettings, database_url: str) -> None:
-    """In a session that was opened before."""
+def test_a_sign_up_reports_that_postgres_is_read_only(service_settings: ServiceSettings, database_url: str) -> None:
+    """A sign-up in a session that became read-only gets 503 with the reason."""
     with serve(service_settings) as api, psycopg.connect(database_url, autocommit=True) as operator:
         assert api.create("before").status_code == 201
         operator.execute(
@@ -102,8 +102,8 @@ def test_a_sign_up_tells_that_postgres_is_read_only(service_settings: ServiceSet
     assert refused.json()["detail"] == "the database is read-only: try again in a moment"
 
 
-def test_a_handlers_session_that_is_read_only_is_not_lent_again(database_url: str) -> None:
-    """It may lead to what was the primary once, by way of a pooler for one."""
+def test_a_read_only_session_is_not_reused_by_handlers(database_url: str) -> None:
+    """Such a session may belong to a former primary, for example through a pooler."""
     with HandlerPool(database_url) as pool:
         with pytest.raises(psycopg.errors.ReadOnlySqlTransaction), pool.connection() as connection:
             connection.execute("SET TRANSACTION READ ONLY; DELETE FROM outbox")
@@ -114,13 +114,13 @@ def test_a_handlers_session_that_is_read_only_is_not_lent_again(database_url: st
 
 @pytest.mark.parametrize(("command", "code"), [("migrate", 1), ("dead list", 0)])
 def test_commands_at_a_standby(pair: Pair, command: str, code: int) -> None:
-    """What only reads goes; what writes says what is wrong."""
+    """A command that only reads works; one that writes reports that Postgres is read-only."""
     environment = {**os.environ, "DATABASE_URL": pair.standby.url}
     arguments = [sys.executable, "-m", "outbox", *command.split()]
-    eventually(lambda: is_migrated(pair), 10, "the standby has all that was written")
-    ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert (ended.returncode, "Postgres is read-only" in ended.stderr) == (code, code == 1)
-    assert "Traceback" not in ended.stderr
+    eventually(lambda: is_migrated(pair), 10, "the standby has caught up")
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, "Postgres is read-only" in result.stderr) == (code, code == 1)
+    assert "Traceback" not in result.stderr
 
 
 def is_migrated(pair: Pair) -> bool:
@@ -135,7 +135,7 @@ def is_migrated(pair: Pair) -> bool:
 
 @pytest.mark.parametrize("pooling", [False, True])
 def test_handlers_leave_the_standby(pair: Pair, *, pooling: bool) -> None:
-    """No connection of a worker's pool leads there: the first handler after the fail-over writes at the new primary."""
+    """A worker's pool keeps no connection to the standby: the next handler writes to the new primary."""
     pair.move_address()
     with HandlerPool(pair.url, pooled=pooling) as pool:
         with pool.connection() as connection:
@@ -149,7 +149,7 @@ def test_handlers_leave_the_standby(pair: Pair, *, pooling: bool) -> None:
 
 
 def test_several_hosts_in_the_url(pair: Pair, tmp_path: Path, redis_url: str, mailbox: Mailbox) -> None:
-    """With both servers and target_session_attrs in the URL, all three go over to the new primary by themselves."""
+    """With both servers and target_session_attrs in the URL, all three processes switch to the new primary."""
     stack = Stack(tmp_path, pair.both_url, redis_url, mailbox.url)
     stack.environment |= QUICK
     stack.measured = False

@@ -1,4 +1,4 @@
-"""Postgres goes away and comes back: the service says so, and nothing that it had promised is lost."""
+"""Postgres stops and comes back: the service reports it, and nothing that it acknowledged is lost."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.unmeasured
 
 RECOVERY = 3.0
-"""Seconds after which the service must be ready again once Postgres accepts connections."""
+"""Seconds within which the service must be ready once Postgres accepts connections."""
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def user(name: str) -> dict[str, str]:
 
 
 def is_accepting(server: EmbeddedServer) -> bool:
-    """Whether Postgres takes connections."""
+    """Whether Postgres accepts connections."""
     try:
         postgres.connect(server.url, "test").close()
     except postgres.AWAY:
@@ -44,10 +44,10 @@ def is_accepting(server: EmbeddedServer) -> bool:
 
 
 def test_postgres_stopped_and_back(stack: Stack, own_postgres: EmbeddedServer, mailbox: Mailbox) -> None:
-    """Meanwhile the service answers 503 with Retry-After and is not ready; relay and worker stay up and say it once.
+    """During the outage the service answers 503 with Retry-After and is not ready; relay and worker log it once.
 
-    Back again, it creates users within seconds, and whoever was created before the outage gets one mail, as does
-    everybody whose create was answered with 201 since; a create that was answered with 503 has left nothing.
+    After it, the service creates users within seconds. Every user created before or after the outage gets one mail; a
+    request that got 503 left nothing behind.
     """
     service, relay, worker = stack.run_all("service", "relay", "worker")
     names = [f"before_{n}" for n in range(20)]
@@ -57,7 +57,7 @@ def test_postgres_stopped_and_back(stack: Stack, own_postgres: EmbeddedServer, m
         assert client.get("/readyz").status_code == 200
 
         take_down(own_postgres)
-        # A create waits 5 s for Postgres before it gives up: long enough for several tries of everybody.
+        # A create waits 5 s for Postgres before it fails: long enough for all processes to try several times.
         with ThreadPoolExecutor() as clients:
             creating = clients.submit(client.post, "/v1/users", json=user("refused"))
             assert client.get("/healthz").status_code == 200
@@ -91,13 +91,13 @@ def test_postgres_stopped_and_back(stack: Stack, own_postgres: EmbeddedServer, m
 
 
 def test_postgres_goes_while_handlers_run(stack: Stack, own_postgres: EmbeddedServer, mailbox: Mailbox) -> None:
-    """A mail that is being handed to the mail server when Postgres goes is marked done when it is back: one mail."""
+    """A row whose mail is being sent when Postgres stops is completed when Postgres is back: one mail."""
     mailbox.data_delay = 1
     stack.run_all("relay", "worker", OUTBOX_LEASE="5")
     names = [f"user_{n}" for n in range(5)]
     with postgres.connect(own_postgres.url, "test") as connection:
         add_users(connection, names)
-    eventually(lambda: mailbox.taking == 5, 10, "five mails on their way")
+    eventually(lambda: mailbox.taking == 5, 10, "five mails are being sent")
 
     take_down(own_postgres)
     eventually(lambda: len(mailbox.mails) == 5, 10, "five mails")
@@ -114,12 +114,12 @@ def test_postgres_goes_while_handlers_run(stack: Stack, own_postgres: EmbeddedSe
 
 
 def test_a_service_that_starts_without_postgres(stack: Stack, own_postgres: EmbeddedServer) -> None:
-    """It says once that Postgres is away, however many ask for it, and once that it is back."""
+    """It logs once that Postgres is away, whatever the number of requests, and once that it is back."""
     take_down(own_postgres)
     service = stack.run("service")
     with httpx.Client(base_url=stack.url, timeout=20) as client:
         assert [client.get("/readyz").status_code for _ in range(2)] == [503, 503]
         own_postgres.restart()
         eventually(lambda: client.get("/readyz").status_code == 200, 20, "the service is ready")
-    service.await_event("Postgres is back")  # lines are written a moment after what they tell
+    service.await_event("Postgres is back")  # lines are written with a short delay
     assert [len(service.events(f"Postgres is {state}")) for state in ("away", "back")] == [1, 1]

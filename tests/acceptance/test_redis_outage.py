@@ -1,4 +1,4 @@
-"""Redis goes away, forgets, or comes back empty: users are created as ever, and everybody gets one mail."""
+"""Redis stops, is emptied, or comes back empty: users are created as usual, and each gets one mail."""
 
 import time
 
@@ -14,8 +14,8 @@ from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.unmeasured
 
-PATIENCE = 2.0
-"""Seconds that a create may take at most on a busy machine of two cores; a wait for Redis would take 5."""
+LIMIT = 2.0
+"""Upper bound of the seconds of a create on a busy machine with two cores; a wait for Redis would take 5."""
 
 
 @pytest.fixture
@@ -26,19 +26,19 @@ def stack(stack: Stack, own_redis: EmbeddedServer) -> Stack:
 
 
 def create_for(stack: Stack, prefix: str, seconds: float) -> list[str]:
-    """Creates users one after the other for some time, each quickly, and returns their names."""
+    """Creates users one by one for some seconds, checks that each is created quickly, and returns their names."""
     names: list[str] = []
     until = time.monotonic() + seconds
     while time.monotonic() < until or not names:
         started = time.monotonic()
         assert stack.create_user(f"{prefix}_{len(names)}")[0] == 201
-        assert time.monotonic() - started < PATIENCE
+        assert time.monotonic() - started < LIMIT
         names.append(f"{prefix}_{len(names)}")
     return names
 
 
-def everybody_got_one_mail(mailbox: Mailbox, connection: Connection, names: list[str]) -> None:
-    """Waits until all rows are done, then counts."""
+def assert_one_mail_each(mailbox: Mailbox, connection: Connection, names: list[str]) -> None:
+    """Waits until all rows are done, and checks that each user got one mail."""
     eventually(lambda: _unfinished(connection) == 0, 20, "all rows are done")
     assert sorted(address for address, _ in mailbox.mails) == sorted(f"{name}@example.com" for name in names)
 
@@ -52,14 +52,14 @@ def _unfinished(connection: Connection) -> int:
 def test_redis_stopped_before_while_and_after_users_are_created(
     stack: Stack, own_redis: EmbeddedServer, connection: Connection, mailbox: Mailbox
 ) -> None:
-    """Every create is answered 201 as ever, every user gets exactly one mail once Redis is back, and it is empty then.
+    """Every create gets 201 as usual, and every user gets exactly one mail once Redis is back, empty.
 
-    All three processes stay up through it; relay and worker say once that Redis is gone and once that it is back.
+    All three processes stay up; relay and worker log once that Redis is away and once that it is back.
     """
     service, relay, worker = stack.run_all("service", "relay", "worker", VERIFY_EMAIL_DELAY="1")
     names = create_for(stack, "before", 0.5)
     eventually(lambda: len(relay.events("enqueued task")) >= len(names), 10, "all rows are in Redis")
-    assert not mailbox.mails, "they were to be in rq-scheduler's set when Redis dies"
+    assert not mailbox.mails, "the jobs must be in rq-scheduler's set when Redis stops"
 
     take_down(own_redis)
     names += create_for(stack, "during", 2.5)
@@ -67,7 +67,7 @@ def test_redis_stopped_before_while_and_after_users_are_created(
     own_redis.restart()
     names += create_for(stack, "after", 0.3)
 
-    everybody_got_one_mail(mailbox, connection, names)
+    assert_one_mail_each(mailbox, connection, names)
     for process in (relay, worker):
         eventually(lambda process=process: process.events("Redis is back"), 10)  # type: ignore[misc]
         assert len(process.events("Redis is away")) == 1, process.text()
@@ -79,7 +79,7 @@ def test_redis_stopped_before_while_and_after_users_are_created(
 def test_processes_start_without_redis(
     stack: Stack, own_redis: EmbeddedServer, connection: Connection, mailbox: Mailbox
 ) -> None:
-    """Relay and worker that start while Redis is away wait for it, and then do their work."""
+    """A relay and a worker that start while Redis is away wait for it, and then work."""
     take_down(own_redis)
     _, relay, worker = stack.run_all("service", "relay", "worker")
     names = create_for(stack, "early", 0.5)
@@ -88,14 +88,14 @@ def test_processes_start_without_redis(
 
     own_redis.restart()
 
-    everybody_got_one_mail(mailbox, connection, names)
+    assert_one_mail_each(mailbox, connection, names)
     assert [len(process.events("Redis is away")) for process in (relay, worker)] == [1, 1]
 
 
 def test_flushall_while_jobs_wait(
     stack: Stack, own_redis: EmbeddedServer, connection: Connection, mailbox: Mailbox
 ) -> None:
-    """What FLUSHALL takes from a queue and from rq-scheduler's set is handed over again, at its time and once."""
+    """Jobs that FLUSHALL deletes from a queue and from rq-scheduler's set are handed over again, once and in time."""
     stack.run("relay")
     queued, scheduled = [f"queued_{n}" for n in range(20)], [f"scheduled_{n}" for n in range(20)]
     add_users(connection, queued)
@@ -107,11 +107,11 @@ def test_flushall_while_jobs_wait(
 
     stack.run("worker")
 
-    everybody_got_one_mail(mailbox, connection, queued + scheduled)
+    assert_one_mail_each(mailbox, connection, queued + scheduled)
     early = connection.execute("SELECT count(*) AS rows FROM outbox WHERE started_at < run_at").fetchone()
     assert early == {"rows": 0}
 
 
 def counts(client: redis.Redis) -> tuple[int, int]:
-    """Returns how many jobs are in the queue `critical` and in rq-scheduler's set."""
+    """Returns the number of jobs in the queue `critical` and in rq-scheduler's set."""
     return client.llen("rq:queue:critical"), client.zcard("rq:scheduler:scheduled_jobs")

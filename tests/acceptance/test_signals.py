@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of work: what was begun is finished, what was not is left for others, nothing is doubled."""
+"""After SIGTERM a process finishes the work it has begun and leaves the rest to others; no work is done twice."""
 
 import signal
 import time
@@ -15,13 +15,13 @@ from tests.support.waiting import eventually
 
 @pytest.fixture
 def stack(stack: Stack) -> Stack:
-    """A stack that finds lost rows within seconds."""
+    """A stack that recovers lost rows within seconds."""
     stack.environment |= QUICK
     return stack
 
 
 def test_the_service_finishes_the_requests_in_flight(stack: Stack, connection: Connection) -> None:
-    """Of many parallel creates, those that were begun are answered with 201 and have a row; the others left nothing."""
+    """Of many concurrent creates, those that had begun get 201 and have a row; the others leave nothing behind."""
     service = stack.run("service")
     answers: dict[str, int] = {}
 
@@ -29,7 +29,7 @@ def test_the_service_finishes_the_requests_in_flight(stack: Stack, connection: C
         answers[name] = stack.create_user(name)[0]
 
     with ThreadPoolExecutor(25) as clients:
-        # Two creates per client: some are in flight when the signal comes, and some are begun after it.
+        # Two creates per client: some are in flight at the signal, and some begin after it.
         for n in range(50):
             clients.submit(create, f"user_{n}")
         eventually(lambda: len(answers) >= 5, 10, "the first answers")
@@ -38,9 +38,9 @@ def test_the_service_finishes_the_requests_in_flight(stack: Stack, connection: C
 
     created = {name for name, status in answers.items() if status == 201}
     assert service.popen.returncode == 0, service.text()
-    assert set(answers.values()) <= {201, 0}, "a client got an answer to rely on, or none"
+    assert set(answers.values()) <= {201, 0}, "a client got 201 or no answer"
     assert 5 < len(created) < 50
-    assert begun == len(created), "whatever was begun was finished and answered"
+    assert begun == len(created), "every request that had begun was answered"
     assert {row["username"] for row in connection.execute("SELECT username FROM users")} == created
     rows = connection.execute("SELECT payload ->> 'username' AS username FROM outbox").fetchall()
     assert sorted(row["username"] for row in rows) == sorted(created)
@@ -48,7 +48,7 @@ def test_the_service_finishes_the_requests_in_flight(stack: Stack, connection: C
 
 
 def test_a_request_that_outlasts_the_grace_is_answered_and_undone(stack: Stack, connection: Connection) -> None:
-    """The client is told to come back, its user is not created, and the service ends in order."""
+    """The client gets 503, its user is not created, and the service exits with code 0."""
     service = stack.run("service", OUTBOX_GRACE="1")
     with ThreadPoolExecutor(1) as client:
         with connection.transaction():
@@ -70,7 +70,7 @@ def _waits_for_a_lock(connection: Connection) -> bool:
 
 
 def test_the_relay_stops_between_batches(stack: Stack, connection: Connection, redis_url: str) -> None:
-    """It ends with exit code 0 and leaves every row either pending or enqueued with its job; another one goes on."""
+    """It exits with code 0 and leaves every row either pending or enqueued with its job; another relay continues."""
     rows = 3000
     relay = stack.run("relay", OUTBOX_BATCH="5")
     add_users(connection, [f"user_{n}" for n in range(rows)])
@@ -79,25 +79,25 @@ def test_the_relay_stops_between_batches(stack: Stack, connection: Connection, r
         def jobs() -> list[str]:
             return sorted(job_id.decode() for job_id in client.lrange("rq:queue:critical", 0, -1))
 
-        def marked() -> list[str]:
-            found = connection.execute("SELECT id, delivery FROM outbox WHERE status = 'enqueued'")
-            return sorted(f"{row['id']}-{row['delivery']}" for row in found)
+        def enqueued() -> list[str]:
+            rows = connection.execute("SELECT id, delivery FROM outbox WHERE status = 'enqueued'")
+            return sorted(f"{row['id']}-{row['delivery']}" for row in rows)
 
         eventually(lambda: client.llen("rq:queue:critical") > 100, 10, "a hundred jobs")
         assert relay.stop() == 0, relay.text()
         assert 100 < len(jobs()) < rows, "it was in the middle"
-        assert jobs() == marked()
+        assert jobs() == enqueued()
         assert relay.events("stopped")
 
         other = stack.run("relay")
-        eventually(lambda: len(marked()) == rows, 10, "all rows are handed over")
+        eventually(lambda: len(enqueued()) == rows, 10, "all rows are handed over")
         eventually(lambda: len(jobs()) == rows, 5, "all jobs")
-        assert jobs() == marked()
+        assert jobs() == enqueued()
         assert other.stop() == 0
 
 
-def test_the_worker_finishes_what_runs(stack: Stack, connection: Connection, mailbox: Mailbox) -> None:
-    """It lets its handlers end, exits 0 within the grace time, and another worker takes the rest: one mail each."""
+def test_the_worker_finishes_running_handlers(stack: Stack, connection: Connection, mailbox: Mailbox) -> None:
+    """It waits for its handlers and exits with code 0 within the grace; another worker does the rest: one mail each."""
     mailbox.data_delay = 0.5
     worker, _ = stack.run_all("worker", "relay", OUTBOX_CONCURRENCY="8", OUTBOX_GRACE="10")
     names = [f"user_{n}" for n in range(40)]
@@ -109,11 +109,11 @@ def test_the_worker_finishes_what_runs(stack: Stack, connection: Connection, mai
     assert time.monotonic() - started < 5
     assert worker.events("stopped")[0]["cut_short"] == 0
     assert not worker.events("outcomes lost at shutdown")
-    assert mailbox.taking == len(mailbox.mails), "every handler that was begun has ended"
+    assert mailbox.taking == len(mailbox.mails), "every handler that had begun has ended"
     assert 8 < len(mailbox.mails) < 40
     counts = connection.execute("SELECT status, count(*) AS rows FROM outbox GROUP BY status").fetchall()
     left = {row["status"]: row["rows"] for row in counts}
-    assert left["done"] == len(mailbox.mails), "what was sent is marked"
+    assert left["done"] == len(mailbox.mails), "every sent mail's row is done"
     assert "running" not in left
 
     mailbox.data_delay = 0
@@ -123,8 +123,10 @@ def test_the_worker_finishes_what_runs(stack: Stack, connection: Connection, mai
     assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
 
 
-def test_the_worker_gives_back_what_does_not_end(stack: Stack, connection: Connection, mailbox: Mailbox) -> None:
-    """A handler that hangs beyond the grace time does not hold up the end: its row is another worker's."""
+def test_the_worker_does_not_wait_for_a_handler_beyond_the_grace(
+    stack: Stack, connection: Connection, mailbox: Mailbox
+) -> None:
+    """A handler that hangs beyond the grace does not delay the exit: another worker takes its row."""
     mailbox.data_delay = 60
     worker, _ = stack.run_all("worker", "relay", OUTBOX_GRACE="1", OUTBOX_LEASE="60")
     add_users(connection, ["slow"])
@@ -143,8 +145,8 @@ def test_the_worker_gives_back_what_does_not_end(stack: Stack, connection: Conne
 
 
 @pytest.mark.parametrize("module", ["service", "relay", "worker"])
-def test_a_process_that_is_asked_again_and_again_ends_in_order(stack: Stack, module: str) -> None:
-    """A signal that comes when its work has ended, while the interpreter shuts down, changes no exit code."""
+def test_repeated_signals_do_not_change_the_exit_code(stack: Stack, module: str) -> None:
+    """A signal that arrives after the work has ended, while the interpreter shuts down, does not change the code."""
     process = stack.run(module)
 
     def has_ended() -> bool:
@@ -156,8 +158,8 @@ def test_a_process_that_is_asked_again_and_again_ends_in_order(stack: Stack, mod
     assert "Traceback" not in process.text()
 
 
-def test_a_relay_ends_in_order_where_no_thread_can_be_started(stack: Stack) -> None:
-    """It hears SIGTERM all the same."""
+def test_a_relay_that_can_start_no_thread_still_stops(stack: Stack) -> None:
+    """It still exits with code 0 at SIGTERM."""
     relay = stack.run("tests.support.threadless", THREADLESS="relay")
     relay.send(signal.SIGUSR1)
     assert relay.stop() == 0, relay.text()

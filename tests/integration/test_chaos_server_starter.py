@@ -1,4 +1,4 @@
-"""Servers that the chaos run starts on its way: none of them outlives it."""
+"""No server that is started during a chaos run outlives it."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from tests.chaos.servers import ServerStarter
 
 
 def test_a_run_that_ends_while_a_server_starts(tmp_path: Path) -> None:
-    """The server ends as well, though nobody waits for its start any more."""
+    """A server that is still starting when the run ends is ended too."""
     started: list[EmbeddedServer] = []
     begun, may_start = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""The chaos run's proxy: the address of a server, which moves in a fail-over."""
+"""The chaos run's proxy moves the address of a server, as a fail-over requires."""
 
 import asyncio
 from pathlib import Path
@@ -7,7 +7,7 @@ from tests.chaos.proxy import Proxy
 
 
 def test_an_address_that_moves(tmp_path: Path) -> None:
-    """New connections lead to the new server, and one that is open stays where it is."""
+    """New connections reach the new server, and an open one stays at the old server."""
     served: list[asyncio.Task[None] | None] = []
 
     async def serve(name: str) -> asyncio.Server:
