@@ -1,11 +1,11 @@
-"""The judge: which transitions the design allows, who may make them, and what must hold then."""
+"""Judges the transitions of rows: which the design allows, who may make them, and what must hold then."""
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from outbox.rq_jobs import Delivery
-from tests.schedules.books import Books
+from tests.schedules.records import Records
 from tests.schedules.transition import Row, Transition
 
 Check = Callable[[Transition, Row, Row], bool]
@@ -13,8 +13,10 @@ Check = Callable[[Transition, Row, Row], bool]
 _TIMES = {"run_at", "enqueued_at", "lease_until", "done_at"}
 _OUTCOME = {"status", "lease_until", "attempts", "last_error"}
 
-_BY_THE_HOLDER: dict[str, Check] = {"the row is the worker's": lambda by, old, _: old["worker"] == by.worker}
-_PASSED: dict[str, Check] = {"the lease had passed": lambda by, _, __: bool(by.lease_passed)}
+_BY_THE_HOLDER: dict[str, Check] = {
+    "the row is the worker's": lambda transition, old, _: old["worker"] == transition.worker
+}
+_PASSED: dict[str, Check] = {"the lease had passed": lambda transition, _, __: bool(transition.lease_passed)}
 
 _ALLOWED: dict[tuple[str, str | None, str | None], tuple[set[str], dict[str, Check]]] = {
     ("adder", None, "pending"): (
@@ -31,8 +33,8 @@ _ALLOWED: dict[tuple[str, str | None, str | None], tuple[set[str], dict[str, Che
         {
             "attempts grow by one": lambda _, old, new: new["attempts"] == old["attempts"] + 1,
             "attempts stay within max_retries + 1": lambda _, __, new: new["attempts"] <= new["max_retries"] + 1,
-            "the claim is in the worker's name": lambda by, _, new: new["worker"] == by.worker,
-            "the row was due": lambda by, _, __: bool(by.was_due),
+            "the claim is in the worker's name": lambda transition, _, new: new["worker"] == transition.worker,
+            "the row was due": lambda transition, _, __: bool(transition.was_due),
         },
     ),
     ("claims", "running", "running"): ({"started_at", "lease_until"}, _BY_THE_HOLDER),
@@ -51,10 +53,13 @@ _ALLOWED: dict[tuple[str, str | None, str | None], tuple[set[str], dict[str, Che
     ),
     ("operator", "dead", "pending"): (
         {"status", "attempts", "run_at", "worker"},
-        {"attempts begin anew": lambda _, __, new: new["attempts"] == 0 and new["worker"] is None},
+        {"attempts restart at 0": lambda _, __, new: new["attempts"] == 0 and new["worker"] is None},
     ),
     ("operator", "dead", None): (set(), {}),
-    ("retention", "done", None): (set(), {"the retention time was over": lambda by, _, __: not by.was_kept}),
+    ("retention", "done", None): (
+        set(),
+        {"the retention time was over": lambda transition, _, __: not transition.was_kept},
+    ),
     ("time", "pending", "pending"): (_TIMES, {}),
     ("time", "enqueued", "enqueued"): (_TIMES, {}),
     ("time", "running", "running"): (_TIMES, {}),
@@ -63,98 +68,101 @@ _ALLOWED: dict[tuple[str, str | None, str | None], tuple[set[str], dict[str, Che
 
 
 class Judge:
-    """Judges the transitions of one schedule in their order, and then the books by them."""
+    """Judges the transitions of one schedule in order, and then the records."""
 
-    def __init__(self, books: Books) -> None:
-        self._books = books
+    def __init__(self, records: Records) -> None:
+        self._records = records
         self._rows: dict[int, Row] = {}
         self._touched: dict[tuple[str, Delivery], Any] = {}
-        """By rescue and delivery: the transaction in which it first wrote the row as it was."""
+        """For each rescue and delivery, the transaction in which it first wrote the row unchanged."""
         self._enqueued: dict[Delivery, list[Transition]] = {}
-        """What happened to each delivery from its hand-over until it ceased to be enqueued."""
+        """The transitions of each delivery from its hand-over until it was no longer enqueued."""
         self._over: set[tuple[str, Delivery]] = set()
-        """By worker and delivery: what was completed, or taken from the worker."""
+        """Worker and delivery of rows that were completed, or taken from the worker."""
         self.counts: Counter[str] = Counter()
-        """How often each kind of transition was seen."""
+        """The number of transitions of each kind."""
         self.trace: list[tuple[float, str, str]] = []
         self.violations: list[tuple[float, str]] = []
 
-    def judge(self, records: list[Row]) -> list[tuple[float, str]]:
-        """Returns what must not have happened, each with its time."""
-        for record in records:
-            fields = {name: value for name, value in record.items() if name != "seq"}
-            by = Transition(**fields)
-            if by.role == "restore":
-                self._rows = {int(row): content for row, content in (by.new or {}).items()}
+    def judge(self, transitions: list[Row]) -> list[tuple[float, str]]:
+        """Returns all violations, each with its time."""
+        for recorded in transitions:
+            fields = {name: value for name, value in recorded.items() if name != "seq"}
+            transition = Transition(**fields)
+            if transition.role == "restore":
+                self._rows = {int(row): content for row, content in (transition.new or {}).items()}
                 continue
-            for broken in self._broken(by):
-                self.violations.append((by.at, f"{by.actor} breaks “{broken}”: {by}"))
-            self._follow(by)
+            for broken in self._broken(transition):
+                self.violations.append((transition.at, f"{transition.actor} breaks “{broken}”: {transition}"))
+            self._follow(transition)
         self._judge_outcomes()
         self._judge_dropped()
-        return sorted(self.violations + self._books.violations)
+        return sorted(self.violations + self._records.violations)
 
-    def _broken(self, by: Transition) -> list[str]:
-        before, after = by.states
-        allowed = _ALLOWED.get((by.role, before, after))
+    def _broken(self, transition: Transition) -> list[str]:
+        before, after = transition.states
+        allowed = _ALLOWED.get((transition.role, before, after))
         if allowed is None:
-            return [f"no {by.role} makes a row that is {before} {after or 'vanish'}"]
+            return [f"no {transition.role} turns a row from {before} to {after or 'deleted'}"]
         columns, checks = allowed
-        old, new = by.old or {}, by.new or {}
-        broken = [text for text, check in checks.items() if not check(by, old, new)]
-        if further := by.changed - columns:
-            broken.append(f"columns {sorted(further)} stay what they are")
+        old, new = transition.old or {}, transition.new or {}
+        broken = [text for text, check in checks.items() if not check(transition, old, new)]
+        if others := transition.changed - columns:
+            broken.append(f"columns {sorted(others)} do not change")
         if before is not None and self._rows.get(old["id"]) != old:
-            broken.append("a row is what its last transition has made it")
-        if by.role == "completes" and after != "running" and not self._is_outcome(by, new):
+            broken.append("a row is as its last transition left it")
+        if transition.role == "completes" and after != "running" and not self._is_outcome(transition, new):
             broken.append("a completion writes an outcome of this attempt")
-        if by.role == "rescue" and after != "running" and not self._was_touched(by):
-            broken.append("a rescue takes a row at second sight")
-        if by.role == "sweep" and by.delivery not in self._books.looked_for.get(by.actor, ()):
-            broken.append("a sweep takes back what it has looked for")
+        if transition.role == "rescue" and after != "running" and not self._was_touched(transition):
+            broken.append("a rescue takes a row only after an earlier transaction that wrote it")
+        missing = self._records.found_missing.get(transition.actor, ())
+        if transition.role == "sweep" and transition.delivery not in missing:
+            broken.append("a sweep takes back only what it found missing")
         return broken
 
-    def _is_outcome(self, by: Transition, new: Row) -> bool:
+    def _is_outcome(self, transition: Transition, new: Row) -> bool:
         return any(
-            at <= by.at and (outcome.status, outcome.attempts) == (new["status"], new["attempts"])
-            for at, outcome in self._books.outcomes.get((by.worker, by.delivery), ())
+            at <= transition.at and (outcome.status, outcome.attempts) == (new["status"], new["attempts"])
+            for at, outcome in self._records.outcomes.get((transition.worker, transition.delivery), ())
         )
 
-    def _was_touched(self, by: Transition) -> bool:
-        touched = self._touched.get((by.actor, by.delivery))
-        return touched is not None and touched != by.xid
+    def _was_touched(self, transition: Transition) -> bool:
+        touched = self._touched.get((transition.actor, transition.delivery))
+        return touched is not None and touched != transition.xid
 
-    def _follow(self, by: Transition) -> None:
-        before, after = by.states
-        self.counts[f"{by.role}: {before} -> {after}"] += 1
-        self.trace.append((by.at, by.actor, f"    {by}"))
-        row = by.next_delivery.row_id
-        if by.new is None:
+    def _follow(self, transition: Transition) -> None:
+        before, after = transition.states
+        self.counts[f"{transition.role}: {before} -> {after}"] += 1
+        self.trace.append((transition.at, transition.actor, f"    {transition}"))
+        row = transition.next_delivery.row_id
+        if transition.new is None:
             self._rows.pop(row, None)
         else:
-            self._rows[row] = by.new
-        if "enqueued" in by.states:
-            self._enqueued.setdefault(by.next_delivery, []).append(by)
-        if by.role == "rescue" and after == "running":
-            self._touched.setdefault((by.actor, by.delivery), by.xid)
+            self._rows[row] = transition.new
+        if "enqueued" in transition.states:
+            self._enqueued.setdefault(transition.next_delivery, []).append(transition)
+        if transition.role == "rescue" and after == "running":
+            self._touched.setdefault((transition.actor, transition.delivery), transition.xid)
         elif before == "running" and after != "running":
-            assert by.old is not None
-            self._over.add((by.old["worker"], by.delivery))
+            assert transition.old is not None
+            self._over.add((transition.old["worker"], transition.delivery))
 
     def _judge_outcomes(self) -> None:
-        """Each outcome of a worker that was not killed is written, unless its row was taken away."""
-        for (worker, delivery), put in self._books.outcomes.items():
-            if worker not in self._books.killed and (worker, delivery) not in self._over | self._books.overtaken:
-                at, outcome = put[-1]
+        """Checks that each outcome is written, unless its worker was killed or its row taken back."""
+        excused = self._over | self._records.held_at_restore
+        for (worker, delivery), outcomes in self._records.outcomes.items():
+            if worker not in self._records.killed and (worker, delivery) not in excused:
+                at, outcome = outcomes[-1]
                 self.violations.append((at, f"lost outcome: {worker} put {outcome.status} for {delivery.job_id}"))
 
     def _judge_dropped(self) -> None:
-        """A claim drops no job of a row that is enqueued under that delivery, and due.
+        """Checks that no claim drops a job of a row that is enqueued with that delivery, and due.
 
-        A hand-over counts from its statement, not from its commit: the claim waits for that.
+        A hand-over counts from its statement, not from its commit, because the claim waits for the commit.
         """
-        for dropped in () if self._books.was_restored else self._books.dropped:
-            before = [by for by in self._enqueued.get(dropped.delivery, ()) if by.at < dropped.answered_at]
+        for dropped in () if self._records.was_restored else self._records.dropped:
+            transitions = self._enqueued.get(dropped.delivery, ())
+            before = [transition for transition in transitions if transition.at < dropped.answered_at]
             if not before or before[-1].states[1] != "enqueued":
                 continue
             if (before[-1].run_at or 0.0) < dropped.asked_at:

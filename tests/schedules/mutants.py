@@ -1,4 +1,4 @@
-"""Mutants: each takes away one thing that the design stands on. The tester must catch all of them."""
+"""Defines mutants: each removes one thing that the design relies on. The tester must catch all of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +11,7 @@ Mutant = Callable[[], AbstractContextManager[object]]
 
 
 def _rewritten(statement: str, old: str, new: str) -> Mutant:
-    """Returns what puts a changed text in a statement's place for a while."""
+    """Returns a mutant that replaces a part of a statement's text."""
 
     def mutant() -> AbstractContextManager[object]:
         text = queries.query(statement)
@@ -43,8 +43,8 @@ MUTANTS: dict[str, Mutant] = {
         "sweep", "USING (id, delivery)\n    WHERE status = 'enqueued'", "USING (id)"
     ),
     "publish_without_lock": _rewritten("publish", "FOR NO KEY UPDATE SKIP LOCKED", ""),
-    # The sleep comes after each lock of a row that a relay has just committed: two claims that wait for the relay go on
-    # side by side then, on a busy machine too.
+    # The sleep follows each lock of a row that a relay has just committed, so that two claims that wait for the relay
+    # continue side by side, even on a busy machine.
     "claim_without_order": _rewritten(
         "claim", "ORDER BY id", "AND pg_sleep(0.02)::text IS NOT NULL\n    ORDER BY md5(id || %(worker)s)"
     ),
@@ -72,6 +72,6 @@ MUTANTS: dict[str, Mutant] = {
 
 @contextmanager
 def mutated(name: str | None) -> Iterator[None]:
-    """Puts a mutant in the product's place for a while; none where there is no name."""
+    """Applies a mutant during the block; none if `name` is None."""
     with MUTANTS[name]() if name else nullcontext():
         yield

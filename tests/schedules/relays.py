@@ -1,4 +1,4 @@
-"""The relay's duties, each as an actor of its own: relays hand over, sweep and rescue side by side."""
+"""Defines the relay's duties as separate actors: hand-over, sweep, rescue and retention run side by side."""
 
 from random import Random
 from typing import Any
@@ -8,27 +8,27 @@ import redis
 from outbox.runtime.postgres import AWAY, Connection
 from outbox_relay import publish, rescue, retention, sweep
 from outbox_relay.look import find_work
-from tests.schedules.bag import QUEUES, Client
-from tests.schedules.setting import Setting
-from tests.schedules.stepping import END_OF_TRANSACTION, TURN, Actor
+from tests.schedules.actor import END_OF_TRANSACTION, TURN, Actor
+from tests.schedules.redis_model import QUEUES, RedisModelClient
+from tests.schedules.shared_state import SharedState
 
 LEASE = 30.0
 """Seconds."""
 
 
 class Duty(Actor):
-    """A duty of a relay, with a connection of its own that is opened anew when it is lost."""
+    """An actor with one connection, which it reopens when it is lost."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
-        super().__init__(name, setting.arrived, setting.note)
-        self.setting = setting
-        self.draw = Random(f"{setting.seed} {name}")
+    def __init__(self, name: str, state: SharedState) -> None:
+        super().__init__(name, state.arrived, state.note)
+        self.state = state
+        self.draw = Random(f"{state.seed} {name}")
 
     def work(self) -> None:
-        """Does its duty again and again."""
+        """Takes turns on one connection after another."""
         self.begin()
         while True:
-            connection = self.setting.stage.connect(self)
+            connection = self.state.database.connect(self)
             try:
                 while not connection.closed:
                     self._carried = None
@@ -39,93 +39,93 @@ class Duty(Actor):
                         self.note(self.name, "  Redis is away")
             except AWAY as error:
                 self.note(self.name, f"  {type(error).__name__}: {error}")
-                self.away()
+                self.on_connection_lost()
 
     def begin(self) -> None:
-        """Is where the process starts."""
+        """Called when the process starts."""
 
     def turn(self, connection: Connection) -> None:
-        """Does it once."""
+        """Performs the duty once."""
         raise NotImplementedError
 
-    def away(self) -> None:
-        """Is called when the connection is lost."""
+    def on_connection_lost(self) -> None:
+        """Called when the connection is lost."""
 
     @property
     def client(self) -> Any:
-        """Redis, as the product's functions take it."""
-        return Client(self.setting.bag, self, self.draw)
+        """A client of the modelled Redis for the product's functions."""
+        return RedisModelClient(self.state.redis, self, self.draw)
 
 
 class Relay(Duty):
     """Hands rows over."""
 
     def turn(self, connection: Connection) -> None:
-        """Does it once."""
-        for queue in QUEUES if self.setting.is_fair else [self.draw.choice(self.setting.queues)]:
-            publish.publish(connection, self.client, queue, self.setting.relay_settings)
+        """Hands over one batch, in the fair phase one per queue."""
+        for queue in QUEUES if self.state.is_fair else [self.draw.choice(self.state.queues)]:
+            publish.publish(connection, self.client, queue, self.state.relay_settings)
 
 
 class Sweep(Duty):
     """Takes back what Redis has lost."""
 
     def begin(self) -> None:
-        """Is where the process starts."""
-        self._sweep = sweep.Sweep(self.client, self.setting.relay_settings)
+        """Starts a new sweep."""
+        self._sweep = sweep.Sweep(self.client, self.state.relay_settings)
 
     def turn(self, connection: Connection) -> None:
-        """Does it once."""
+        """Looks for lost jobs, or takes back what the last look missed."""
         if not self._sweep._missing:
             self._sweep.look(connection)
-            self.setting.books.looked_for.setdefault(self.name, set()).update(self._sweep._missing)
+            self.state.records.found_missing.setdefault(self.name, set()).update(self._sweep._missing)
         else:
             self._sweep.take_back(connection)
 
-    def away(self) -> None:
-        """Is called when the connection is lost."""
+    def on_connection_lost(self) -> None:
+        """Starts a new sweep, as after a crash."""
         self.begin()
 
 
 class Rescue(Duty):
-    """Takes rows from workers that died; looks first, as the relay's loop does."""
+    """Takes back rows of workers that died; looks first, as the relay's loop does."""
 
-    passes = Duty.passes | {"find_work"}
+    ungated = Duty.ungated | {"find_work"}
 
     def begin(self) -> None:
-        """Is where the process starts."""
-        if self not in self.setting.rescues:
-            self.setting.rescues.append(self)
+        """Starts a new rescue."""
+        if self not in self.state.rescues:
+            self.state.rescues.append(self)
         self._rescue = rescue.Rescue(LEASE)
 
     def turn(self, connection: Connection) -> None:
-        """Does it once."""
+        """Looks for expired leases, and takes one step if there are any."""
         self._let_time_pass()
-        work = find_work(connection, self.setting.relay_settings)
-        now = self.setting.clock.monotonic()
+        work = find_work(connection, self.state.relay_settings)
+        now = self.state.clock.monotonic()
         self._rescue.follow(connection, now, now, is_expired=work.expired)
 
     def _let_time_pass(self) -> None:
-        """Lets about the time pass between two looks, as the relay's loop does; mostly not in others' transactions."""
-        if self.setting.is_fair:
+        """Advances the clock as between two looks of the relay's loop, rarely during another rescue's transaction."""
+        if self.state.is_fair:
             return
-        others = [duty for duty in self.setting.rescues if duty is not self]
+        others = [duty for duty in self.state.rescues if duty is not self]
         if all(duty.gate == TURN for duty in others) or self.draw.random() < 0.1:
-            self.setting.clock.now += self.draw.choice([0.0, 1.1, 2.1, 2.1, 4.0])
+            self.state.clock.now += self.draw.choice([0.0, 1.1, 2.1, 2.1, 4.0])
 
-    def away(self) -> None:
-        """Is called when the connection is lost."""
+    def on_connection_lost(self) -> None:
+        """Pauses the rescue, as the relay does."""
         self._rescue.pause()
 
 
 class Retention(Duty):
-    """Deletes old rows that are done."""
+    """Deletes old done rows."""
 
-    passes = Duty.passes | {"delete_rows", END_OF_TRANSACTION}  # it has all rows locked by then
+    ungated = Duty.ungated | {"delete_rows", END_OF_TRANSACTION}  # by then it has locked all rows
 
     def begin(self) -> None:
-        """Is where the process starts."""
-        self._retention = retention.Retention(self.setting.relay_settings)
+        """Starts a new retention."""
+        self._retention = retention.Retention(self.state.relay_settings)
 
     def turn(self, connection: Connection) -> None:
-        """Does it once."""
+        """Deletes one batch."""
         self._retention.delete(connection)

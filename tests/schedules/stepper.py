@@ -1,13 +1,13 @@
-"""Lets actors take their steps one by one, and sees who waits for whose lock."""
+"""Makes actors take their steps one by one, and detects which of them wait for locks."""
 
 import time
 from queue import Empty, SimpleQueue
 
-from tests.schedules.stage import Stage
-from tests.schedules.stepping import Actor, Order
+from tests.schedules.actor import Actor, Order
+from tests.schedules.database import Database
 
-_PATIENCE = 0.005
-"""Seconds after which a statement without an answer is looked for among those that wait for a lock."""
+_POLL = 0.005
+"""Seconds after which an unanswered statement is checked for a wait for a lock."""
 
 _LIMIT = 30.0
 """Seconds after which a statement that neither answers nor waits for a lock fails the run."""
@@ -18,22 +18,22 @@ class StuckError(Exception):
 
 
 class Stepper:
-    """All actors of a schedule. Between two steps each stands before its next one, or waits for a lock in Postgres.
+    """Steps all actors of a schedule. Between two steps, each is at its next gate or waits for a lock in Postgres.
 
-    Postgres' own table of locks says who waits, not a clock: so the same seed makes the same schedule.
+    Postgres' table of locks decides which actors wait, not a clock: so the same seed gives the same schedule.
     """
 
-    def __init__(self, stage: Stage, arrived: "SimpleQueue[Actor]") -> None:
-        self._stage = stage
+    def __init__(self, database: Database, arrived: "SimpleQueue[Actor]") -> None:
+        self._database = database
         self._arrived = arrived
         self.actors: list[Actor] = []
-        """Those that are not over."""
+        """Actors that are not over."""
         self.deadlocks: list[list[str]] = []
-        """The names of those who waited for one another."""
+        """The names of the actors in each deadlock."""
         self.failures: list[str] = []
-        """What actors have raised that their processes would not survive."""
+        """Exceptions of actors that would have ended their processes."""
         self.blocked: set[Actor] = set()
-        """Those that wait for a lock."""
+        """Actors that wait for a lock."""
         self._moving: set[Actor] = set()
 
     def start(self, actor: Actor) -> None:
@@ -44,7 +44,7 @@ class Stepper:
         self._settle()
 
     def step(self, actor: Actor, order: Order) -> None:
-        """Lets an actor take a step, and others whom that lets go on."""
+        """Makes an actor take a step, and waits also for actors that the step unblocks."""
         self._moving.add(actor)
         actor.go_on(order)
         self._settle()
@@ -52,7 +52,7 @@ class Stepper:
     def time_out(self, actor: Actor) -> None:
         """Ends an actor's wait for a lock, as `lock_timeout` would."""
         self.blocked.discard(actor)
-        self._stage.cancel(actor)
+        self._database.cancel(actor)
         self._settle()
 
     def end(self) -> None:
@@ -64,16 +64,16 @@ class Stepper:
                 self.time_out(actor)
 
     def _settle(self) -> None:
-        """Waits until every actor stands before a step, waits for a lock, or is over."""
+        """Waits until every actor is at a gate, waits for a lock, or is over."""
         limit = time.monotonic() + _LIMIT
         while self._moving:
             try:
                 if self._moving <= self.blocked:
                     self._arrive(self._arrived.get_nowait())
                 else:
-                    self._arrive(self._arrived.get(timeout=_PATIENCE))
+                    self._arrive(self._arrived.get(timeout=_POLL))
             except Empty:
-                if self._look():
+                if self._all_wait():
                     return
                 if time.monotonic() > limit:
                     raise StuckError(f"no answer: {sorted(actor.name for actor in self._moving)}") from None
@@ -90,20 +90,20 @@ class Stepper:
             if actor.failure:
                 self.failures.append(f"{actor.name} ends with {type(actor.failure).__name__}: {actor.failure}")
 
-    def _look(self) -> bool:
-        """Returns whether all that move wait for locks, and not for one another."""
-        found = self._stage.blocked(self._moving)
-        self.blocked = {actor for actor in self._moving if actor.pid in found}
+    def _all_wait(self) -> bool:
+        """Updates the blocked actors; returns whether all moving actors wait for locks without a deadlock."""
+        blockers = self._database.blocked(self._moving)
+        self.blocked = {actor for actor in self._moving if actor.pid in blockers}
         if self.blocked != self._moving:
             return False
-        if _is_deadlocked(found):
-            time.sleep(_PATIENCE)  # until Postgres finds that as well
+        if _is_deadlocked(blockers):
+            time.sleep(_POLL)  # until Postgres detects it too
             return False
         return self._arrived.empty()
 
 
 def _is_deadlocked(blockers: dict[int, list[int]]) -> bool:
-    """Returns whether any of these sessions waits for itself, by way of others."""
+    """Whether any of these sessions waits for itself, directly or through others."""
     for start, directly in blockers.items():
         reached, left = set[int](), list(directly)
         while left:

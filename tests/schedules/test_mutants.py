@@ -1,12 +1,12 @@
-"""The tester catches what it is made to catch, and finds nothing in the project's own statements."""
+"""The schedule tester catches every mutant, and finds nothing in the product's own statements."""
 
 from collections.abc import Iterator
 
 import pytest
 
+from tests.schedules.database import Database, open_database
 from tests.schedules.mutants import MUTANTS, mutated
 from tests.schedules.schedule import run
-from tests.schedules.stage import Stage, stage
 
 pytestmark = pytest.mark.once
 
@@ -26,34 +26,34 @@ _CATCHING = {
     "retry_without_status": (3, 12),
     "sweep_without_second_look": (50, 60),
 }
-"""The first schedules of the seed that catch each mutant. Whatever changes what is drawn at random, changes these:
+"""The first schedules of the seed that catch each mutant. Any change to the random draws changes them:
 `python -m tests.schedules --seed 7 --mutant NAME` finds the new ones."""
 
-_TRIES = 10
-"""How often these are run at most: of sessions that wait for one lock, Postgres decides which goes on first."""
+_MAX_TRIES = 10
+"""Maximum number of runs: Postgres decides which of the sessions that wait for one lock continues first."""
 
 
 @pytest.fixture(scope="module")
-def opened() -> Iterator[Stage]:
+def database() -> Iterator[Database]:
     """A Postgres for schedules."""
-    with stage() as made:
-        yield made
+    with open_database() as opened:
+        yield opened
 
 
 def test_mutants_are_all_listed() -> None:
-    """No mutant is left out here."""
+    """Every mutant has its schedules here."""
     assert _CATCHING.keys() == MUTANTS.keys()
 
 
 @pytest.mark.parametrize("mutant", sorted(MUTANTS))
-def test_mutant_is_caught(mutant: str, opened: Stage) -> None:
-    """A statement that lacks what the design stands on breaks a rule."""
-    numbers = _CATCHING[mutant] * _TRIES
+def test_mutant_is_caught(mutant: str, database: Database) -> None:
+    """A statement that lacks something the design relies on breaks a rule."""
+    numbers = _CATCHING[mutant] * _MAX_TRIES
     with mutated(mutant):
-        assert any(run(opened, f"{_SEED} {number}").violations for number in numbers)
+        assert any(run(database, f"{_SEED} {number}").violations for number in numbers)
 
 
-def test_statements_break_no_rule(opened: Stage) -> None:
-    """The project's own statements pass the schedules that catch the mutants."""
+def test_statements_break_no_rule(database: Database) -> None:
+    """The product's own statements pass the schedules that catch the mutants."""
     for number in sorted({number for numbers in _CATCHING.values() for number in numbers}):
-        assert run(opened, f"{_SEED} {number}").violations == [], f"schedule {number}"
+        assert run(database, f"{_SEED} {number}").violations == [], f"schedule {number}"

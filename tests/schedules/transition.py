@@ -1,4 +1,4 @@
-"""One committed transition of a row, as the trigger in transitions.sql has recorded it."""
+"""Defines a committed transition of a row, as recorded by the trigger in transitions.sql."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Transition:
-    """A committed change of one row, with what was true of the row before it."""
+    """A committed change of one row, with facts about the row before it."""
 
     xid: Any
     actor: str
@@ -19,45 +19,45 @@ class Transition:
     old: Row | None
     new: Row | None
     run_at: float | None
-    """Of the row after it; seconds since the epoch."""
+    """`run_at` after the transition; seconds since the epoch."""
     was_due: bool | None
     """Whether `run_at` had passed."""
     lease_passed: bool | None
-    """Whether it had, or lay further ahead than any lease."""
+    """Whether `lease_until` had passed, or was further ahead than any lease."""
     was_kept: bool | None
     """Whether the row's retention time was not over."""
 
     @property
     def role(self) -> str:
-        """What the actor is: `relay`, or for a worker `claims` or `completes`."""
+        """The actor's role, such as `relay`; for a worker, `claims` or `completes`."""
         return self.actor.partition(".")[2] or self.actor.partition("-")[0]
 
     @property
     def worker(self) -> str:
-        """The worker whose claims or completions these are."""
+        """The name of the worker that made the transition."""
         return self.actor.partition(".")[0]
 
     @property
     def states(self) -> tuple[str | None, str | None]:
-        """Status before and after; None where there is no row."""
+        """Status before and after; None if there is no row."""
         return self.old["status"] if self.old else None, self.new["status"] if self.new else None
 
     @property
     def changed(self) -> set[str]:
-        """The columns that differ, where there was a row and is one."""
+        """The changed columns of an update; empty for an insert or a delete."""
         old, new = self.old or {}, self.new or {}
         return {name for name in new if name in old and old[name] != new[name]}
 
     @property
     def delivery(self) -> Delivery:
-        """Which delivery the row was before; of a new row, which it is."""
+        """The row's delivery before the transition; after it for a new row."""
         row = self.old or self.new
         assert row is not None
         return Delivery(row["id"], row["delivery"])
 
     @property
     def next_delivery(self) -> Delivery:
-        """Which delivery the row is now; of a deleted row, which it was."""
+        """The row's delivery after the transition; before it for a deleted row."""
         row = self.new or self.old
         assert row is not None
         return Delivery(row["id"], row["delivery"])

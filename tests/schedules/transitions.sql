@@ -1,5 +1,5 @@
--- Records every transition of an outbox row. The record is part of the transaction that made the transition, so what is
--- found in it is what was committed. Rows are locked until the commit: for one row, `seq` is the order of the commits.
+-- Records every transition of an outbox row, in the transaction that makes it, so that the table holds what was
+-- committed. Rows are locked until the commit: for one row, `seq` is the order of the commits.
 CREATE UNLOGGED TABLE transition (
     seq          bigint      GENERATED ALWAYS AS IDENTITY,
     xid          xid8        NOT NULL DEFAULT pg_current_xact_id(),
@@ -32,5 +32,5 @@ $$;
 CREATE TRIGGER record_transition AFTER INSERT OR UPDATE OR DELETE ON outbox
     FOR EACH ROW EXECUTE FUNCTION record_transition();
 
--- A copy of the table, as a dump would hold it.
+-- A copy of the table, as in a dump.
 CREATE UNLOGGED TABLE copy (LIKE outbox);

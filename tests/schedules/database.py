@@ -1,4 +1,4 @@
-"""The Postgres of a run, its connections, and what the tester itself asks it to do."""
+"""Runs the Postgres of a run, and provides the actors' connections and the tester's own statements."""
 
 import tempfile
 from collections.abc import Collection, Iterator
@@ -13,7 +13,8 @@ from outbox.devstack.embedded import embedded_postgres
 from outbox.rq_jobs import Delivery
 from outbox.runtime import postgres
 from outbox.runtime.migrations import migrate
-from tests.schedules.stepping import Actor, SteppedConnection, SteppedCursor
+from tests.schedules.actor import Actor
+from tests.schedules.stepped_connection import SteppedConnection, SteppedCursor
 
 _SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "autovacuum=off", "jit=off")
 _DEADLOCK_TIMEOUT = "deadlock_timeout=20ms"
@@ -22,7 +23,7 @@ _RESET = "TRUNCATE outbox, transition RESTART IDENTITY"
 
 _BLOCKED = "SELECT pid, pg_blocking_pids(pid) AS blockers FROM pg_locks WHERE NOT granted AND pid = ANY (%(pids)s)"
 
-# What is locked is passed over: time passes for it later.
+# Skips locked rows: their time passes later.
 _PASS = {
     "run_at": """
         UPDATE outbox SET run_at = now() - interval '1 h'
@@ -66,11 +67,11 @@ _RESTORE = (
 )
 
 
-class Stage:
-    """A database, and the connections that actors have to it; they are kept from schedule to schedule."""
+class Database:
+    """A database, and the actors' connections to it, which are kept from schedule to schedule."""
 
     def __init__(self, database_url: str) -> None:
-        """Opens the tester's own connection to a migrated database, and prepares that to record transitions."""
+        """Connects to a migrated database, and adds the trigger that records transitions."""
         self._database_url = database_url
         self._own = psycopg.connect(
             database_url,
@@ -88,10 +89,10 @@ class Stage:
             connection.close()
 
     def connect(self, actor: Actor) -> SteppedConnection:
-        """Returns an actor's connection, opened as the product opens its own."""
+        """Returns an actor's connection, with the product's connection options."""
         connection = self._kept.get(actor.name)
         if connection is None or connection.closed:
-            # Every second session has other plans: what no ORDER BY sorts, comes in another order there.
+            # Every second session has other plans, so that rows without ORDER BY come in another order.
             plans = " -c enable_seqscan=off" if len(self._kept) % 2 else ""
             connection = SteppedConnection.connect(
                 self._database_url,
@@ -111,54 +112,54 @@ class Stage:
         self._own.execute(_RESET)
 
     def blocked(self, actors: Collection[Actor]) -> dict[int, list[int]]:
-        """Returns which of these actors' sessions wait for a lock, and for which sessions each waits."""
-        found = self._own.execute(_BLOCKED, {"pids": [actor.pid for actor in actors]})
-        return {row["pid"]: row["blockers"] for row in found}
+        """Returns the sessions of these actors that wait for a lock, and the sessions that block each."""
+        rows = self._own.execute(_BLOCKED, {"pids": [actor.pid for actor in actors]})
+        return {row["pid"]: row["blockers"] for row in rows}
 
     def cancel(self, actor: Actor) -> None:
         """Ends an actor's wait for a lock."""
         self._own.execute("SELECT pg_cancel_backend(%s)", [actor.pid])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns all rows, in order."""
+        """Returns all rows, ordered by id."""
         return self._own.execute("SELECT id, delivery, status, worker FROM outbox ORDER BY id").fetchall()
 
-    def pass_time(self, what: str, rows: Collection[int]) -> list[tuple[Delivery, float]]:
-        """Moves a time of these rows into the past; returns which `run_at` was moved, and to when."""
-        cursor = self._own.execute(_PASS[what], {"rows": list(rows)})
-        if what != "run_at":
+    def pass_time(self, column: str, rows: Collection[int]) -> list[tuple[Delivery, float]]:
+        """Moves a time of these rows into the past; returns the deliveries with a changed `run_at`, and that time."""
+        cursor = self._own.execute(_PASS[column], {"rows": list(rows)})
+        if column != "run_at":
             return []
         return [(Delivery(row["id"], row["delivery"]), row["run_at"]) for row in cursor]
 
     def set_clock_back(self, rows: Collection[int]) -> None:
-        """Makes times of these rows lie further ahead than any process writes them."""
+        """Moves times of these rows further into the future than any process writes them."""
         self._own.execute(_SET_CLOCK_BACK, {"rows": list(rows)})
 
     def dump(self) -> None:
-        """Copies the table as it is committed now."""
+        """Copies the committed rows of the table."""
         self._own.execute("TRUNCATE copy")
         self._own.execute("INSERT INTO copy SELECT * FROM outbox")
 
     def restore(self) -> None:
-        """Puts the copy in the table's place; no transaction of any actor may be open."""
+        """Replaces the rows by the copy; no actor may have an open transaction."""
         with self._own.transaction():
             for statement in _RESTORE:
                 self._own.execute(statement)
 
     def transitions(self) -> list[dict[str, Any]]:
-        """Returns what was committed since the reset."""
+        """Returns all transitions committed since the reset."""
         return self._own.execute("SELECT * FROM transition ORDER BY seq").fetchall()
 
 
 @contextmanager
-def stage() -> Iterator[Stage]:
-    """Runs a Postgres for schedules."""
+def open_database() -> Iterator[Database]:
+    """Runs a migrated Postgres for schedules."""
     with (
         tempfile.TemporaryDirectory(prefix="outbox-schedules-") as folder,
         embedded_postgres(Path(folder), settings=[*_SETTINGS, _DEADLOCK_TIMEOUT]) as server,
     ):
         migrate(server.url)
-        opened = Stage(server.url)
+        opened = Database(server.url)
         try:
             yield opened
         finally:
