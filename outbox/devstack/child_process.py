@@ -1,4 +1,4 @@
-"""A child process: how one is started and ended, and what its parent wants to know meanwhile."""
+"""Starts and ends child processes."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from typing import IO, Any
 from outbox.errors import StartError
 
 POLL = 0.05
-"""Seconds between two looks at something that has no way to tell."""
+"""Seconds between two checks of a state that cannot be waited for."""
 
 
 def _ignore(_: str, __: subprocess.Popen[bytes]) -> None: ...
@@ -20,14 +20,14 @@ def _ignore(_: str, __: subprocess.Popen[bytes]) -> None: ...
 
 @dataclass(frozen=True)
 class Supervisor:
-    """What the parent of children has a say in. The defaults wait as told, take no note and never hurry."""
+    """What a parent process does while its children start and stop. The defaults only wait."""
 
     wait: Callable[[float], None] = time.sleep
-    """Waits that many seconds while a child starts; raises whatever is to end the start."""
-    started: Callable[[str, subprocess.Popen[bytes]], None] = _ignore
-    """Called with a name and the process right after each start."""
-    hurried: Callable[[], bool] = lambda: False
-    """Whether children that are being stopped are to be given no more time."""
+    """Waits that many seconds while a child starts. An exception that it raises ends the start."""
+    on_start: Callable[[str, subprocess.Popen[bytes]], None] = _ignore
+    """Called with the name and the process after each start."""
+    is_hurried: Callable[[], bool] = lambda: False
+    """Returns whether children that are being stopped get no more time."""
 
 
 def spawn(
@@ -37,17 +37,17 @@ def spawn(
     output: int | IO[Any],
     *,
     environment: Mapping[str, str] | None = None,
-    user: Mapping[str, Any] | None = None,
+    run_as: Mapping[str, Any] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts a child in a session of its own, so that a terminal's Ctrl-C reaches its parent alone.
+    """Starts a child in its own session, so that a terminal's Ctrl-C reaches only its parent.
 
     Args:
-        supervisor: is told of the start.
-        name: what messages call the child.
+        supervisor: its `on_start` is called.
+        name: the name of the child in messages.
         command: the program and its arguments: strings and paths.
-        output: takes standard output and standard error.
-        environment: its environment; the parent's unless given.
-        user: `subprocess.Popen`'s arguments that make it run as another user, or with another umask.
+        output: receives standard output and standard error.
+        environment: of the child; the parent's unless given.
+        run_as: arguments of `subprocess.Popen` that set another user or umask.
 
     Raises:
         StartError: the system refuses to run the program.
@@ -60,38 +60,38 @@ def spawn(
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            **(user or {}),
+            **(run_as or {}),
         )
     except OSError as error:
         raise StartError(f"{name} cannot be started: {error}") from error
-    supervisor.started(name, process)
+    supervisor.on_start(name, process)
     return process
 
 
 def end(
     supervisor: Supervisor,
     process: subprocess.Popen[bytes],
-    ask: signal.Signals,
+    first: signal.Signals,
     limit: float,
-    insist: signal.Signals = signal.SIGKILL,
+    second: signal.Signals = signal.SIGKILL,
 ) -> None:
-    """Ends a child: asks it to, insists after a time limit or when hurried, and kills its session in the end.
+    """Ends a child with one signal, then with another, and finally kills its session. Does nothing if it has ended.
 
     Args:
-        supervisor: may hurry.
-        process: the child; may have ended already.
-        ask: the signal for an orderly end.
-        limit: seconds for that.
-        insist: the signal for an end at once, given 5 seconds.
+        supervisor: cuts `limit` short if it is hurried.
+        process: the child.
+        first: the signal for an orderly end.
+        limit: seconds that the child has for an orderly end.
+        second: the signal for an immediate end; the child has 5 s for it.
     """
     if process.poll() is not None:
         return
-    _signal(process, ask)
+    _signal(process, first)
     deadline = time.monotonic() + limit
-    while process.poll() is None and time.monotonic() < deadline and not supervisor.hurried():
+    while process.poll() is None and time.monotonic() < deadline and not supervisor.is_hurried():
         time.sleep(POLL)
-    if insist is not signal.SIGKILL and process.poll() is None:
-        _signal(process, insist)
+    if second is not signal.SIGKILL and process.poll() is None:
+        _signal(process, second)
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)
     if process.poll() is None:

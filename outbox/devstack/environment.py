@@ -1,4 +1,4 @@
-"""What `outbox up` reads from its environment, and what it adds for the three processes."""
+"""The environment of `outbox up`: its own settings, and the variables that it adds for the three processes."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from outbox.runtime.settings import RelaySettings, ServiceSettings, WorkerSettin
 
 MAIL_FROM = "Outbox <no-reply@example.com>"
 
-_STAND_INS = {
+_PLACEHOLDERS = {
     "DATABASE_URL": "postgresql:///outbox",
     "REDIS_URL": "unix:///redis.sock",
     "SMTP_URL": "smtp://127.0.0.1",
@@ -22,15 +22,15 @@ _STAND_INS = {
     "MAIL_FROM": MAIL_FROM,
     "PUBLIC_URL": "http://127.0.0.1",
 }
-"""For variables that are not set, while those that are set are checked."""
+"""Values of unset variables while those that are set are checked."""
 
 
 @dataclass(frozen=True)
 class UpSettings:
-    """What `outbox up` itself needs to know."""
+    """The settings of `outbox up` itself."""
 
     address: Address
-    """Where the service is to listen."""
+    """The address that the service listens on."""
     log_level: str
     log_json: bool
 
@@ -41,18 +41,18 @@ def is_set(name: str) -> bool:
 
 
 def read_settings() -> UpSettings:
-    """Checks the variables of all three processes before anything is started.
+    """Checks the variables of all three processes and returns those that `up` needs.
 
     Raises:
-        SettingsError: names every variable that is wrong, a line each.
+        SettingsError: variables are wrong: names each on a line of its own.
     """
-    with _filled(_STAND_INS):
+    with _with_defaults(_PLACEHOLDERS):
         wrong: list[str] = []
         for settings in (ServiceSettings, RelaySettings, WorkerSettings):
             try:
-                found = settings.from_environment()
-                if isinstance(found, RelaySettings | WorkerSettings):
-                    redis_url.check(found.redis_url)
+                checked = settings.from_environment()
+                if isinstance(checked, RelaySettings | WorkerSettings):
+                    redis_url.check(checked.redis_url)
             except SettingsError as error:
                 wrong += str(error).splitlines()
         if wrong:
@@ -62,7 +62,7 @@ def read_settings() -> UpSettings:
 
 
 @contextmanager
-def _filled(values: Mapping[str, str]) -> Iterator[None]:
+def _with_defaults(values: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update({name: value for name, value in values.items() if not is_set(name)})
     try:
@@ -72,22 +72,19 @@ def _filled(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def free_address(address: Address) -> Address:
-    """Checks that the service will be able to listen.
+def find_free_address(address: Address) -> Address:
+    """Checks that the service can listen on an address, and returns it with a real port.
 
     Args:
-        address: where to; port 0 asks for any free one.
-
-    Returns:
-        The address with a port that is free now.
+        address: port 0 stands for any free port.
 
     Raises:
-        StartError: it is taken, or not this machine's, or not this user's to take.
+        StartError: the address is taken, not of this machine, or not allowed to this user.
     """
     try:
         family, kind, protocol, _, location = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listener:
-            # As servers do: connections that ended a moment ago do not count.
+            # As the service does: connections in TIME_WAIT do not block the port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(location)
             listener.listen()
@@ -95,18 +92,18 @@ def free_address(address: Address) -> Address:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(
-                f"the address {address} is taken: stop what listens there, or set HTTP_SERVER_ADDRESS to another"
+                f"the address {address} is taken: stop its process, or set HTTP_SERVER_ADDRESS to another"
             ) from None
         raise StartError(f"the service cannot listen on {address} (HTTP_SERVER_ADDRESS): {error.strerror}") from None
 
 
 def local_url(address: Address) -> str:
-    """Returns where a browser on this machine finds the service."""
+    """Returns the URL of the service for a browser on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - compared, not bound
     return f"http://{Address(host, address.port)}"
 
 
-def for_processes(settings: UpSettings, **provided: str) -> dict[str, str]:
+def process_environment(settings: UpSettings, **provided: str) -> dict[str, str]:
     """Returns the environment of the three processes.
 
     Args:

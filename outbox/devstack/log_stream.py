@@ -1,4 +1,4 @@
-"""One readable stream from the logs of many processes."""
+"""Merges the logs of several processes into one readable stream."""
 
 import io
 import json
@@ -21,50 +21,50 @@ _OWN_FIELDS = frozenset({"event", "level", "timestamp", "process", "exception"})
 
 
 class Stream:
-    """Takes lines from any thread and writes each whole, as one readable line."""
+    """Writes lines from any thread to one output, each in one piece."""
 
-    def __init__(self, output: TextIO, *, as_json: bool, broken: Callable[[], None]) -> None:
-        """Writes to `output`, in colour where that is a terminal.
+    def __init__(self, output: TextIO, *, as_json: bool, on_broken: Callable[[], None]) -> None:
+        """Creates a stream.
 
         Args:
-            output: where to.
-            as_json: pass JSON lines through untouched, for a program to read.
-            broken: called once `output` takes no more, as when a pipe's reader or a terminal is gone.
+            output: receives the lines, in colour if it is a terminal.
+            as_json: writes JSON lines unchanged, for a program to read.
+            on_broken: called when `output` cannot be written to: its reader or terminal has gone.
         """
         self._output = output
         self._as_json = as_json
-        self._broken = broken
+        self._on_broken = on_broken
         self._console = Console(file=output, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._lock = threading.Lock()
-        self._plain: dict[str, deque[str]] = {}
+        self._plain_lines: dict[str, deque[str]] = {}
 
-    def line(self, process: str, text: str) -> None:
-        """Writes one line that `process` printed: rendered if it is one of our JSON events, else as it is."""
+    def write_line(self, process: str, text: str) -> None:
+        """Writes one line that `process` printed: a JSON event as readable text, any other line unchanged."""
         event = _event(text)
         if event is None:
-            self._plain.setdefault(process, deque(maxlen=10)).append(text)
+            self._plain_lines.setdefault(process, deque(maxlen=10)).append(text)
             event = {"event": text, "process": process, "timestamp": datetime.now(UTC).isoformat()}
             self._write(json.dumps(event) if self._as_json else _rendered(process, event))
         else:
             self._write(text if self._as_json else _rendered(process, event))
 
     def follow(self, process: str, output: IO[bytes]) -> None:
-        """Writes all that a process prints, until it has closed its end."""
+        """Writes what a process prints, until it closes its output."""
         with output:
             for line in output:
-                self.line(process, line.decode(errors="replace").rstrip("\r\n"))
+                self.write_line(process, line.decode(errors="replace").rstrip("\r\n"))
 
     def writer(self, process: str) -> TextIO:
-        """Returns a text file whose lines become lines of `process`: a standard output for this process itself."""
-        return cast("TextIO", _Writer(lambda text: self.line(process, text)))
+        """Returns a text file that writes its lines as lines of `process`, to replace this process' standard output."""
+        return cast("TextIO", _Writer(lambda text: self.write_line(process, text)))
 
-    def paragraph(self, text: str) -> None:
-        """Writes a text for people, as it is."""
+    def write_paragraph(self, text: str) -> None:
+        """Writes a text unchanged."""
         self._write(Text(text))
 
-    def last_words(self, process: str) -> str:
-        """Returns the last lines of `process` that were no events: what it said before it died."""
-        return "\n".join(self._plain.get(process, ()))
+    def last_output(self, process: str) -> str:
+        """Returns the last lines of `process` that were not events, such as a traceback."""
+        return "\n".join(self._plain_lines.get(process, ()))
 
     def _write(self, text: str | Text) -> None:
         with self._lock:
@@ -75,12 +75,12 @@ class Stream:
                     self._console.print(text)
                 self._output.flush()
             except (OSError, ValueError):
-                self._broken()
+                self._on_broken()
 
 
 class _Writer(io.TextIOBase):
-    def __init__(self, line: Callable[[str], None]) -> None:
-        self._line = line
+    def __init__(self, write_line: Callable[[str], None]) -> None:
+        self._write_line = write_line
         self._part = threading.local()
 
     def writable(self) -> bool:
@@ -90,7 +90,7 @@ class _Writer(io.TextIOBase):
         *lines, rest = (getattr(self._part, "text", "") + text).split("\n")
         self._part.text = rest
         for line in lines:
-            self._line(line)
+            self._write_line(line)
         return len(text)
 
 
@@ -132,6 +132,6 @@ def _value(value: object) -> str:
     if isinstance(value, str) and value and value.isprintable() and not set(value) & set(' "='):
         return value
     if isinstance(value, str) and "://" in value and value.isprintable() and " " not in value:
-        return value  # a link: it must stay one that a terminal opens
+        return value  # a link: in quotes a terminal might not open it
     text = json.dumps(value, ensure_ascii=False)
     return text if text.isprintable() else json.dumps(value)

@@ -1,9 +1,8 @@
-"""A mail server that delivers nothing: it keeps each mail as a file and logs the link in it."""
+"""Runs a mail server that delivers nothing: it saves each mail to a file and logs the link in it."""
 
 import asyncio
 import email
 import email.policy
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -27,14 +26,14 @@ def catch_mails(folder: Path) -> Iterator[str]:
     """Catches mails on a free port of 127.0.0.1, in a thread, until the block is left.
 
     Args:
-        folder: made if need be; each mail is kept in it as `<time>-<recipient>.eml`.
+        folder: created if necessary; each mail is saved in it as `<time>-<recipient>.eml`.
 
     Yields:
-        The SMTP_URL to send them to.
+        The SMTP_URL of the server.
 
     Raises:
-        OSError: no port can be had.
-        StartError: the folder is another user's, or not safe from others.
+        OSError: no port is free.
+        StartError: the folder belongs to another user or is not safe from other users.
     """
     with private_folder(folder) as private, _listening(private) as url:
         yield url
@@ -48,7 +47,7 @@ def _listening(folder: PrivateFolder) -> Iterator[str]:
 
     def connection() -> SMTP:
         return SMTP(
-            _Keeper(folder), hostname="localhost", data_size_limit=_LARGEST_MAIL, enable_SMTPUTF8=True, loop=loop
+            _Handler(folder), hostname="localhost", data_size_limit=_LARGEST_MAIL, enable_SMTPUTF8=True, loop=loop
         )
 
     async def close(server: asyncio.Server) -> None:
@@ -71,40 +70,36 @@ def _listening(folder: PrivateFolder) -> Iterator[str]:
         loop.close()
 
 
-class _Keeper:
-    """aiosmtpd's handler of what its clients say."""
+class _Handler:
+    """aiosmtpd's handler of SMTP commands."""
 
     def __init__(self, folder: PrivateFolder) -> None:
         self._folder = folder
 
-    async def handle_DATA(self, _: SMTP, __: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name for it
+    async def handle_DATA(self, _: SMTP, __: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd requires this name
         content = envelope.content if isinstance(envelope.content, bytes) else (envelope.content or "").encode()
         recipient = envelope.rcpt_tos[0] if envelope.rcpt_tos else "nobody"
-        file = _keep(self._folder, recipient, content)
+        file = _save(self._folder, recipient, content)
         mail = email.message_from_bytes(content, policy=email.policy.default)
         logs.get().info(
             "caught a mail",
             to=", ".join(envelope.rcpt_tos),
             subject=str(mail["Subject"]),
-            link=link(mail),
+            link=verification_link(mail),
             file=str(file),
         )
         return "250 OK"
 
 
-def link(mail: EmailMessage) -> str | None:
+def verification_link(mail: EmailMessage) -> str | None:
     """Returns the first verification link in a mail's text, or None."""
     body = mail.get_body(("plain", "html"))
-    found = _LINK.search(str(body.get_content())) if body is not None else None
-    return found[0] if found else None
+    match = _LINK.search(str(body.get_content())) if body is not None else None
+    return match[0] if match else None
 
 
-def _keep(folder: PrivateFolder, recipient: str, content: bytes) -> Path:
-    name = re.sub(r"[^A-Za-z0-9@._+-]", "_", recipient)[:100]
-    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{name}"
-    # A program that watches the folder sees only whole mails.
-    unfinished, file = f"{stem}.unfinished", f"{stem}.eml"
-    with os.fdopen(folder.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as output:
-        output.write(content)
-    folder.rename(unfinished, file)
-    return folder.path / file
+def _save(folder: PrivateFolder, recipient: str, content: bytes) -> Path:
+    safe_recipient = re.sub(r"[^A-Za-z0-9@._+-]", "_", recipient)[:100]
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{safe_recipient}.eml"
+    folder.write(name, content)
+    return folder.path / name

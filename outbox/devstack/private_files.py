@@ -1,4 +1,4 @@
-"""Private folders of this user and their files: opens nothing that another user may have put there."""
+"""Opens folders and files that belong to this user, and none that another user may have created or replaced."""
 
 import os
 import pwd
@@ -12,17 +12,17 @@ from typing import IO
 
 from outbox.errors import StartError
 
-_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-_PASS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
-"""O_PATH opens folders that this user may pass through but not list; where the system lacks it, they are refused."""
-_MOST_LINKS = 40
+_TO_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_TO_SEARCH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
+"""O_PATH opens folders that this user may search but not list. Systems without it refuse them."""
+_MAX_LINKS = 40
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 LOCK = "lock"
-"""What tells a data folder from any other folder of this user."""
+"""The file that marks a folder as a data folder."""
 
 
 class PrivateFolder:
-    """A private folder of this user, held open, so that no other user can replace it."""
+    """A private folder of this user, kept open, so that no other user can replace it."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -30,18 +30,18 @@ class PrivateFolder:
         self.descriptor = descriptor
 
     def open(self, name: str, flags: int) -> int:
-        """Opens a file that is this user's alone, closes it to others if need be, and returns its descriptor.
+        """Opens a file, makes it accessible to this user alone, and returns its descriptor.
 
         Args:
             name: without a folder.
             flags: as of `os.open`, without O_TRUNC, which would empty the file before it is checked.
 
         Raises:
-            StartError: it cannot be opened, is another user's, or leads elsewhere; or it is to be read, and
+            StartError: the file cannot be opened, belongs to another user or is a link; or `flags` only read it and
                 everybody may have written to it.
         """
         try:
-            # O_NONBLOCK: does not wait for a planted pipe, and makes no difference to plain files.
+            # O_NONBLOCK: does not wait for a planted pipe, and has no effect on regular files.
             descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=self.descriptor)
         except OSError as error:
             if status := _status(name, self.descriptor):
@@ -58,7 +58,7 @@ class PrivateFolder:
         return descriptor
 
     def open_log(self, name: str) -> IO[bytes]:
-        """Opens a file as `open` does, and empties it: to append to, by several processes, and to read.
+        """Opens a file as `open` does and empties it; several processes may append to it.
 
         Raises:
             StartError: as of `open`.
@@ -67,12 +67,35 @@ class PrivateFolder:
         os.ftruncate(descriptor, 0)
         return os.fdopen(descriptor, "r+b", buffering=0)
 
+    def read(self, name: str) -> str:
+        """Returns the text of a file; bytes that are not UTF-8 are replaced.
+
+        Raises:
+            StartError: as of `open`.
+            OSError: the file cannot be read.
+        """
+        with os.fdopen(self.open(name, os.O_RDONLY), encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a new file, which gets its name when it is complete.
+
+        Raises:
+            StartError: as of `open`.
+            OSError: the file cannot be written.
+        """
+        unfinished = f"{name}.unfinished"
+        self.remove(unfinished)
+        with os.fdopen(self.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(content)
+        self.rename(unfinished, name)
+
     def has(self, name: str) -> bool:
-        """Returns whether the name exists, also as a dangling link."""
+        """Returns whether the name exists, even as a dangling link."""
         return _status(name, self.descriptor) is not None
 
     def rename(self, old: str, new: str) -> None:
-        """Gives something in it another name.
+        """Renames a file or folder in this folder.
 
         Raises:
             OSError: as of `os.rename`.
@@ -80,7 +103,7 @@ class PrivateFolder:
         os.rename(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if there is one.
+        """Removes a file if it exists.
 
         Raises:
             OSError: as of `os.unlink`.
@@ -100,50 +123,51 @@ class PrivateFolder:
 
 @contextmanager
 def private_folder(path: Path, *, listable: bool = False) -> Iterator[PrivateFolder]:
-    """Opens a folder of this user's until the block is left; makes it if need be, and closes it to others.
+    """Opens a folder of this user until the block is left; creates it if necessary, and closes it to other users.
 
-    As root, others may pass through it: Postgres does not run as root.
+    If this process is root, others may search the folder, because Postgres runs as another user.
 
     Args:
-        path: may be a link of this user's or root's.
-        listable: let others list a folder that was there before: it may have further uses.
+        path: may be a link that this user or root created.
+        listable: leaves others the right to list an existing folder, which may have other uses.
 
     Raises:
-        StartError: it is another user's, others may write to it or exchange it, or it cannot be opened or made.
+        StartError: the folder belongs to another user, others may write to it or replace it, or it cannot be opened or
+            created.
     """
     with ExitStack() as opened:
         try:
-            folder = _opened(path, opened, 0o711 if os.geteuid() == 0 else 0o700, listable=listable)
+            folder = _open_folder(path, opened, 0o711 if os.geteuid() == 0 else 0o700, listable=listable)
         except OSError as error:
             raise StartError(f"the data folder {path} cannot be used: {error.strerror}") from error
         yield folder
 
 
-def _opened(path: Path, opened: ExitStack, mode: int, *, listable: bool) -> PrivateFolder:
-    with walk(path, mode) as way:
-        real, passing = way[-1]
-        owner = os.fstat(passing).st_uid
+def _open_folder(path: Path, opened: ExitStack, mode: int, *, listable: bool) -> PrivateFolder:
+    with open_path(path, mode) as folders:
+        resolved, searchable = folders[-1]
+        owner = os.fstat(searchable).st_uid
         if owner != os.geteuid():
             raise StartError(
-                f"the data folder {real} belongs to {name_of(owner)}:"
+                f"the data folder {resolved} belongs to {user_name(owner)}:"
                 " run this as that user, or choose another folder with --data"
             )
-        descriptor = os.open(".", _LIST, dir_fd=passing)
+        descriptor = os.open(".", _TO_LIST, dir_fd=searchable)
     opened.callback(os.close, descriptor)
-    found = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    if found & _OTHERS_WRITE and not _is_ours(descriptor):
+    old_mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    if old_mode & _OTHERS_WRITE and not _is_data_folder(descriptor):
         raise StartError(
-            f"the data folder {real} is not safe from others, because they may write to it:"
-            f" chmod go-w {shlex.quote(str(real))}, or choose another folder with --data"
+            f"other users may write to the data folder {resolved}:"
+            f" chmod go-w {shlex.quote(str(resolved))}, or choose another folder with --data"
         )
-    wanted = found & (mode | 0o7700 | (0o055 if listable else 0))
-    if wanted != found:
-        os.fchmod(descriptor, wanted)
-    return PrivateFolder(real, descriptor)
+    new_mode = old_mode & (mode | 0o7700 | (0o055 if listable else 0))
+    if new_mode != old_mode:
+        os.fchmod(descriptor, new_mode)
+    return PrivateFolder(resolved, descriptor)
 
 
-def _is_ours(descriptor: int) -> bool:
-    """Whether a folder is empty or was a data folder before: nobody else counts on writing to it."""
+def _is_data_folder(descriptor: int) -> bool:
+    """Whether a folder is empty or was a data folder before, so that closing it to others breaks nothing."""
     lock = _status(LOCK, descriptor)
     return not os.listdir(descriptor) or (lock is not None and not _why_not_private(lock))
 
@@ -152,84 +176,84 @@ def _why_not_private(status: os.stat_result) -> str:
     if stat.S_ISLNK(status.st_mode):
         return "it is a symbolic link"
     if not stat.S_ISREG(status.st_mode):
-        return "it is no plain file"
+        return "it is not a regular file"
     if status.st_uid != os.geteuid():
-        return f"it belongs to {name_of(status.st_uid)}"
+        return f"it belongs to {user_name(status.st_uid)}"
     return "it is a hard link to another file" if status.st_nlink > 1 else ""
 
 
 @contextmanager
-def walk(path: Path, mode: int | None = None) -> Iterator[list[tuple[Path, int]]]:
-    """Opens all folders from the root to a path, each relative to the one above.
+def open_path(path: Path, mode: int | None = None) -> Iterator[list[tuple[Path, int]]]:
+    """Opens every folder from the root to a path, each relative to its parent.
 
     Args:
-        path: its links are followed where nobody but this user and root could have made them.
-        mode: makes the folders that are missing, the last with this mode; in none that everybody may write to, unless
-            it is as /tmp.
+        path: its links are followed if only this user or root can have created them.
+        mode: creates missing folders, the last one with this mode. No folder on the way may then be writable for
+            everybody, unless it has the sticky bit, as /tmp has.
 
     Yields:
-        Every folder without links, and a descriptor to pass through it, until the block is left.
+        For each folder, until the block is left, its path without links and a descriptor that can search it.
 
     Raises:
-        StartError: another user could have made one of the links, or could replace a folder that is to be made.
-        OSError: a folder is missing or cannot be opened or made.
+        StartError: another user may have created one of the links, or could replace a folder on the way.
+        OSError: a folder does not exist, or cannot be opened or created.
     """
     with ExitStack() as opened:
 
-        def enter(name: str, above: int | None) -> int:
-            descriptor = os.open(name, _PASS, dir_fd=above)
+        def enter(name: str, parent: int | None) -> int:
+            descriptor = os.open(name, _TO_SEARCH, dir_fd=parent)
             opened.callback(os.close, descriptor)
             return descriptor
 
-        way = [(Path("/"), enter("/", None))]
-        todo = deque((Path.cwd() / path).parts[1:])
+        folders = [(Path("/"), enter("/", None))]
+        names = deque((Path.cwd() / path).parts[1:])
         links = 0
-        while todo:
-            name = todo.popleft()
-            above, descriptor = way[-1]
+        while names:
+            name = names.popleft()
+            parent, descriptor = folders[-1]
             status = _status(name, descriptor)
             if name == "..":
-                del way[max(1, len(way) - 1) :]
-            elif status is not None and stat.S_ISLNK(status.st_mode) and links < _MOST_LINKS:
+                del folders[max(1, len(folders) - 1) :]
+            elif status is not None and stat.S_ISLNK(status.st_mode) and links < _MAX_LINKS:
                 links += 1
                 if not _is_trusted_link(status, os.fstat(descriptor)):
                     raise StartError(
-                        f"{above / name} is a symbolic link that somebody else may have put there:"
-                        " remove it, or name another folder with --data"
+                        f"{parent / name} is a symbolic link that another user may have created:"
+                        " remove it, or choose another folder with --data"
                     )
                 target = Path(os.readlink(name, dir_fd=descriptor))
-                todo.extendleft(reversed(target.parts[1:] if target.is_absolute() else target.parts))
-                del way[1 if target.is_absolute() else len(way) :]
+                names.extendleft(reversed(target.parts[1:] if target.is_absolute() else target.parts))
+                del folders[1 if target.is_absolute() else len(folders) :]
             else:
-                if mode is not None and _is_anybodys(os.fstat(descriptor)):
+                if mode is not None and _is_open_to_all(os.fstat(descriptor)):
                     raise StartError(
-                        f"the data folder {path} is not safe from others, because everybody may write to {above}:"
-                        f" chmod o-w {shlex.quote(str(above))}, or choose another folder with --data"
+                        f"the data folder {path} could be replaced, because everybody may write to {parent}:"
+                        f" chmod o-w {shlex.quote(str(parent))}, or choose another folder with --data"
                     )
                 if mode is not None and status is None:
                     with suppress(FileExistsError):
-                        os.mkdir(name, 0o755 if todo else mode, dir_fd=descriptor)
-                way.append((above / name, enter(name, descriptor)))
-        yield way
+                        os.mkdir(name, 0o755 if names else mode, dir_fd=descriptor)
+                folders.append((parent / name, enter(name, descriptor)))
+        yield folders
 
 
 def _is_trusted_link(link: os.stat_result, folder: os.stat_result) -> bool:
-    """Whether nobody but this user and root could have put a link into a folder, by whatever means."""
-    ours = {0, os.geteuid()}
-    return link.st_uid in ours and link.st_nlink == 1 and folder.st_uid in ours and not _is_anybodys(folder)
+    """Whether only this user and root can have put a link into a folder, in any way."""
+    trusted = {0, os.geteuid()}
+    return link.st_uid in trusted and link.st_nlink == 1 and folder.st_uid in trusted and not _is_open_to_all(folder)
 
 
-def _is_anybodys(folder: os.stat_result) -> bool:
-    """Whether everybody may exchange what is in a folder: the sticky bit leaves that to the owners."""
+def _is_open_to_all(folder: os.stat_result) -> bool:
+    """Whether everybody may replace the files in a folder; the sticky bit reserves that for their owners."""
     return folder.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
 
 
-def name_of(user: int) -> str:
-    """Returns what to call a user: the name, where there is one, and the number."""
+def user_name(uid: int) -> str:
+    """Returns the name of a user, if it has one, and the uid."""
     try:
-        return f"{pwd.getpwuid(user).pw_name} (uid {user})"
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
     except KeyError:
-        return f"uid {user}"
+        return f"uid {uid}"
 
 
 def _status(name: str, folder: int) -> os.stat_result | None:

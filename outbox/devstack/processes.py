@@ -1,4 +1,4 @@
-"""Service, relay and worker as real processes; and whatever dies is started again."""
+"""Runs service, relay and worker as child processes, and restarts children that die."""
 
 import signal
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from outbox.devstack.child_process import Supervisor, end, spawn
@@ -18,28 +19,29 @@ NAMES = ("service", "relay", "worker")
 """In the order in which they are stopped: first no new rows, then no new jobs."""
 
 _STOP_LIMIT = 40.0
-"""Seconds; above the 25 s that a process grants what it is doing, so that it may end by itself."""
-_SETTLED = 10.0
-"""Seconds after which a process that dies is no longer taken to die at its start."""
-_LONGEST_PAUSE = 10.0
+"""Seconds that a process has for an orderly end: more than the 25 s that it gives its handlers."""
+_QUICK_DEATH = 10.0
+"""Seconds; a process that dies within them has failed to start."""
+_MAX_PAUSE = 10.0
+"""Seconds between the death of a process that fails to start and its restart."""
 
 
-class Kept(Protocol):
-    """Something that is to run for as long as `outbox up` does."""
+class Restartable(Protocol):
+    """A process that runs for as long as `outbox up` does."""
 
     name: str
     process: subprocess.Popen[bytes]
 
     def restart(self) -> None:
-        """Starts it anew.
+        """Starts it again.
 
         Raises:
-            StartError: it cannot be.
+            StartError: it cannot be started.
         """
 
 
 class Program:
-    """One of our three processes."""
+    """Service, relay or worker as a child process."""
 
     def __init__(self, name: str, environment: Mapping[str, str], stream: Stream, supervisor: Supervisor) -> None:
         """Starts `outbox {name}`.
@@ -54,7 +56,7 @@ class Program:
         self.restart()
 
     def restart(self) -> None:
-        """Starts it, for the first time or anew.
+        """Starts the process, for the first time or again.
 
         Raises:
             StartError: the system refuses to run Python.
@@ -69,64 +71,71 @@ class Program:
         self._reader.start()
 
     def stop(self) -> None:
-        """Ends it in order, and has its last lines written."""
+        """Stops the process and waits until its last lines are written."""
         end(self._supervisor, self.process, signal.SIGTERM, _STOP_LIMIT)
         self.drain()
 
     def drain(self) -> None:
-        """Waits until all that the ended process has printed is written; at most 1 s, should a child of it live on."""
+        """Waits until all output of the ended process is written; at most 1 s, because its children may still run."""
         self._reader.join(1)
 
     def check_settings(self) -> None:
-        """Tells a process that was set up wrongly, which no restart mends, from one that just died.
+        """Checks whether the process ended because of wrong settings, which no restart fixes.
 
         Raises:
-            SettingsError: it ended with the exit code for wrong settings; says what it said.
+            SettingsError: it did, with its own message.
         """
         if self.process.poll() == EXIT_SETTINGS:
             self.drain()
-            raise SettingsError(self._stream.last_words(self.name) or f"{self.name} ended because of wrong settings")
+            raise SettingsError(self._stream.last_output(self.name) or f"{self.name} ended because of wrong settings")
 
 
-class Watch:
-    """Starts again what has died, at once, or after a growing pause if it keeps dying at its start."""
+@dataclass
+class _Watched:
+    child: Restartable
+    started_at: float = field(default_factory=time.monotonic)
+    quick_deaths: int = 0
+    """Quick deaths without a longer run between them."""
+    restart_at: float | None = None
+    """When to start it again; None while it runs."""
 
-    def __init__(self, kept: Iterable[Kept]) -> None:
-        self._kept = tuple(kept)
-        self._started = {one.name: time.monotonic() for one in self._kept}
-        self._quick_deaths = dict.fromkeys(self._started, 0)
-        self._due: dict[str, float] = {}
 
-    def look(self) -> None:
-        """Looks after each once; does not wait.
+class Restarter:
+    """Restarts children that die: at once, or after a growing pause if they keep failing to start."""
+
+    def __init__(self, children: Iterable[Restartable]) -> None:
+        self._watched = [_Watched(child) for child in children]
+
+    def check(self) -> None:
+        """Restarts each child that has died and whose pause is over; does not wait.
 
         Raises:
-            SettingsError: one of our processes was set up wrongly.
+            SettingsError: a process ended because of wrong settings.
         """
-        for one in self._kept:
-            if one.process.poll() is not None:
-                self._mourn(one)
+        for watched in self._watched:
+            if watched.child.process.poll() is not None:
+                _handle_death(watched)
 
-    def _mourn(self, one: Kept) -> None:
-        now = time.monotonic()
-        if one.name not in self._due:
-            if isinstance(one, Program):
-                one.check_settings()
-            quick = now - self._started[one.name] < _SETTLED
-            self._quick_deaths[one.name] = self._quick_deaths[one.name] + 1 if quick else 0
-            pause = min(_LONGEST_PAUSE, 0.25 * 2 ** self._quick_deaths[one.name]) if quick else 0.0
-            self._due[one.name] = now + pause
-            logs.get().warning(
-                f"{one.name} died: starting it again", cause=_cause(one.process.returncode), pause=f"{pause:g} s"
-            )
-        if now < self._due[one.name]:
-            return
-        del self._due[one.name]
-        self._started[one.name] = now
-        try:
-            one.restart()
-        except StartError as error:
-            logs.get().error(str(error))
+
+def _handle_death(watched: _Watched) -> None:
+    child, now = watched.child, time.monotonic()
+    if watched.restart_at is None:
+        if isinstance(child, Program):
+            child.check_settings()
+        is_quick = now - watched.started_at < _QUICK_DEATH
+        watched.quick_deaths = watched.quick_deaths + 1 if is_quick else 0
+        pause = min(_MAX_PAUSE, 0.25 * 2**watched.quick_deaths) if is_quick else 0.0
+        watched.restart_at = now + pause
+        cause = _cause(child.process.returncode)
+        logs.get().warning(f"{child.name} died: starting it again", cause=cause, pause=f"{pause:g} s")
+    if now < watched.restart_at:
+        return
+    watched.restart_at = None
+    watched.started_at = now
+    try:
+        child.restart()
+    except StartError as error:
+        logs.get().error(str(error))
 
 
 def _cause(code: int) -> str:

@@ -1,9 +1,9 @@
-"""Runs one embedded server alone: `python -m outbox.devstack.single_server postgres` or `redis`."""
+"""Runs one embedded server: `python -m outbox.devstack.single_server postgres` or `redis`."""
 
 import sys
 from pathlib import Path
 
-from outbox.devstack.data_folder import held
+from outbox.devstack.data_folder import locked_folder
 from outbox.devstack.embedded import embedded_postgres, embedded_redis
 from outbox.errors import StartError
 from outbox.runtime import logs, process
@@ -16,7 +16,7 @@ def main() -> None:
     """Runs the server that the first argument names until SIGTERM or SIGINT, and prints the URL to export.
 
     Raises:
-        StartError: there is no such server, or it does not come up.
+        StartError: the argument names no server, or the server does not start.
     """
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in SERVERS:
@@ -25,7 +25,7 @@ def main() -> None:
     stop.listen()
     logs.configure("up", "info", None)
     variable, embedded = SERVERS[name]
-    with held(Path(f".outbox-{name}")) as folder, embedded(folder.path) as server:
+    with locked_folder(Path(f".outbox-{name}")) as folder, embedded(folder.path) as server:
         sys.stdout.write(f"export {variable}='{server.url}'\n")
         sys.stdout.flush()
         stop.wait()

@@ -1,28 +1,35 @@
-"""All of it, from the bottom to the top: servers, schema, processes; and down again in the reverse order."""
+"""Starts the servers, the schema and the processes, restarts what dies, and stops everything in reverse order."""
 
 import json
 import shlex
+import signal
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import psutil
 
 from outbox.devstack.child_process import POLL, Supervisor
-from outbox.devstack.data_folder import DataFolder, held
+from outbox.devstack.data_folder import DataFolder, locked_folder
 from outbox.devstack.embedded import EmbeddedServer, embedded_postgres, embedded_redis
-from outbox.devstack.environment import UpSettings, for_processes, free_address, is_set, local_url, read_settings
+from outbox.devstack.environment import (
+    UpSettings,
+    find_free_address,
+    is_set,
+    local_url,
+    process_environment,
+    read_settings,
+)
 from outbox.devstack.log_stream import Stream
 from outbox.devstack.mail_catcher import catch_mails
-from outbox.devstack.processes import NAMES, Program, Watch
-from outbox.devstack.signals import SIGNALS, Stopped, wait_unless_stopped
+from outbox.devstack.processes import NAMES, Program, Restarter
 from outbox.errors import StartError
 from outbox.runtime import logs
 from outbox.runtime.migrations import migrate
@@ -30,8 +37,14 @@ from outbox.runtime.stop import Stop
 
 _READY_LIMIT = 30.0
 """Seconds until the service must be ready."""
-_LOOK = 0.1
-"""Seconds between two looks after the processes."""
+_CHECK_INTERVAL = 0.1
+"""Seconds between two checks of the processes."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, SIGTERM or a closed terminal: the first requests a stop, the second to hurry."""
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error
+    """This process was asked to stop."""
 
 
 def run(path: Path) -> None:
@@ -42,114 +55,118 @@ def run(path: Path) -> None:
 
     Raises:
         SettingsError: a variable is wrong.
-        StartError: something cannot start.
-        psycopg.OperationalError: the Postgres in the user's DATABASE_URL is away.
+        StartError: a server or process cannot start.
+        psycopg.OperationalError: the Postgres that the user's DATABASE_URL names is unavailable.
     """
     settings = read_settings()
     with ExitStack() as stack:
         stop = Stop()
-        stop.listen(signals=SIGNALS)
-        stream = Stream(sys.stdout, as_json=settings.log_json, broken=stop.request)
-        folder = stack.enter_context(held(path))
+        stop.listen(signals=_SIGNALS)
+        stream = Stream(sys.stdout, as_json=settings.log_json, on_broken=stop.request)
+        folder = stack.enter_context(locked_folder(path))
         stack.enter_context(redirect_stdout(stream.writer("up")))
         logs.configure("up", settings.log_level, "json")
         try:
             with ExitStack() as children:
                 _start_and_watch(children, settings, folder, stream, stop)
-        except Stopped:
+        except _Stopped:
             logs.get().info("stopped")
         except OSError as error:
-            # A full disk, or files in the data folder that another user has made.
+            # The disk is full, or files in the data folder belong to another user.
             raise StartError(f"the data folder {path} cannot be used: {error}") from error
-        folder.forget()
+        folder.forget_processes()
 
 
 def _start_and_watch(children: ExitStack, settings: UpSettings, folder: DataFolder, stream: Stream, stop: Stop) -> None:
-    # First, because what was left running may be what has the port.
-    wait = partial(wait_unless_stopped, stop)
-    folder.stop_leftovers(wait)
-    settings = replace(settings, address=free_address(settings.address))
-    supervisor = Supervisor(wait, folder.remember, stop.is_hurried)
-    kept: list[EmbeddedServer] = []
+    def wait(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise _Stopped
+
+    supervisor = Supervisor(wait, folder.record_process, stop.is_hurried)
+    folder.stop_leftovers(wait)  # first: a leftover may hold the port
+    settings = replace(settings, address=find_free_address(settings.address))
+    servers: list[EmbeddedServer] = []
     provided = {"SECRET_KEY": folder.secret_key()}
     if not is_set("DATABASE_URL"):
         logs.get().info("starting Postgres", folder=str(folder.path / "postgres"))
         postgres = children.enter_context(embedded_postgres(folder.path / "postgres", supervisor=supervisor))
         provided["DATABASE_URL"] = postgres.url
-        kept.append(postgres)
+        servers.append(postgres)
     if not is_set("REDIS_URL"):
         logs.get().info("starting Redis", folder=str(folder.path / "redis"))
         redis = children.enter_context(embedded_redis(folder.path / "redis", supervisor=supervisor))
         provided["REDIS_URL"] = redis.url
-        kept.append(redis)
+        servers.append(redis)
     if not is_set("SMTP_URL"):
         provided["SMTP_URL"] = children.enter_context(catch_mails(folder.mails))
-    environment = for_processes(settings, **provided)
-    _migrate(environment["DATABASE_URL"], stop)
+    environment = process_environment(settings, **provided)
+    _migrate(environment["DATABASE_URL"], wait)
 
-    programs = [_program(children, name, Program(name, environment, stream, supervisor)) for name in NAMES[::-1]]
-    watch = Watch([*kept, *programs])
+    programs = [_stop_at_exit(children, Program(name, environment, stream, supervisor)) for name in NAMES[::-1]]
+    restarter = Restarter([*servers, *programs])
     try:
-        _await_ready(settings, programs[-1], watch, stream, stop)
-        _say_ready(settings, None if is_set("SMTP_URL") else folder.mails, kept, stream)
+        _wait_until_ready(settings, programs[-1], restarter, stream, wait)
+        _report_ready(settings, None if is_set("SMTP_URL") else folder.mails, servers, stream)
         while True:
-            wait(_LOOK)
-            watch.look()
-    except Stopped:
-        logs.get().info("stopping: once more to hurry")
+            wait(_CHECK_INTERVAL)
+            restarter.check()
+    except _Stopped:
+        logs.get().info("stopping; a second Ctrl-C hurries")
         raise
 
 
-def _program(children: ExitStack, name: str, program: Program) -> Program:
+def _stop_at_exit(children: ExitStack, program: Program) -> Program:
     def stop() -> None:
         program.stop()
-        logs.get().info(f"{name} stopped", code=program.process.returncode)
+        logs.get().info(f"{program.name} stopped", code=program.process.returncode)
 
     children.callback(stop)
     return program
 
 
-def _migrate(database_url: str, stop: Stop) -> None:
-    """Migrates in a thread, because it may wait for another's lock while this process is asked to stop."""
+def _migrate(database_url: str, wait: Callable[[float], None]) -> None:
+    """Migrates in a thread, so that this process can stop while the migration waits for a lock."""
     result: Future[None] = Future()
 
-    def work() -> None:
+    def run_migrations() -> None:
         try:
             migrate(database_url)
-        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+        except BaseException as error:  # noqa: BLE001 - raised again by `result.result()`
             result.set_exception(error)
         else:
             result.set_result(None)
 
-    threading.Thread(target=work, name="migrate", daemon=True).start()
+    threading.Thread(target=run_migrations, name="migrate", daemon=True).start()
     while not result.done():
-        wait_unless_stopped(stop, POLL)
+        wait(POLL)
     result.result()
 
 
-def _await_ready(settings: UpSettings, service: Program, watch: Watch, stream: Stream, stop: Stop) -> None:
+def _wait_until_ready(
+    settings: UpSettings, service: Program, restarter: Restarter, stream: Stream, wait: Callable[[float], None]
+) -> None:
     deadline = time.monotonic() + _READY_LIMIT
-    while not (_listens(service, settings.address.port) and _answers(f"{local_url(settings.address)}/readyz")):
+    while not (_listens(service, settings.address.port) and _is_ready(f"{local_url(settings.address)}/readyz")):
         if time.monotonic() > deadline:
-            last_words = stream.last_words("service")
-            raise StartError(f"the service is not ready after {_READY_LIMIT:g} s; see its log\n{last_words}".rstrip())
-        wait_unless_stopped(stop, _LOOK)
-        watch.look()
+            output = stream.last_output("service")
+            raise StartError(f"the service is not ready after {_READY_LIMIT:g} s; see its log\n{output}".rstrip())
+        wait(_CHECK_INTERVAL)
+        restarter.check()
 
 
 def _listens(service: Program, port: int) -> bool:
-    """Whether it is our service that has the port, and not one that took it since it was found free."""
+    """Whether our service listens on the port, and not another process that took it in the meantime."""
     try:
         connections = psutil.Process(service.process.pid).net_connections("tcp")
     except psutil.AccessDenied:
         return True
     except psutil.Error:
         return False
-    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections)
+    return any(found.status == psutil.CONN_LISTEN and found.laddr.port == port for found in connections)
 
 
-def _answers(url: str) -> bool:
-    # No proxy: http_proxy may be set, and would not find this machine's 127.0.0.1.
+def _is_ready(url: str) -> bool:
+    # Without the proxy of http_proxy, which cannot reach this machine's 127.0.0.1.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=2) as response:
@@ -158,25 +175,25 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _say_ready(settings: UpSettings, mails: Path | None, kept: list[EmbeddedServer], stream: Stream) -> None:
+def _report_ready(settings: UpSettings, mails: Path | None, servers: list[EmbeddedServer], stream: Stream) -> None:
     api = local_url(settings.address)
     user = {"username": "alice", "password": "open-sesame-42", "full_name": "Alice Doe", "email": "alice@example.com"}
     curl = f"curl -i {api}/v1/users -H 'content-type: application/json' -d {shlex.quote(json.dumps(user))}"
-    caught = str(mails) if mails else "sent to the server in SMTP_URL"
+    sent_to = str(mails) if mails else "sent to the server that SMTP_URL names"
     if settings.log_json:
-        urls = {server.name: server.url for server in kept}
-        logs.get().info("ready", api=api, docs=f"{api}/schema", mails=caught, servers=urls, curl=curl)
+        urls = {server.name: server.url for server in servers}
+        logs.get().info("ready", api=api, docs=f"{api}/schema", mails=sent_to, servers=urls, curl=curl)
     else:
         logs.get().info("ready", api=api)
-        servers = "".join(f"  {server.name:<9}{server.url}  (pid {server.process.pid})\n" for server in kept)
-        stream.paragraph(
+        lines = "".join(f"  {server.name:<9}{server.url}  (pid {server.process.pid})\n" for server in servers)
+        stream.write_paragraph(
             f"""
   API      {api}
   docs     {api}/schema
-  mails    {caught}
-{servers}  stop     Ctrl-C
+  mails    {sent_to}
+{lines}  stop     Ctrl-C
 
-Create a user. The log shows the mail and its link ten seconds later, or after VERIFY_EMAIL_DELAY if you set it:
+Create a user. After VERIFY_EMAIL_DELAY (10 seconds by default) the log shows the mail and its link:
 
 {curl}
 """

@@ -1,14 +1,14 @@
-"""Postgres refuses to run as root: the user that it runs as then, and what that user must be able to reach."""
+"""Runs Postgres as another user, because it refuses to run as root, and gives that user access to its files."""
 
 import os
 import pwd
 import shlex
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outbox.devstack.private_files import name_of, walk
+from outbox.devstack.private_files import open_path, user_name
 from outbox.errors import StartError
 from outbox.runtime import logs
 
@@ -20,27 +20,27 @@ def is_root() -> bool:
     return os.geteuid() == 0
 
 
-def make_own(folder: Path) -> Mapping[str, Any]:
-    """Returns the user that Postgres runs as on a data folder, and gives that user the folder if it is root's.
+def chown_to_unprivileged(folder: Path) -> Mapping[str, Any]:
+    """Changes the owner of a folder of root to the user that Postgres runs as; as another user, only checks the owner.
 
     Args:
         folder: an existing folder.
 
     Returns:
-        `subprocess.Popen`'s arguments; none unless this process is root.
+        The arguments of `subprocess.Popen` that set this user; none unless this process is root.
 
     Raises:
-        StartError: the folder is another user's, a file in it has a second name that may be elsewhere, or there is no
-            unprivileged user to hand it to.
+        StartError: the folder belongs to another user, a file in it is a hard link, or the unprivileged user does not
+            exist.
     """
     user = _unprivileged() if is_root() else None
-    with walk(folder) as way:
-        real, descriptor = way[-1]
+    with open_path(folder) as folders:
+        resolved, descriptor = folders[-1]
         owner = os.fstat(descriptor).st_uid
         if user is not None and owner == 0:
-            _hand_over(real, descriptor, user)
+            _chown(resolved, descriptor, user)
         elif owner != (os.geteuid() if user is None else user.pw_uid):
-            raise StartError(f"{real} belongs to {name_of(owner)}: choose another folder with --data")
+            raise StartError(f"{resolved} belongs to {user_name(owner)}: choose another folder with --data")
     return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
@@ -51,47 +51,47 @@ def _unprivileged() -> pwd.struct_passwd:
         raise StartError(f"Postgres does not run as root, and this system has no user {_USER!r}") from None
 
 
-def _hand_over(real: Path, descriptor: int, user: pwd.struct_passwd) -> None:
+def _chown(resolved: Path, descriptor: int, user: pwd.struct_passwd) -> None:
     for name, _, status in _content(descriptor):
         if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-            raise StartError(f"{name} somewhere in {real} is a hard link to another file: remove it")
+            raise StartError(f"{name} somewhere in {resolved} is a hard link to another file: remove it")
     for name, folder, _ in _content(descriptor):
         os.chown(name, user.pw_uid, user.pw_gid, dir_fd=folder, follow_symlinks=False)
-    # Last: nobody else may write to it before.
+    # Last: until here only root may write to the folder.
     os.chown(".", user.pw_uid, user.pw_gid, dir_fd=descriptor)
 
 
 def _content(descriptor: int) -> Iterator[tuple[str, int, os.stat_result]]:
-    """Yields all that is in a folder and below, as a name in an open folder."""
+    """Yields every file and folder below a folder: its name, a descriptor of its folder, and its status."""
     for _, folders, files, folder in os.fwalk(".", topdown=False, dir_fd=descriptor):
         for name in (*folders, *files):
             yield name, folder, os.stat(name, dir_fd=folder, follow_symlinks=False)
 
 
 def make_searchable(path: Path) -> None:
-    """Lets everybody pass through (not list) root's folders above a path, and logs those that it changed.
+    """Lets everybody search (not list) those folders above a path that belong to root, and logs what it changed.
 
     Args:
         path: of an existing folder.
 
     Raises:
-        StartError: a folder that others may not pass through is another user's.
+        StartError: a folder that not everybody may search belongs to another user.
     """
-    with walk(path) as way:
-        for folder, descriptor in way[:-1]:
+    with open_path(path) as folders:
+        for folder, descriptor in folders[:-1]:
             status = os.fstat(descriptor)
             if status.st_mode & stat.S_IXOTH:
                 continue
             if status.st_uid != os.geteuid():
                 raise StartError(
                     f"Postgres does not run as root and cannot pass through {folder}, which belongs to"
-                    f" {name_of(status.st_uid)}: run this as that user, or chmod o+x {shlex.quote(str(folder))}"
+                    f" {user_name(status.st_uid)}: run this as that user, or chmod o+x {shlex.quote(str(folder))}"
                 )
             os.chmod(".", stat.S_IMODE(status.st_mode) | stat.S_IXOTH, dir_fd=descriptor)
             logs.get().warning("made a folder searchable", folder=str(folder), reason="Postgres does not run as root")
 
 
-def make_readable(trees: Iterable[Path]) -> None:
+def make_readable(trees: Sequence[Path]) -> None:
     """Lets everybody read an installation from a public wheel: under a strict umask only root could.
 
     Args:

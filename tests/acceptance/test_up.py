@@ -273,7 +273,7 @@ def test_a_server_that_does_not_come_up_is_shown_with_the_end_of_its_log(folder:
     (data / "PG_VERSION").write_text("9\n", encoding="ascii")
     up = Up(folder, free_port())
     assert up.ended() == 1
-    assert "postgres does not come up" in up.output
+    assert "postgres does not start" in up.output
     assert "Traceback" not in up.output
     assert living(folder) == []
 

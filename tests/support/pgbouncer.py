@@ -11,7 +11,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from outbox.devstack.unprivileged import make_own
+from outbox.devstack.unprivileged import chown_to_unprivileged
 from tests.support.waiting import eventually
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
@@ -51,7 +51,7 @@ def pgbouncer(folder: Path, server_url: str, mode: str = "transaction") -> Itera
     )
     with (folder / "pgbouncer.log").open("wb") as log:
         process = subprocess.Popen(
-            [PROGRAM, folder / "pgbouncer.ini"], stdout=log, stderr=subprocess.STDOUT, **make_own(folder)
+            [PROGRAM, folder / "pgbouncer.ini"], stdout=log, stderr=subprocess.STDOUT, **chown_to_unprivileged(folder)
         )
     url = f"postgresql://outbox@/{name}?host={quote(str(folder))}&port=6432"
     try:

@@ -14,7 +14,7 @@ import psycopg
 from outbox.devstack.binaries import postgres_programs
 from outbox.devstack.child_process import Supervisor, end, spawn
 from outbox.devstack.embedded import EmbeddedServer, embedded_postgres, socket_folder
-from outbox.devstack.unprivileged import is_root, make_own, make_searchable
+from outbox.devstack.unprivileged import chown_to_unprivileged, is_root, make_searchable
 from tests.support.processes import take_down
 from tests.support.waiting import eventually
 
@@ -100,7 +100,7 @@ def standby(
     for lock in data.glob(".s.PGSQL*"):
         lock.unlink()
     log = data.with_suffix(".log")
-    user = make_own(data)
+    user = chown_to_unprivileged(data)
     if is_root():
         make_searchable(data)
     with socket_folder(data) as sockets:
@@ -110,7 +110,7 @@ def standby(
 
         def start() -> subprocess.Popen[bytes]:
             with log.open("ab") as output:
-                return spawn(Supervisor(), "postgres", command, output, environment=environment, user=user)
+                return spawn(Supervisor(), "postgres", command, output, environment=environment, run_as=user)
 
         server = EmbeddedServer("postgres", _url(sockets), log, start(), start)
         try:

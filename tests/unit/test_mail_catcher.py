@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from outbox.devstack.mail_catcher import catch_mails, link
+from outbox.devstack.mail_catcher import catch_mails, verification_link
 
 LINK = "http://127.0.0.1:8080/v1/verify_email?email_id=1&secret_code=" + "0a" * 32
 
@@ -27,8 +27,8 @@ def _send(url: str, mail: EmailMessage) -> None:
         client.send_message(mail)
 
 
-def test_each_mail_is_kept_whole_under_its_recipient(tmp_path: Path) -> None:
-    """Every mail is a file of its own by the time the sender hears that it was taken."""
+def test_each_mail_becomes_a_file_named_after_its_recipient(tmp_path: Path) -> None:
+    """The file exists before the sender gets the answer."""
     with catch_mails(tmp_path) as url:
         _send(url, _mail("alice@example.com"))
         _send(url, _mail("alice@example.com", "second"))
@@ -37,8 +37,8 @@ def test_each_mail_is_kept_whole_under_its_recipient(tmp_path: Path) -> None:
     assert "secret_code" in files[0].read_text()
 
 
-def test_a_recipient_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
-    """A recipient with slashes and dots stays one file in the folder."""
+def test_a_recipient_cannot_choose_another_folder(tmp_path: Path) -> None:
+    """A recipient with slashes and dots makes one file in the folder."""
     folder = tmp_path / "mails"
     folder.mkdir()
     with catch_mails(folder) as url:
@@ -47,8 +47,8 @@ def test_a_recipient_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_the_end_does_not_wait_for_a_client_that_stays(tmp_path: Path) -> None:
-    """The catcher stops with a connection open, and its port answers no more."""
+def test_stopping_does_not_wait_for_open_connections(tmp_path: Path) -> None:
+    """The catcher stops while a client is connected, and closes its port."""
     with catch_mails(tmp_path) as url:
         address = urlsplit(url)
         assert address.hostname
@@ -59,7 +59,7 @@ def test_the_end_does_not_wait_for_a_client_that_stays(tmp_path: Path) -> None:
         smtplib.SMTP(address.hostname, address.port, timeout=10)
 
 
-def test_the_link_is_the_verification_link_of_the_text() -> None:
-    """Other links in the text are passed over; a text without any has none."""
-    assert link(_mail("a@example.com", f"https://example.com/help\n{LINK}\n")) == LINK
-    assert link(_mail("a@example.com", "nothing")) is None
+def test_other_links_are_not_the_verification_link() -> None:
+    """Only the verification link of a text is returned, or None."""
+    assert verification_link(_mail("a@example.com", f"https://example.com/help\n{LINK}\n")) == LINK
+    assert verification_link(_mail("a@example.com", "nothing")) is None

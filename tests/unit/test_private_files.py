@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from outbox.devstack.child_process import Supervisor, end, spawn
-from outbox.devstack.data_folder import held
+from outbox.devstack.data_folder import locked_folder
 from outbox.devstack.embedded import embedded_postgres, embedded_redis
 from outbox.devstack.mail_catcher import catch_mails
 from outbox.devstack.unprivileged import is_root
@@ -48,10 +48,10 @@ def data(tmp_path: Path) -> Path:
 
 def _use(data: Path) -> None:
     """Does what `outbox up` does with the files that it keeps in its data folder itself."""
-    with held(data) as folder:
+    with locked_folder(data) as folder:
         folder.stop_leftovers(lambda _: None)
         with _sleeper() as sleeper:
-            folder.remember("relay", sleeper)
+            folder.record_process("relay", sleeper)
         folder.secret_key()
         with catch_mails(folder.mails):
             pass
@@ -125,7 +125,7 @@ def test_a_file_that_leads_elsewhere_is_refused(
     for plant, why in (
         (planted.symlink_to, "symbolic link"),
         (planted.hardlink_to, "hard link"),
-        (lambda _: os.mkfifo(planted), "no plain file"),
+        (lambda _: os.mkfifo(planted), "not a regular file"),
     ):
         plant(victim)
         with pytest.raises(StartError, match=f"{planted}.*({why})"):
@@ -165,15 +165,15 @@ def _assert_refused(planted: Path, data: Path, use: Callable[[Path], None]) -> N
 def test_an_unfinished_file_that_somebody_left_is_made_anew(data: Path, victim: Path) -> None:
     """The key is written to a file that was not there before: a link in its place is removed, not followed."""
     (data / "secret_key.unfinished").symlink_to(victim)
-    with held(data) as folder:
+    with locked_folder(data) as folder:
         assert len(folder.secret_key()) == 64
     assert not (data / "secret_key").is_symlink()
 
 
 def test_a_list_that_everybody_may_write_to_ends_no_process(data: Path) -> None:
     """Processes are ended only because of a list that nobody else may have written to; what is no entry is skipped."""
-    with _sleeper() as sleeper, held(data) as folder:
-        folder.remember("relay", sleeper)
+    with _sleeper() as sleeper, locked_folder(data) as folder:
+        folder.record_process("relay", sleeper)
         planted = data / "processes.jsonl"
         planted.chmod(0o666)
         with pytest.raises(StartError, match=f"{planted}.*everybody may write to it"):
@@ -192,11 +192,11 @@ def test_a_list_that_everybody_may_write_to_ends_no_process(data: Path) -> None:
 
 def test_a_folder_that_is_exchanged_is_not_used(data: Path, tmp_path: Path) -> None:
     """What is written after the folder was opened lands in that folder, whatever is at its path by then."""
-    with held(data) as folder, catch_mails(folder.mails), _sleeper() as sleeper:
+    with locked_folder(data) as folder, catch_mails(folder.mails), _sleeper() as sleeper:
         data.rename(tmp_path / "away")
         data.mkdir()
         folder.secret_key()
-        folder.remember("relay", sleeper)
+        folder.record_process("relay", sleeper)
         assert list(data.iterdir()) == []
     assert (tmp_path / "away" / "secret_key").exists()
 
@@ -206,10 +206,10 @@ def test_an_own_link_may_lead_to_the_data(data: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "near").symlink_to("../data")
     (tmp_path / "link").symlink_to(tmp_path / "other" / "near")
-    with held(tmp_path / "other" / ".." / "link") as folder:
+    with locked_folder(tmp_path / "other" / ".." / "link") as folder:
         assert folder.path == data.resolve()
     (tmp_path / "round").symlink_to("round")
-    with pytest.raises(StartError, match="cannot be used"), held(tmp_path / "round"):
+    with pytest.raises(StartError, match="cannot be used"), locked_folder(tmp_path / "round"):
         pass
 
 
@@ -223,7 +223,7 @@ def test_anothers_link_to_a_folder_of_ours_is_refused(data: Path, tmp_path: Path
     for planted in (theirs, tmp_path / "link"):
         os.chown(planted, SOMEBODY, SOMEBODY, follow_symlinks=False)
     for link in (theirs / "ours", tmp_path / "link"):
-        with pytest.raises(StartError, match=f"{link} is a symbolic link"), held(link / "below"):
+        with pytest.raises(StartError, match=f"{link} is a symbolic link"), locked_folder(link / "below"):
             pass
     assert list(data.iterdir()) == []
 
@@ -233,11 +233,14 @@ def test_a_parent_that_everybody_may_write_to_is_refused(tmp_path: Path) -> None
     parent = tmp_path / "parent"
     parent.mkdir()
     parent.chmod(0o777)
-    with pytest.raises(StartError, match=f"everybody may write to {parent}: chmod o-w {parent}"), held(parent / "data"):
+    with (
+        pytest.raises(StartError, match=f"everybody may write to {parent}: chmod o-w {parent}"),
+        locked_folder(parent / "data"),
+    ):
         pass
     assert list(parent.iterdir()) == []
     parent.chmod(0o1777)
-    with held(parent / "data"):
+    with locked_folder(parent / "data"):
         pass
 
 
@@ -275,11 +278,11 @@ def test_a_folder_that_others_may_write_to(data: Path, mode: int) -> None:
         if content:
             (data / content).touch()
         data.chmod(mode)
-        with held(data):
+        with locked_folder(data):
             assert _mode(data) & 0o022 == 0
     (data / "lock").rename(data / "shared")
     data.chmod(mode)
-    with pytest.raises(StartError, match=f"chmod go-w {data}, or"), held(data):
+    with pytest.raises(StartError, match=f"chmod go-w {data}, or"), locked_folder(data):
         pass
     assert _mode(data) == mode
     assert [path.name for path in data.iterdir()] == ["shared"]

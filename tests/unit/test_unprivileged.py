@@ -1,4 +1,4 @@
-"""What `outbox up` hands over and opens to the user that Postgres runs as, where this one is root."""
+"""As root, `outbox up` gives the user that Postgres runs as access to its files and to no others."""
 
 import os
 import stat
@@ -6,30 +6,30 @@ from pathlib import Path
 
 import pytest
 
-from outbox.devstack.unprivileged import is_root, make_own, make_searchable
+from outbox.devstack.unprivileged import chown_to_unprivileged, is_root, make_searchable
 from outbox.errors import StartError
 
-pytestmark = pytest.mark.skipif(not is_root(), reason="needs root, who alone hands anything over")
+pytestmark = pytest.mark.skipif(not is_root(), reason="needs root")
 
 
-def test_root_hands_over_no_file_with_a_second_name(tmp_path: Path) -> None:
-    """Postgres' user gets what is in the data folder, links themselves but nothing that they lead to."""
+def test_hard_links_are_not_given_away(tmp_path: Path) -> None:
+    """Postgres' user gets files and symbolic links in the data folder, not their targets; a hard link is refused."""
     victim, data = tmp_path / "victim", tmp_path / "data"
     victim.touch()
     (data / "below").mkdir(parents=True)
     (data / "below" / "symbolic").symlink_to(victim)
-    make_own(data)
+    chown_to_unprivileged(data)
     assert {path.lstat().st_uid for path in (data, data / "below", data / "below" / "symbolic")} == {data.stat().st_uid}
     assert data.stat().st_uid != 0
     os.chown(data, 0, 0)
     (data / "below" / "hard").hardlink_to(victim)
     with pytest.raises(StartError, match=r"hard somewhere in .* is a hard link to another file"):
-        make_own(data)
+        chown_to_unprivileged(data)
     assert victim.stat().st_uid == 0
 
 
-def test_root_opens_nobody_elses_folder(tmp_path: Path) -> None:
-    """A folder of somebody else above Postgres' data keeps its mode; the sentence says whose it is."""
+def test_only_folders_of_root_become_searchable(tmp_path: Path) -> None:
+    """Another user's folder above Postgres' data keeps its mode; the error names the folder and its owner."""
     closed = tmp_path / "closed"
     (closed / "data").mkdir(parents=True)
     closed.chmod(0o700)
