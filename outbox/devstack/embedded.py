@@ -20,7 +20,7 @@ import redis
 from outbox.devstack.binaries import postgres_programs, postgres_trees, redis_server
 from outbox.devstack.child_process import POLL, Supervisor, end, spawn
 from outbox.devstack.private_files import PrivateFolder, private_folder
-from outbox.devstack.unprivileged import chown_to_unprivileged, is_root, make_readable, make_searchable
+from outbox.devstack.unprivileged import check_readable, chown_to_unprivileged, is_root, make_searchable
 from outbox.errors import StartError
 
 _LONGEST_SOCKET_FOLDER = 80
@@ -78,7 +78,7 @@ def embedded_postgres(
     supervisor = supervisor or Supervisor()
     with private_folder(folder) as private, private.open_log("postgres.log") as log:
         if is_root():
-            make_readable(postgres_trees())
+            check_readable(postgres_trees())
             for tree in postgres_trees():
                 make_searchable(tree)
         data = _initialized(private, log, supervisor)

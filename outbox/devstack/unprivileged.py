@@ -91,24 +91,19 @@ def make_searchable(path: Path) -> None:
             logs.get().warning("made a folder searchable", folder=str(folder), reason="Postgres does not run as root")
 
 
-def make_readable(trees: Sequence[Path]) -> None:
-    """Lets everybody read an installation from a public wheel: under a strict umask only root could.
+def check_readable(trees: Sequence[Path]) -> None:
+    """Checks that everybody may read and run what the owner of an installation may.
 
     Args:
-        trees: absolute paths without links.
+        trees: the folders of the installation: absolute paths without links.
+
+    Raises:
+        StartError: a file or folder is closed to others, as after an installation under a strict umask.
     """
-    for tree in trees:
-        changed = 0
-        for path in (tree, *tree.rglob("*")):
-            if path.is_symlink():
-                continue
-            mode = stat.S_IMODE(path.stat().st_mode)
-            # What its owner may read or run, everybody may.
-            wanted = mode | (mode & (stat.S_IRUSR | stat.S_IXUSR)) >> 6
-            if wanted != mode:
-                path.chmod(wanted)
-                changed += 1
-        if changed:
-            logs.get().warning(
-                "made an installation readable", folder=str(tree), files=changed, reason="Postgres does not run as root"
+    for path in (path for tree in trees for path in (tree, *tree.rglob("*"))):
+        mode = path.lstat().st_mode
+        if not stat.S_ISLNK(mode) and (mode & (stat.S_IRUSR | stat.S_IXUSR)) >> 6 & ~mode:
+            raise StartError(
+                f"Postgres does not run as root but as {_USER!r}, which may not read {path}:"
+                f" run this as another user, or chmod -R go+rX {shlex.join(map(str, trees))}"
             )

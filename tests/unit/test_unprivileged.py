@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox.devstack.unprivileged import chown_to_unprivileged, is_root, make_searchable
+from outbox.devstack.unprivileged import check_readable, chown_to_unprivileged, is_root, make_searchable
 from outbox.errors import StartError
 
 pytestmark = pytest.mark.skipif(not is_root(), reason="needs root")
@@ -40,3 +40,19 @@ def test_only_folders_of_root_become_searchable(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=f"{closed}, which belongs to uid {54321}.* chmod o\\+x {closed}"):
         make_searchable(closed / "data")
     assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+
+
+def test_a_closed_installation_is_refused_and_stays_closed(tmp_path: Path) -> None:
+    """The error names the file that Postgres' user may not read, and the command that opens the installation."""
+    programs, libraries = tmp_path / "pginstall", tmp_path / "a b.libs"
+    for folder in (programs, libraries):
+        folder.mkdir(mode=0o755)
+    library = libraries / "libpq.so"
+    library.touch(mode=0o644)
+    (libraries / "dangling").symlink_to("nowhere")
+    check_readable([programs, libraries])
+    for path, mode in ((library, 0o600), (libraries, 0o700)):
+        path.chmod(mode)
+        with pytest.raises(StartError, match=f"may not read {path}: .* chmod -R go\\+rX {programs} '{libraries}'$"):
+            check_readable([programs, libraries])
+        assert stat.S_IMODE(path.stat().st_mode) == mode
