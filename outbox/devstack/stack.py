@@ -3,6 +3,7 @@
 import json
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -82,7 +83,11 @@ def _start_and_watch(children: ExitStack, settings: UpSettings, folder: DataFold
         if stop.wait(seconds):
             raise _Stopped
 
-    supervisor = Supervisor(wait, folder.record_process, stop.is_hurried)
+    def on_start(name: str, process: subprocess.Popen[bytes]) -> None:
+        folder.record_process(name, process)
+        logs.get().info(f"started {name}", pid=process.pid)
+
+    supervisor = Supervisor(wait, on_start, stop.is_hurried)
     folder.stop_leftovers(wait)  # first: a leftover may hold the port
     settings = replace(settings, address=find_free_address(settings.address))
     servers: list[EmbeddedServer] = []
