@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from outbox.cli.dead import dead
+from outbox.cli.dead_commands import dead
 from outbox.devstack.binaries import EXTRA_MISSING
 from outbox.errors import StartError
 from outbox.runtime import logs
@@ -17,12 +17,12 @@ from outbox.runtime.settings import DatabaseSettings
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="outbox-service")
 def outbox() -> None:
-    """A transactional outbox: creates users, and loses no mail."""
+    """A transactional outbox: creates users and loses no mail."""
 
 
 @outbox.command()
 def migrate() -> None:
-    """Bring the database in DATABASE_URL to the schema of this version. Safe to run twice, or twice at once."""
+    """Bring the database in DATABASE_URL to the schema of this version. Safe to run repeatedly and concurrently."""
     settings = DatabaseSettings.from_environment()
     logs.configure("outbox", settings.log_level, settings.log_format)
     apply_migrations(settings.database_url)
@@ -40,12 +40,12 @@ _add_process("worker", "Run a worker, which handles rows, until SIGTERM.")
 
 
 class _Folder(click.Path):
-    """A folder that is named: an empty value would be the current one."""
+    """A path that must not be empty, because an empty path means the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Returns the path."""
         if value == "":
-            self.fail("it is empty; name a folder ('.' is the current one).", param, ctx)
+            self.fail("it is empty; name a folder ('.' is the current folder).", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -59,14 +59,14 @@ class _Folder(click.Path):
     help="Folder for the database, the mails and the secret key.",
 )
 def up(data: Path) -> None:
-    """Run everything on this machine, for development: service, relay, worker, and the servers that they need.
+    """Run everything on this machine, for development: service, relay, worker and their servers.
 
     Starts an embedded Postgres, Redis and mail catcher for each of DATABASE_URL, REDIS_URL and SMTP_URL that is not
     set. Ctrl-C stops everything; a second Ctrl-C hurries.
     """
-    # Production installs have no development extra, and need none for `outbox migrate`.
+    # Imported here, because production installs have no development extra.
     try:
-        from outbox.devstack import stack  # noqa: PLC0415 - see above
+        from outbox.devstack import stack  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in {"aiosmtpd", "psutil"}:
             raise

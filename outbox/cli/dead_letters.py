@@ -1,38 +1,38 @@
-"""Dead letters: the rows that were given up, and what an operator can decide about them."""
+"""Reads, retries and discards dead rows in the database."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from outbox.queries import query
-from outbox.row import named
+from outbox.row import Status, named
 from outbox.runtime.postgres import Connection
 
 BATCH = 500
-"""Rows that one transaction locks: workers and other operators wait for no more than these."""
+"""Rows that one transaction locks, which bounds how long workers and other operators wait."""
 
 PAYLOAD_LIMIT = 100
 """Characters of a payload that a list shows."""
 
 
 class ListedRow(NamedTuple):
-    """A dead row as a list shows it."""
+    """A dead row in a list."""
 
     id: int
     task: str
     attempts: int
     max_retries: int
     age: float | None
-    """Seconds since the last attempt began, if one has."""
+    """Seconds since the last attempt began; None if none has begun."""
     last_error: str | None
     payload: str
-    """JSON; of one that is longer than `PAYLOAD_LIMIT`, one character more than that."""
+    """JSON, cut after `PAYLOAD_LIMIT` + 1 characters."""
 
 
 class ShownRow(NamedTuple):
-    """All of one row, in texts for people and in one for programs."""
+    """A row with all its columns, as texts for people and as one JSON text for programs."""
 
-    status: str
+    status: Status
     task: str
     queue: str
     attempts: int
@@ -46,101 +46,103 @@ class ShownRow(NamedTuple):
     payload: str
     """JSON, indented."""
     document: str
-    """JSON: an object with the table's columns."""
+    """A JSON object with the columns of the table."""
 
 
 def count(connection: Connection, task: str | None) -> int:
     """Returns how many rows of `task`, or of all tasks, are dead."""
-    found = connection.execute(query("count_dead"), {"task": task}).fetchone()
-    assert found is not None
-    return int(found["rows"])
+    row = connection.execute(query("count_dead"), {"task": task}).fetchone()
+    assert row is not None
+    return int(row["rows"])
 
 
 def newest(connection: Connection, task: str | None, limit: int) -> list[ListedRow]:
-    """Returns the newest dead rows, a line's worth of each."""
+    """Returns the newest dead rows, with shortened payloads."""
     parameters = {"task": task, "limit": limit, "payload_limit": PAYLOAD_LIMIT + 1}
     return connection.cursor(row_factory=named(ListedRow)).execute(query("list_dead"), parameters).fetchall()
 
 
 def newest_json(connection: Connection, task: str | None, limit: int) -> list[str]:
-    """Returns the newest dead rows whole, each as the text of a JSON object with the table's columns."""
+    """Returns the newest dead rows, each as the text of a JSON object with the columns of the table."""
     with _in_utc(connection):
         rows = connection.execute(query("list_dead_json"), {"task": task, "limit": limit})
         return [row["document"] for row in rows]
 
 
 def read(connection: Connection, row_id: int) -> ShownRow | None:
-    """Returns all of one row, dead or not; None where there is none."""
+    """Returns one row, dead or not; None if it does not exist."""
     with _in_utc(connection):
-        return connection.cursor(row_factory=named(ShownRow)).execute(query("show_row"), {"id": row_id}).fetchone()
+        row = connection.cursor(row_factory=named(ShownRow)).execute(query("show_row"), {"id": row_id}).fetchone()
+    return row._replace(status=Status(row.status)) if row else None
 
 
 def ids(connection: Connection, task: str | None) -> list[int]:
     """Returns the ids of all dead rows of `task`, or of all tasks, in order."""
-    found = connection.execute(query("dead_ids"), {"task": task}).fetchone()
-    assert found is not None
-    return list(found["ids"])
+    row = connection.execute(query("dead_ids"), {"task": task}).fetchone()
+    assert row is not None
+    return list(row["ids"])
 
 
-def retry(connection: Connection, rows: Sequence[int]) -> list[int]:
-    """Makes dead rows pending, with a fresh count and due at once, and wakes the relays.
+def retry(connection: Connection, row_ids: Sequence[int]) -> list[int]:
+    """Makes dead rows pending with all their attempts, due as `retry_dead` in `sql/queries.sql` says; wakes the relays.
 
     Args:
-        connection: in autocommit mode; each batch of rows is a transaction of its own.
-        rows: ids; those of rows that are not dead are left alone.
+        connection: in autocommit mode; each batch of rows is one transaction.
+        row_ids: rows that are not dead are not changed.
 
     Returns:
-        The ids of the rows that were dead, in order.
+        The ids of the rows that were dead, sorted.
     """
     retried: list[int] = []
-    for batch in _batches(rows):
-        found = [row["id"] for row in connection.execute(query("retry_dead"), {"ids": batch})]
-        if found:
+    for batch in _batches(row_ids):
+        retried_batch = [row["id"] for row in connection.execute(query("retry_dead"), {"ids": batch})]
+        if retried_batch:
             connection.execute(query("notify_relays"))
-        retried += found
+        retried += retried_batch
     return sorted(retried)
 
 
 def unhandled_ids(connection: Connection, task: str | None) -> list[int]:
     """Returns the ids of rows of `task`, or of all tasks, that workers give back because they cannot handle them."""
-    found = connection.execute(query("unhandled_ids"), {"task": task}).fetchone()
-    assert found is not None
-    return list(found["ids"])
+    row = connection.execute(query("unhandled_ids"), {"task": task}).fetchone()
+    assert row is not None
+    return list(row["ids"])
 
 
-def give_up(connection: Connection, rows: Sequence[int]) -> list[int]:
-    """Makes such rows dead, as `retry` retries dead ones, and returns their ids."""
+def give_up(connection: Connection, row_ids: Sequence[int]) -> list[int]:
+    """Makes rows of `unhandled_ids` dead, in batches as `retry` does, and returns the ids of those that now are."""
     return sorted(
         row["id"]
-        for batch in _batches(rows)
+        for batch in _batches(row_ids)
         for row in connection.execute(query("give_up_unhandled"), {"ids": batch}).fetchall()
     )
 
 
-def discard(connection: Connection, rows: Sequence[int]) -> list[int]:
-    """Deletes dead rows, as `retry` retries them, and returns their ids."""
+def discard(connection: Connection, row_ids: Sequence[int]) -> list[int]:
+    """Deletes dead rows, in batches as `retry` does, and returns their ids."""
     return sorted(
         row["id"]
-        for batch in _batches(rows)
+        for batch in _batches(row_ids)
         for row in connection.execute(query("discard_dead"), {"ids": batch}).fetchall()
     )
 
 
-def statuses(connection: Connection, rows: Sequence[int]) -> dict[int, str | None]:
-    """Returns what each of these rows is; None for one that does not exist."""
-    found = {row["id"]: row["status"] for row in connection.execute(query("row_statuses"), {"ids": list(rows)})}
-    return {row: found.get(row) for row in rows}
+def statuses(connection: Connection, row_ids: Sequence[int]) -> dict[int, Status | None]:
+    """Returns the status of each row; None for a row that does not exist."""
+    rows = connection.execute(query("row_statuses"), {"ids": list(row_ids)})
+    existing = {row["id"]: Status(row["status"]) for row in rows}
+    return {row_id: existing.get(row_id) for row_id in row_ids}
 
 
 @contextmanager
 def _in_utc(connection: Connection) -> Iterator[None]:
-    """Runs a block in a transaction that shows times in UTC, also behind a pooler, where no session is ours."""
+    """Runs a block in a transaction with times in UTC; a setting of the session would be unsafe behind a pooler."""
     with connection.transaction():
         connection.execute(query("show_utc"))
         yield
 
 
-def _batches(rows: Sequence[int]) -> Iterator[list[int]]:
-    ordered = sorted(rows)
+def _batches(row_ids: Sequence[int]) -> Iterator[list[int]]:
+    ordered = sorted(row_ids)
     for start in range(0, len(ordered), BATCH):
         yield ordered[start : start + BATCH]

@@ -1,4 +1,4 @@
-"""Dead rows as tables for people: on a terminal as wide as that, elsewhere with nothing cut."""
+"""Prints dead rows as tables: cut to the width of a terminal, uncut on any other output."""
 
 import sys
 
@@ -10,20 +10,22 @@ from rich.text import Text
 from outbox.cli.dead_letters import PAYLOAD_LIMIT, ListedRow, ShownRow
 from outbox.runtime.printable import printable, printable_json
 
-_COLUMNS = {"task": 0, "error": 0, "payload": 70, "last tried": 100}
-"""What a list shows besides ids and attempts, and how wide a terminal must be to have room for it beside the error."""
+_MIN_WIDTHS = {"task": 0, "error": 0, "payload": 70, "last tried": 100}
+"""The columns of a list after id and attempts, and the width in characters from which a terminal shows each."""
 _UNLIMITED = 1_000_000
-"""Columns of what is no terminal: nothing is cut."""
+"""Characters; the width of an output that is not a terminal."""
 
 
 def print_list(rows: list[ListedRow]) -> None:
-    """Prints a line per row of `dead.newest`. A terminal that is too narrow cuts everything but the ids."""
+    """Prints a line per row. A narrow terminal cuts every column but the ids."""
     console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="none" if console.no_color else "bold")
-    table.add_column("id", no_wrap=True, min_width=len(str(rows[0].id)))  # the newest has the longest
+    table.add_column(
+        "id", no_wrap=True, min_width=len(str(rows[0].id))
+    )  # the first row is the newest and has the longest id
     table.add_column("attempts", no_wrap=True)
-    for name, least_width in _COLUMNS.items():
-        if console.width >= least_width:
+    for name, min_width in _MIN_WIDTHS.items():
+        if console.width >= min_width:
             table.add_column(name)
     for row in rows:
         cells = [
@@ -34,31 +36,31 @@ def print_list(rows: list[ListedRow]) -> None:
             printable_json(_shortened(row.payload)),
             _ago(row.age),
         ]
-        # Text is never markup. It is the cells and not the columns that say no_wrap, so that these columns give way.
+        # Text is never markup. no_wrap is set on the cells and not on the columns, so that these columns can shrink.
         table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells[: len(table.columns)]))
     _print(console, table)
 
 
-def print_row(row_id: int, found: ShownRow) -> None:
-    """Prints all of one row of `dead.read`."""
+def print_row(row_id: int, row: ShownRow) -> None:
+    """Prints one row with all its columns."""
     grid = Table.grid(padding=(0, 2))
     for label, value in {
         "row": str(row_id),
-        "task": found.task,
-        "queue": found.queue,
-        "error": found.last_error,
-        "attempts": _attempts(found),
-        "created": found.created_at,
-        "last tried": found.started_at,
-        "by worker": found.worker,
-        "request id": found.request_id,
-        "unique key": found.unique_key,
+        "task": row.task,
+        "queue": row.queue,
+        "error": row.last_error,
+        "attempts": _attempts(row),
+        "created": row.created_at,
+        "last tried": row.started_at,
+        "by worker": row.worker,
+        "request id": row.request_id,
+        "unique key": row.unique_key,
         "payload": "",
     }.items():
         if value is not None:
             grid.add_row(label, Text(printable(value), overflow="fold"))
     _print(_console(), grid)
-    click.echo(printable_json(found.payload))
+    click.echo(printable_json(row.payload))
 
 
 def _attempts(row: ListedRow | ShownRow) -> str:
