@@ -104,6 +104,6 @@ def check_readable(trees: Sequence[Path]) -> None:
         mode = path.lstat().st_mode
         if not stat.S_ISLNK(mode) and (mode & (stat.S_IRUSR | stat.S_IXUSR)) >> 6 & ~mode:
             raise StartError(
-                f"Postgres does not run as root but as {_USER!r}, which may not read {path}:"
+                f"Postgres does not run as root, and as {_USER!r} it may not read {path}:"
                 f" run this as another user, or chmod -R go+rX {shlex.join(map(str, trees))}"
             )

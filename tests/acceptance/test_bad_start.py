@@ -1,4 +1,4 @@
-"""A process that cannot work says why in a sentence and ends; no process ever says a secret."""
+"""A process that cannot start reports why in a sentence and exits; no process logs a secret."""
 
 import secrets
 import socket
@@ -39,11 +39,11 @@ WRONG = [
     ("worker", "SMTP_URL", f"ftp://me:{SECRET}@localhost", "SMTP_URL is wrong: it must start with smtp://"),
     ("worker", "OUTBOX_HANDLERS", "no_such_module", "OUTBOX_HANDLERS is wrong: "),
 ]
-"""Of each process some; that every variable is checked is shown where the settings are."""
+"""Process, variable, value and start of the sentence. tests/unit/test_settings.py covers every variable."""
 
 
 def sentence_of(process: Process) -> str:
-    """Returns the one line that is not a log line; there must be no other, no traceback and no secret."""
+    """Returns the only line that is not a log line, and asserts that no traceback and no secret was printed."""
     assert "Traceback" not in process.text()
     assert SECRET not in process.text()
     (sentence,) = (line for line in process.text().splitlines() if not line.startswith("{"))
@@ -52,7 +52,7 @@ def sentence_of(process: Process) -> str:
 
 @pytest.fixture(scope="module")
 def started_wrong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Process]]:
-    """One process per wrong setting, all at once."""
+    """A process per wrong setting, all started at once."""
     stack = Stack(
         tmp_path_factory.mktemp("wrong"), "postgresql:///nowhere?host=/nonexistent", "unix:///nonexistent", "smtp://x"
     )
@@ -67,12 +67,12 @@ def started_wrong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Pro
 
 @pytest.mark.parametrize("case", range(len(WRONG)), ids=["-".join(filter(None, wrong[:2])) for wrong in WRONG])
 def test_a_wrong_setting(started_wrong: list[Process], case: int) -> None:
-    """A missing or wrong setting ends the process at once with one sentence that names it, and exit code 2."""
+    """A missing or wrong setting ends the process with a sentence that names it and exit code 2."""
     process = started_wrong[case]
     try:
         code = process.wait(30)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"it runs: {process.text()}")
+        pytest.fail(f"it still runs: {process.text()}")
     assert sentence_of(process).startswith(WRONG[case][3])
     assert code == 2
 
@@ -80,7 +80,7 @@ def test_a_wrong_setting(started_wrong: list[Process], case: int) -> None:
 def test_a_database_that_is_not_migrated(
     tmp_path: Path, create_database: Callable[[str | None], str], redis_url: str
 ) -> None:
-    """The sentence says which command to run."""
+    """The sentence names the command to run."""
     stack = Stack(tmp_path, create_database(None), redis_url, "smtp://127.0.0.1:1")
     processes = [stack.start(module) for module in ("service", "relay", "worker")]
     assert [process.wait() for process in processes] == [1, 1, 1]
@@ -88,7 +88,7 @@ def test_a_database_that_is_not_migrated(
 
 
 def test_a_database_that_is_not_in_utf8(tmp_path: Path, foreign_url: str, redis_url: str) -> None:
-    """The sentence names the encoding that is wanted."""
+    """The sentence names the required encoding."""
     stack = Stack(tmp_path, foreign_url, redis_url, "smtp://127.0.0.1:1")
     processes = [stack.start(module) for module in ("service", "relay", "worker")]
     assert [process.wait() for process in processes] == [1, 1, 1]
@@ -107,15 +107,15 @@ def test_a_port_in_use(stack: Stack) -> None:
     assert f"127.0.0.1:{stack.port}" in sentence
 
 
-def test_a_host_that_cannot_be(stack: Stack) -> None:
-    """A host name with an empty label is a sentence too."""
+def test_an_invalid_host_name(stack: Stack) -> None:
+    """The sentence for a host name with an empty label names the variable."""
     process = stack.start("service", HTTP_SERVER_ADDRESS="a..b:8080")
     assert process.wait() in (1, 2)
     assert "HTTP_SERVER_ADDRESS" in sentence_of(process)
 
 
 def test_a_redis_cluster(stack: Stack, tmp_path: Path) -> None:
-    """Relay and worker refuse a Redis in cluster mode with a sentence."""
+    """Relay and worker refuse a Redis in cluster mode."""
     with embedded_redis(tmp_path / "cluster", settings=cluster_settings()) as server:
         processes = [stack.start(module, REDIS_URL=server.url) for module in ("relay", "worker")]
         assert [process.wait() for process in processes] == [1, 1]
@@ -124,12 +124,14 @@ def test_a_redis_cluster(stack: Stack, tmp_path: Path) -> None:
 
 
 @contextmanager
-def login(connection: Connection, password: str) -> Iterator[str]:
-    """Creates a role that may do what ours may, and yields its name."""
+def login_role(connection: Connection, password: str) -> Iterator[str]:
+    """Creates a role with the rights of the test's role, and yields its name."""
     name = f"outbox_test_{secrets.token_hex(6)}"
-    role, ours = psycopg.sql.Identifier(name), psycopg.sql.Identifier(connection.info.user)
+    role, test_role = psycopg.sql.Identifier(name), psycopg.sql.Identifier(connection.info.user)
     connection.execute(
-        psycopg.sql.SQL("CREATE ROLE {} LOGIN PASSWORD {} IN ROLE {}").format(role, psycopg.sql.Literal(password), ours)
+        psycopg.sql.SQL("CREATE ROLE {} LOGIN PASSWORD {} IN ROLE {}").format(
+            role, psycopg.sql.Literal(password), test_role
+        )
     )
     try:
         yield name
@@ -138,12 +140,12 @@ def login(connection: Connection, password: str) -> Iterator[str]:
 
 
 def test_no_log_holds_a_secret(stack: Stack, connection: Connection, own_redis: EmbeddedServer) -> None:
-    """Neither passwords nor their hashes, nor the secret key, a URL's password or a link's code, even at `debug`."""
+    """Even at `debug`, no log has a password, a hash, the secret key, the password of a URL or the code of a link."""
     hidden = {"user": "correct horse 1", "postgres": "pg-pass-2", "redis": "redis-pass-3", "smtp": "smtp-pass-4"}
     with redis_connection.connect(own_redis.url, "test") as client:
         client.config_set("requirepass", hidden["redis"])
     with (
-        login(connection, hidden["postgres"]) as name,
+        login_role(connection, hidden["postgres"]) as name,
         serve_mailbox(
             auth_require_tls=False, authenticator=lambda *_: AuthResult(success=True, handled=True)
         ) as mailbox,
@@ -174,6 +176,6 @@ def test_no_log_holds_a_secret(stack: Stack, connection: Connection, own_redis: 
     row = connection.execute("SELECT hashed_password FROM users").fetchone()
     assert row is not None
     logged = "".join(process.text() for process in (service, relay, worker))
-    assert logged.count('"event"') > 10, "they did log"
+    assert logged.count('"event"') > 10, "the processes have logged"
     forbidden = [*hidden.values(), row["hashed_password"], row["hashed_password"][-20:], "argon2id", SECRET_KEY]
     assert [secret for secret in [*forbidden, code, code[:-1]] if secret in logged] == []
