@@ -28,8 +28,8 @@ def migrate() -> None:
     apply_migrations(settings.database_url)
 
 
-def _add_process(name: str, does: str) -> None:
-    @outbox.command(name, help=f"{does} Environment variables configure it; docs/settings.md lists them.")
+def _add_process(name: str, summary: str) -> None:
+    @outbox.command(name, help=f"{summary} Environment variables configure it; docs/settings.md lists them.")
     def process() -> None:
         run_process(name)
 

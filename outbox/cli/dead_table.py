@@ -20,9 +20,8 @@ def print_list(rows: list[ListedRow]) -> None:
     """Prints a line per row. A narrow terminal cuts every column but the ids."""
     console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="none" if console.no_color else "bold")
-    table.add_column(
-        "id", no_wrap=True, min_width=len(str(rows[0].id))
-    )  # the first row is the newest and has the longest id
+    # The first row is the newest and has the longest id.
+    table.add_column("id", no_wrap=True, min_width=len(str(rows[0].id)))
     table.add_column("attempts", no_wrap=True)
     for name, min_width in _MIN_WIDTHS.items():
         if console.width >= min_width:

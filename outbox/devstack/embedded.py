@@ -67,7 +67,7 @@ def embedded_postgres(
         folder: for its data; created if necessary. One server at a time per folder.
         settings: parameters as in `fsync=off`.
         environment: of the server; the parent's unless given.
-        supervisor: waits while it starts.
+        supervisor: as of `spawn` and `end`.
 
     Yields:
         The server, once it answers.
@@ -79,8 +79,7 @@ def embedded_postgres(
     with private_folder(folder) as private, private.open_log("postgres.log") as log:
         if is_root():
             check_readable(postgres_trees())
-            for tree in postgres_trees():
-                make_searchable(tree)
+            make_searchable(*postgres_trees())
         data = _initialized(private, log, supervisor)
         user = chown_to_unprivileged(data)
         with socket_folder(data) as sockets:
@@ -110,7 +109,7 @@ def embedded_redis(
     Args:
         folder: for its socket and log; created if necessary. One server at a time per folder.
         settings: lines as in `redis.conf`, such as `maxmemory 100mb`.
-        supervisor: waits while it starts.
+        supervisor: as of `spawn` and `end`.
 
     Yields:
         The server, once it answers.
@@ -168,8 +167,6 @@ def _initialized(folder: PrivateFolder, log: IO[bytes], supervisor: Supervisor) 
         shutil.rmtree(unfinished.name, ignore_errors=True, dir_fd=folder.descriptor)
         os.mkdir(unfinished.name, 0o700, dir_fd=folder.descriptor)
         user = chown_to_unprivileged(unfinished)
-        if is_root():
-            make_searchable(unfinished)
         command = [postgres_programs() / "initdb", "-D", unfinished, "-U", "outbox", "--auth=trust"]
         # The same sort order on every system.
         command += ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
@@ -184,8 +181,6 @@ def _initialized(folder: PrivateFolder, log: IO[bytes], supervisor: Supervisor) 
         if code != 0:
             raise StartError(f"initdb failed; the end of its log:\n{_last_lines(log)}")
         folder.rename(unfinished.name, data.name)
-    if is_root():
-        make_searchable(data)
     return data
 
 

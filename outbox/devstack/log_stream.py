@@ -28,7 +28,7 @@ class Stream:
 
         Args:
             output: receives the lines, in colour if it is a terminal.
-            as_json: writes JSON lines unchanged, for a program to read.
+            as_json: writes events unchanged and other lines as events, for a program to read.
             on_broken: called when `output` cannot be written to: its reader or terminal has gone.
         """
         self._output = output
@@ -39,7 +39,7 @@ class Stream:
         self._plain_lines: dict[str, deque[str]] = {}
 
     def write_line(self, process: str, text: str) -> None:
-        """Writes one line that `process` printed: a JSON event as readable text, any other line unchanged."""
+        """Writes one line that `process` printed, which may be a JSON event."""
         event = _event(text)
         if event is None:
             self._plain_lines.setdefault(process, deque(maxlen=10)).append(text)

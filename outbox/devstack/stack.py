@@ -1,4 +1,4 @@
-"""Starts the servers, the schema and the processes, restarts what dies, and stops everything in reverse order."""
+"""Starts the servers and processes of `outbox up`, restarts what dies, and stops everything in reverse order."""
 
 import json
 import shlex

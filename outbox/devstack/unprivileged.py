@@ -21,7 +21,7 @@ def is_root() -> bool:
 
 
 def chown_to_unprivileged(folder: Path) -> Mapping[str, Any]:
-    """Changes the owner of a folder of root to the user that Postgres runs as; as another user, only checks the owner.
+    """Gives a folder of root to the user that Postgres runs as; unless this process is root, only checks the owner.
 
     Args:
         folder: an existing folder.
@@ -30,8 +30,8 @@ def chown_to_unprivileged(folder: Path) -> Mapping[str, Any]:
         The arguments of `subprocess.Popen` that set this user; none unless this process is root.
 
     Raises:
-        StartError: the folder belongs to another user, a file in it is a hard link, or the unprivileged user does not
-            exist.
+        StartError: the folder belongs to another user or cannot be reached, a file in it is a hard link, or the
+            unprivileged user does not exist.
     """
     user = _unprivileged() if is_root() else None
     with open_path(folder) as folders:
@@ -41,7 +41,10 @@ def chown_to_unprivileged(folder: Path) -> Mapping[str, Any]:
             _chown(resolved, descriptor, user)
         elif owner != (os.geteuid() if user is None else user.pw_uid):
             raise StartError(f"{resolved} belongs to {user_name(owner)}: choose another folder with --data")
-    return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+    if user is None:
+        return {}
+    make_searchable(folder)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 def _unprivileged() -> pwd.struct_passwd:
@@ -68,27 +71,32 @@ def _content(descriptor: int) -> Iterator[tuple[str, int, os.stat_result]]:
             yield name, folder, os.stat(name, dir_fd=folder, follow_symlinks=False)
 
 
-def make_searchable(path: Path) -> None:
-    """Lets everybody search (not list) those folders above a path that belong to root, and logs what it changed.
+def make_searchable(*paths: Path) -> None:
+    """Lets everybody search (not list) the folders of root above some paths, and logs what it changed.
 
     Args:
-        path: of an existing folder.
+        paths: of existing folders.
 
     Raises:
         StartError: a folder that not everybody may search belongs to another user.
     """
-    with open_path(path) as folders:
-        for folder, descriptor in folders[:-1]:
-            status = os.fstat(descriptor)
-            if status.st_mode & stat.S_IXOTH:
-                continue
-            if status.st_uid != os.geteuid():
-                raise StartError(
-                    f"Postgres does not run as root and cannot pass through {folder}, which belongs to"
-                    f" {user_name(status.st_uid)}: run this as that user, or chmod o+x {shlex.quote(str(folder))}"
-                )
-            os.chmod(".", stat.S_IMODE(status.st_mode) | stat.S_IXOTH, dir_fd=descriptor)
-            logs.get().warning("made a folder searchable", folder=str(folder), reason="Postgres does not run as root")
+    for path in paths:
+        with open_path(path) as folders:
+            for folder, descriptor in folders[:-1]:
+                _make_searchable(folder, descriptor)
+
+
+def _make_searchable(folder: Path, descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if status.st_mode & stat.S_IXOTH:
+        return
+    if status.st_uid != os.geteuid():
+        raise StartError(
+            f"Postgres does not run as root and cannot pass through {folder}, which belongs to"
+            f" {user_name(status.st_uid)}: run this as that user, or chmod o+x {shlex.quote(str(folder))}"
+        )
+    os.chmod(".", stat.S_IMODE(status.st_mode) | stat.S_IXOTH, dir_fd=descriptor)
+    logs.get().warning("made a folder searchable", folder=str(folder), reason="Postgres does not run as root")
 
 
 def check_readable(trees: Sequence[Path]) -> None:

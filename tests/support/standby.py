@@ -14,7 +14,7 @@ import psycopg
 from outbox.devstack.binaries import postgres_programs
 from outbox.devstack.child_process import Supervisor, end, spawn
 from outbox.devstack.embedded import EmbeddedServer, embedded_postgres, socket_folder
-from outbox.devstack.unprivileged import chown_to_unprivileged, is_root, make_searchable
+from outbox.devstack.unprivileged import chown_to_unprivileged
 from tests.support.processes import take_down
 from tests.support.waiting import eventually
 
@@ -101,8 +101,6 @@ def standby(
         lock.unlink()
     log = data.with_suffix(".log")
     user = chown_to_unprivileged(data)
-    if is_root():
-        make_searchable(data)
     with socket_folder(data) as sockets:
         os.chown(sockets, user.get("user", -1), user.get("group", -1))
         options = [part for setting in ("listen_addresses=", *settings) for part in ("-c", setting)]

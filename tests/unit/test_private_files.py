@@ -133,7 +133,7 @@ def test_a_data_folder_that_is_replaced_is_not_used(data: Path, tmp_path: Path) 
 
 
 def test_an_earlier_versions_folder_is_closed_to_others(tmp_path: Path) -> None:
-    """Whatever the umask and the old modes, only the owner may use the files, and nobody else may list the folders."""
+    """Under any umask, only the owner may use the files and list the folders; older modes are corrected."""
     before = os.umask(0)
     try:
         data = tmp_path / "new" / "data"
