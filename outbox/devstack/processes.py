@@ -71,9 +71,10 @@ class Program:
         self._reader.start()
 
     def stop(self) -> None:
-        """Stops the process and waits until its last lines are written."""
+        """Stops the process, waits until its last lines are written, and logs its exit code."""
         end(self._supervisor, self.process, signal.SIGTERM, _STOP_LIMIT)
         self.drain()
+        logs.get().info(f"{self.name} stopped", code=self.process.returncode)
 
     def drain(self) -> None:
         """Waits until all output of the ended process is written; at most 1 s, because its children may still run."""

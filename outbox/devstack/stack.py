@@ -107,7 +107,10 @@ def _start_and_watch(children: ExitStack, settings: UpSettings, folder: DataFold
     environment = process_environment(settings, **provided)
     _migrate(environment["DATABASE_URL"], wait)
 
-    programs = [_stop_at_exit(children, Program(name, environment, stream, supervisor)) for name in NAMES[::-1]]
+    programs: list[Program] = []
+    for name in reversed(NAMES):
+        programs.append(Program(name, environment, stream, supervisor))
+        children.callback(programs[-1].stop)
     restarter = Restarter([*servers, *programs])
     try:
         _wait_until_ready(settings, programs[-1], restarter, stream, wait)
@@ -118,15 +121,6 @@ def _start_and_watch(children: ExitStack, settings: UpSettings, folder: DataFold
     except _Stopped:
         logs.get().info("stopping; a second Ctrl-C hurries")
         raise
-
-
-def _stop_at_exit(children: ExitStack, program: Program) -> Program:
-    def stop() -> None:
-        program.stop()
-        logs.get().info(f"{program.name} stopped", code=program.process.returncode)
-
-    children.callback(stop)
-    return program
 
 
 def _migrate(database_url: str, wait: Callable[[float], None]) -> None:

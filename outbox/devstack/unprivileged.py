@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outbox.devstack.private_files import open_path, user_name
+from outbox.devstack.trusted_paths import open_path, user_name
 from outbox.errors import StartError
 from outbox.runtime import logs
 
