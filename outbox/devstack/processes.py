@@ -19,7 +19,7 @@ NAMES = ("service", "relay", "worker")
 """In the order in which they are stopped: first no new rows, then no new jobs."""
 
 _STOP_LIMIT = 40.0
-"""Seconds that a process has for an orderly end: more than the 25 s that it gives its handlers."""
+"""Seconds that a process has for an orderly end: more than the 25 s that OUTBOX_GRACE gives running work by default."""
 _QUICK_DEATH = 10.0
 """Seconds; a process that dies within them has failed to start."""
 _MAX_PAUSE = 10.0

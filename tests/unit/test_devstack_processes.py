@@ -53,7 +53,7 @@ def test_ending_twice_is_safe() -> None:
 
 def test_wrong_settings_end_up_with_the_message_of_the_process() -> None:
     """A process that exits with code 2 is not restarted; its message becomes the error."""
-    program = _ended("relay", {"PYTHONPATH": OUR_PATH})
+    program = _run_to_exit("relay", {"PYTHONPATH": OUR_PATH})
     with pytest.raises(SettingsError, match="DATABASE_URL is not set: set it to"):
         Restarter([program]).check()
 
@@ -65,18 +65,18 @@ def test_a_module_in_the_current_folder_is_not_taken_for_ours(
     """An `outbox.py` in the current folder is not run; our process runs, and reports missing settings."""
     (tmp_path / "outbox.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
-    assert _ended(name, {"PYTHONPATH": OUR_PATH}).process.returncode == EXIT_SETTINGS
+    assert _run_to_exit(name, {"PYTHONPATH": OUR_PATH}).process.returncode == EXIT_SETTINGS
 
 
 def test_a_worker_finds_handlers_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that OUTBOX_HANDLERS names is imported from the folder in which `up` runs."""
     (tmp_path / "greetings.py").write_text("import os; os._exit(3)")
     monkeypatch.chdir(tmp_path)
-    program = _ended("worker", {**_PLACEHOLDERS, "PYTHONPATH": OUR_PATH, "OUTBOX_HANDLERS": "greetings"})
+    program = _run_to_exit("worker", {**_PLACEHOLDERS, "PYTHONPATH": OUR_PATH, "OUTBOX_HANDLERS": "greetings"})
     assert program.process.returncode == 3
 
 
-def _ended(name: str, environment: dict[str, str]) -> Program:
+def _run_to_exit(name: str, environment: dict[str, str]) -> Program:
     program = Program(name, environment, Stream(io.StringIO(), as_json=False, on_broken=lambda: None), Supervisor())
     program.process.wait(60)
     program.drain()
