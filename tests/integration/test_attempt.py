@@ -291,7 +291,7 @@ def test_work_that_nobody_does_is_a_failure(unfinished: Callable[[], Any], conte
     with capture_logs() as lines:
         outcome = tried(lambda *_: unfinished(), context)
     assert outcome.status == "pending"
-    assert "nobody does the work in it" in str(outcome.error)
+    assert "which the worker does not run" in str(outcome.error)
     assert [line["event"] for line in lines] == ["process task failed"]
 
 

@@ -161,7 +161,7 @@ def test_many_rows_are_one_line_and_no_flood(
     connection: Connection, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One error per task and reason in a minute, from whatever thread; a part is offered at once, the rest later."""
-    monkeypatch.setattr("outbox_worker.attempt._unhandled_pace", Pace(rate=20, most=15))
+    monkeypatch.setattr("outbox_worker.attempt._unhandled_pace", Pace(rate=20, longest=15))
     delays = []
     rows = [add_row(connection, task=f"unheard_of_{n % 2}") for n in range(200)]
     rows += [add_row(connection, task="noted_by_many", payload='{"text": null}') for _ in range(100)]

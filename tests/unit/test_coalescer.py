@@ -1,4 +1,4 @@
-"""What many threads want at once is made once, and each gets its own."""
+"""Concurrent calls become one batch, and each caller gets its own result."""
 
 import threading
 import time
@@ -15,17 +15,16 @@ from tests.support.waiting import eventually
 
 
 class Doubling:
-    """Doubles numbers, and keeps what it was called with; the first call waits until it may go on."""
+    """Doubles numbers and records its calls; the first call waits until it may go on."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
         self.go_on = threading.Event()
 
     def __call__(self, numbers: Sequence[int]) -> list[int]:
-        """Doubles them, except 13."""
+        """Doubles the numbers; refuses 13."""
         self.calls.append(list(numbers))
-        while len(self.calls) == 1 and not self.go_on.is_set():
-            time.sleep(0.001)
+        assert self.go_on.wait(30)
         if 13 in numbers:
             raise ValueError("unlucky")
         return [2 * number for number in numbers]
@@ -33,58 +32,58 @@ class Doubling:
 
 @pytest.fixture
 def doubling() -> Doubling:
-    """What is to be made."""
+    """The function that runs batches."""
     return Doubling()
 
 
-def test_alone_it_is_made_at_once(doubling: Doubling) -> None:
-    """Nobody waits for company."""
+def test_a_single_call_runs_at_once(doubling: Doubling) -> None:
+    """It does not wait for other calls."""
     doubling.go_on.set()
-    together: Coalescer[int, int] = Coalescer()
-    assert [together(number, doubling) for number in (1, 2)] == [2, 4]
+    coalescer: Coalescer[int, int] = Coalescer()
+    assert [coalescer(number, doubling) for number in (1, 2)] == [2, 4]
     assert doubling.calls == [[1], [2]]
 
 
-def test_who_comes_meanwhile_goes_together(doubling: Doubling) -> None:
-    """While the first is made, nine others gather, and are one call."""
-    together: Coalescer[int, int] = Coalescer()
+def test_calls_that_arrive_during_a_batch_form_the_next(doubling: Doubling) -> None:
+    """Nine calls that arrive while the first runs are one batch."""
+    coalescer: Coalescer[int, int] = Coalescer()
     with ThreadPoolExecutor(10) as threads:
-        made = [threads.submit(together, number, doubling) for number in range(10)]
-        eventually(lambda: len(together._waiting) == 9)
+        results = [threads.submit(coalescer, number, doubling) for number in range(10)]
+        eventually(lambda: len(coalescer._waiting) == 9)
         doubling.go_on.set()
-        assert [each.result(5) for each in made] == [2 * number for number in range(10)]
+        assert [result.result(5) for result in results] == [2 * number for number in range(10)]
     assert [len(call) for call in doubling.calls] == [1, 9]
 
 
-def test_an_error_is_everybodys_and_ends_there(doubling: Doubling) -> None:
-    """All who were in the same call hear of it, nobody else does, and the next call is made as ever."""
-    together: Coalescer[int, int] = Coalescer()
+def test_an_error_reaches_every_call_of_its_batch_only(doubling: Doubling) -> None:
+    """Every caller of the batch gets the error; the batches before and after it succeed."""
+    coalescer: Coalescer[int, int] = Coalescer()
     with ThreadPoolExecutor(4) as threads:
-        first = threads.submit(together, 1, doubling)
+        first = threads.submit(coalescer, 1, doubling)
         eventually(lambda: doubling.calls == [[1]])
-        others = [threads.submit(together, number, doubling) for number in (12, 13, 14)]
-        eventually(lambda: len(together._waiting) == 3)
+        others = [threads.submit(coalescer, number, doubling) for number in (12, 13, 14)]
+        eventually(lambda: len(coalescer._waiting) == 3)
         doubling.go_on.set()
         assert first.result(5) == 2
         for each in others:
             with pytest.raises(ValueError, match="unlucky"):
                 each.result(5)
-    assert together(12, doubling) == 24
+    assert coalescer(12, doubling) == 24
 
 
 def test_a_caller_waits_no_longer_than_its_attempt_has_time(doubling: Doubling) -> None:
-    """The one before it may hang on a connection, and has a time limit of its own."""
-    together: Coalescer[int, int] = Coalescer()
+    """The batch before it may hang on a connection, and has a time limit of its own."""
+    coalescer: Coalescer[int, int] = Coalescer()
 
     def call() -> int:
         deadline.limit(time.monotonic() + 0.2)
-        return together(2, doubling)
+        return coalescer(2, doubling)
 
     with ThreadPoolExecutor(1) as threads:
-        first = threads.submit(together, 1, doubling)
+        first = threads.submit(coalescer, 1, doubling)
         eventually(lambda: doubling.calls == [[1]])
         with pytest.raises(TimeLimitError):
             copy_context().run(call)
         doubling.go_on.set()
         assert first.result(5) == 2
-    assert together(3, doubling) == 6, "nothing is left locked"
+    assert coalescer(3, doubling) == 6, "the lock is free"

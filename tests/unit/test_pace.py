@@ -1,21 +1,32 @@
-"""A pace that what comes by the thousand keeps to."""
+"""A pace spreads events over time."""
+
+import time
 
 import pytest
 
 from outbox_worker.pace import Pace
+from tests.support.manual_clock import ManualClock
 
 
-def test_few_events_wait_for_nothing_and_many_are_spread() -> None:
-    """Each waits for those before it, up to a limit."""
-    pace = Pace(rate=10, most=5)
-    waits = [pace.wait() for _ in range(1000)]
-    assert waits[0] == 0
-    assert waits[10] == pytest.approx(1, abs=0.2)
-    assert max(waits) <= 5
-    assert waits[-1] == pytest.approx(5, abs=0.2)
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    """The clock by which delays are computed."""
+    clock = ManualClock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
 
 
-def test_what_is_over_is_not_waited_for() -> None:
-    """A rate that nobody reaches puts nothing off."""
-    pace = Pace(rate=1e9, most=5)
-    assert max(pace.wait() for _ in range(100)) < 0.1
+def test_concurrent_events_are_spread_up_to_a_limit() -> None:
+    """Each event is delayed by one interval more than the event before it, up to the longest delay."""
+    pace = Pace(rate=10, longest=5)
+    delays = [pace.next_delay() for _ in range(1000)]
+    assert delays[:11] == pytest.approx([n / 10 for n in range(11)])
+    assert max(delays) == delays[-1] == pytest.approx(5)
+
+
+def test_events_below_the_rate_are_not_delayed(clock: ManualClock) -> None:
+    """An event that comes after its interval has passed is due at once."""
+    pace = Pace(rate=10, longest=5)
+    for _ in range(100):
+        assert pace.next_delay() == 0
+        clock.advance(0.11)

@@ -1,4 +1,4 @@
-"""Weights: how a worker's free slots are shared among the queues."""
+"""Weights of queues: how the room of a worker is split among them."""
 
 import random
 from collections import Counter
@@ -13,7 +13,7 @@ DEFAULT = {"critical": 10, "default": 5}
 @pytest.mark.parametrize("weights", [DEFAULT, {"a": 1}, {"a": 1, "b": 1}, {"a": 7, "b": 2, "c": 1}])
 @pytest.mark.parametrize("count", [1, 2, 3, 15, 32])
 def test_shares_add_up_and_are_fair(count: int, weights: dict[str, int]) -> None:
-    """Whatever the number of slots, none is left over, and on the average each queue gets its weight's part."""
+    """Shares add up to the count, and on average each queue gets its weight's share."""
     draw = random.Random(1)
     rounds = 4000
     total: Counter[str] = Counter()
@@ -22,27 +22,27 @@ def test_shares_add_up_and_are_fair(count: int, weights: dict[str, int]) -> None
         assert sum(shares.values()) == count
         for name, weight in weights.items():
             exact = count * weight / sum(weights.values())
-            assert exact - 1 < shares[name] < exact + 1, "no share is more than rounded"
+            assert exact - 1 < shares[name] < exact + 1, "each share is only rounded"
         total.update(shares)
     for name, weight in weights.items():
         assert total[name] / (rounds * count) == pytest.approx(weight / sum(weights.values()), abs=0.03)
 
 
-def test_fifteen_slots_need_no_chance() -> None:
-    """With 10 : 5, fifteen slots are ten and five every time."""
+def test_a_count_that_divides_is_split_exactly() -> None:
+    """With weights 10 : 5, fifteen jobs are always split into ten and five."""
     assert all(shares_of(15, DEFAULT) == {"critical": 10, "default": 5} for _ in range(50))
 
 
 def test_the_heavier_queue_is_first_two_times_in_three() -> None:
-    """What shares left over, and a worker that waits with a single slot, follow the weights too."""
+    """The order, in which a worker fills the rest of its room or waits, follows the weights too."""
     draw = random.Random(1)
     first = Counter(weighted_order(DEFAULT, draw)[0] for _ in range(6000))
     assert first["critical"] / 6000 == pytest.approx(2 / 3, abs=0.03)
     assert first["default"] > 0
 
 
-def test_other_queues_have_other_weights() -> None:
-    """OUTBOX_QUEUES decides on names and weights; every queue is in every order."""
+def test_any_names_and_weights_are_ordered() -> None:
+    """OUTBOX_QUEUES sets names and weights; every order has every queue."""
     draw = random.Random(1)
     weights = {"a": 1, "b": 1, "c": 8}
     orders = [weighted_order(weights, draw) for _ in range(3000)]

@@ -1,4 +1,4 @@
-"""Handlers: what may be declared as one, and how a worker finds them."""
+"""Handlers: what may be declared as a handler, and how a worker finds them."""
 
 import asyncio
 import sys
@@ -37,7 +37,7 @@ async def asynchronous_generator(payload: Nothing, context: Context) -> AsyncIte
 
 
 class Class:
-    """Would only be made."""
+    """Would only be instantiated."""
 
     def __init__(self, payload: Nothing, context: Context) -> None:
         pass
@@ -51,15 +51,15 @@ class CallableCoroutine:
 
 
 def one_parameter(payload: Nothing) -> None:
-    """Cannot be called with two."""
+    """Cannot be called with two arguments."""
 
 
 def three_parameters(payload: Nothing, context: Context, more: int) -> None:
-    """Cannot be called with two."""
+    """Cannot be called with two arguments."""
 
 
 def needs_a_keyword(payload: Nothing, context: Context, *, more: int) -> None:
-    """Cannot be called with two."""
+    """Cannot be called with two arguments."""
 
 
 @pytest.mark.parametrize(
@@ -77,15 +77,15 @@ def needs_a_keyword(payload: Nothing, context: Context, *, more: int) -> None:
         (lambda: None, "too many positional arguments"),
     ],
 )
-def test_what_would_never_run_is_refused_where_it_is_declared(function: Any, why: str) -> None:
-    """A row of such a handler would be done, and nothing have happened."""
+def test_a_handler_that_would_never_run_is_refused_at_its_declaration(function: Any, why: str) -> None:
+    """Its rows would be done although their work is not."""
     with pytest.raises(TaskError, match=why) as refused:
         handler(TASK)(function)
     assert str(refused.value).startswith("the handler of nothing, ")
 
 
 def test_a_handler_can_be_called() -> None:
-    """A test of an application calls its handler as the function that it is."""
+    """A test of an application calls its handler like a function."""
 
     @handler(TASK)
     def handle(payload: Nothing, context: Any) -> Mapping[str, object]:
@@ -95,7 +95,7 @@ def test_a_handler_can_be_called() -> None:
     assert handle.task is TASK
 
 
-def test_what_runs_a_coroutine_itself_may_be_a_handler() -> None:
+def test_a_function_that_runs_a_coroutine_may_be_a_handler() -> None:
     """A plain function around asyncio.run returns when the work is done."""
 
     @handler(TASK)
@@ -114,7 +114,7 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
 
 
 def test_an_import_that_fails_is_logged_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sentence alone hides which line of which module it was."""
+    """The error alone does not name the module and the line."""
     name = module(tmp_path, monkeypatch, "def fail():\n    return 1 / 0\n\nfail()\n")
     with (
         capture_logs() as lines,
@@ -126,10 +126,10 @@ def test_an_import_that_fails_is_logged_with_its_traceback(tmp_path: Path, monke
     ]
 
 
-def test_a_module_that_is_missing_in_one_of_ours_is_logged_with_its_traceback(
+def test_a_failed_import_in_a_module_is_logged_with_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unlike a name in OUTBOX_HANDLERS that is misspelt: the sentence says all about that."""
+    """A misspelt name in OUTBOX_HANDLERS is not: its error says everything."""
     name = module(tmp_path, monkeypatch, "import no_such_module\n")
     with capture_logs() as lines, pytest.raises(TaskError, match="no_such_module"):
         load_registry([name])
@@ -139,8 +139,8 @@ def test_a_module_that_is_missing_in_one_of_ours_is_logged_with_its_traceback(
     assert lines == []
 
 
-def test_a_wrong_declaration_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names module and handler, and what to do."""
+def test_a_wrong_declaration_is_an_error_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the module, the handler and the remedy."""
     name = module(
         tmp_path,
         monkeypatch,
@@ -155,8 +155,8 @@ def test_a_wrong_declaration_is_a_sentence(tmp_path: Path, monkeypatch: pytest.M
     assert lines == []
 
 
-def test_a_decorator_may_give_the_function_more() -> None:
-    """What is called is what the decorator returns."""
+def test_a_decorator_may_pass_more_arguments() -> None:
+    """The worker calls the function that the decorator returns."""
 
     def with_more(function: Any) -> Any:
         @wraps(function)

@@ -1,4 +1,4 @@
-"""One attempt at one row: its handler, and what becomes of the row."""
+"""Runs one attempt at a row and decides its outcome."""
 
 import logging
 import time
@@ -27,16 +27,16 @@ from outbox_worker.pace import Pace
 from outbox_worker.registry import Registry
 
 _unhandled = Tally()
-"""Rows that this worker has given back because it cannot handle them, by task and reason."""
+"""Counts rows that this worker has given back because it cannot handle them, by task and reason."""
 _unhandled_pace = Pace(200, LONGEST_UNHANDLED_DELAY)
-"""How many of them a second are offered again at once: ten thousand of a new task must not keep all others waiting."""
+"""Spreads their next attempts, 200 a second: ten thousand rows of a new task must not keep all others waiting."""
 
 NOT_NOW_DELAY = 1.0
-"""Seconds until a row is offered again whose attempt did not count, because a server is away."""
+"""Seconds until the next attempt at a row if this one does not count because a server is away."""
 
 
 class _NotHandledError(OutboxError):
-    """This worker cannot handle a row, and another may."""
+    """This worker cannot handle the row; another worker may."""
 
     def __init__(self, event: str, why: str) -> None:
         super().__init__(why)
@@ -44,15 +44,16 @@ class _NotHandledError(OutboxError):
 
 
 def attempt(claim: Claim, registry: Registry, context: Context, unhandled_grace: float) -> Attempted:
-    """Runs the row's handler and returns what became of it; whatever the handler raises ends here.
+    """Runs the row's handler and returns the outcome. Catches every error that the handler raises.
 
     Args:
         claim: the row.
         registry: the handlers of this worker.
-        context: what the handler is given.
-        unhandled_grace: seconds for which a row is given back that this worker cannot handle; then it is dead.
+        context: passed to the handler.
+        unhandled_grace: seconds for which a row that this worker cannot handle is given back; then it is dead.
     """
-    # In a context of its own: what a handler binds there, for the log or otherwise, is no other row's.
+    # In a context of its own: context variables that a handler sets, for the log or otherwise, must not reach another
+    # row.
     own = copy_context()
     outcome, report = own.run(_attempt, claim, registry, context, unhandled_grace)
     return Attempted(outcome, report and partial(own.run, report))
@@ -67,10 +68,10 @@ def _attempt(claim: Claim, registry: Registry, context: Context, unhandled_grace
     except _NotHandledError as error:
         return _not_handled(claim, error, unhandled_grace)
     except SkipRetry as error:
-        # A payload or a mail server may have made the text long, or put into it what Postgres cannot store.
+        # A payload or a mail server may have made the text long, or put characters into it that Postgres cannot store.
         return _dead(claim, _sentence(error), error)
     except NotNowError as error:
-        # No line: the outage is logged once, and each of its rows would log it again.
+        # Not logged: the outage is logged once, not once per row.
         return Attempted(Outcome(claim.delivery, Status.PENDING, claim.attempt - 1, NOT_NOW_DELAY, _text(error)), None)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a handler must end neither the thread nor the row
         return _failed(claim, error)
@@ -83,13 +84,13 @@ def _attempt(claim: Claim, registry: Registry, context: Context, unhandled_grace
 def _call(claim: Claim, registry: Registry, context: Context) -> Mapping[str, object] | None:
     handler, payload = _handler_and_payload(claim, registry)
     result: object = handler.function(payload, context)
-    if isinstance(result, dict | None):  # nearly always, and the rest takes a while to tell apart
+    if isinstance(result, dict | None):  # nearly always; the checks below are slow
         return result
     if isawaitable(result) or isgenerator(result) or isasyncgen(result) or isinstance(result, Future):
         if iscoroutine(result) or isgenerator(result):
             result.close()
         raise HandlerError(
-            f"the handler of {claim.task} returned a {type(result).__name__}, and nobody does the work in it:"
+            f"the handler of {claim.task} returned a {type(result).__name__}, which the worker does not run:"
             " it must be a plain function that returns when its work is done"
         )
     return cast("Mapping[str, object] | None", result)
@@ -98,7 +99,9 @@ def _call(claim: Claim, registry: Registry, context: Context) -> Mapping[str, ob
 def _handler_and_payload(claim: Claim, registry: Registry) -> tuple[Handler[Any], BaseModel]:
     handler = registry.get(claim.task)
     if handler is None:
-        why = f"no handler for task {claim.task!r}: the worker was older than the row, or OUTBOX_HANDLERS misses it"
+        why = (
+            f"no handler for task {claim.task!r}: the worker is older than the row, or OUTBOX_HANDLERS lacks its module"
+        )
         raise _NotHandledError("task is unknown to this worker", why)
     try:
         return handler, handler.task.parse(claim.payload)
@@ -107,16 +110,16 @@ def _handler_and_payload(claim: Claim, registry: Registry) -> tuple[Handler[Any]
 
 
 def _not_handled(claim: Claim, error: _NotHandledError, grace: float) -> Attempted:
-    """Gives a row back that a newer or older worker may handle, or gives it up after `grace` seconds of that.
+    """Gives back a row that a newer or older worker may handle; after `grace` seconds of that, the row is dead.
 
-    It does not count: during a deploy this may happen many times before the right worker gets it.
+    The attempt does not count: during a deploy this may happen many times before the right worker takes the row.
     """
     claim = claim._replace(attempt=claim.attempt - 1)
     text = _sentence(error)
     unhandled_for = claim.unhandled_for or 0.0
     if unhandled_for >= grace:
         return _dead(claim, text, error)
-    delay = unhandled_delay(unhandled_for, _unhandled_pace.wait())
+    delay = unhandled_delay(unhandled_for, _unhandled_pace.next_delay())
     outcome = Outcome(claim.delivery, Status.PENDING, claim.attempt, delay, text, unhandled=True)
     if not (times := _unhandled.count(claim.task, text)):
         return Attempted(outcome, None)
@@ -129,7 +132,7 @@ def _report_done(claim: Claim, fields: Mapping[str, object] | None, duration: fl
     try:
         further = {name: value for name, value in (fields or {}).items() if name != "event"}
         log.info("processed task", **{**further, **own})
-    except Exception as error:  # noqa: BLE001 - fields that no log line can hold
+    except Exception as error:  # noqa: BLE001 - the handler's fields cannot be logged
         log.info("processed task", **own, fields_error=_text(error))
 
 
@@ -163,7 +166,7 @@ def _dead(claim: Claim, text: str, error: BaseException) -> Attempted:
 
 
 def _traced(error: BaseException) -> dict[str, Any]:
-    """Returns the traceback's field. Errors of ours and outages of Postgres get none: their sentence says it all."""
+    """Returns the log field for the traceback; none for this project's errors and outages of Postgres."""
     return {} if isinstance(error, OutboxError) or is_outage(error) else {"exc_info": error}
 
 

@@ -1,4 +1,4 @@
-"""The time that an attempt has left, which limits its waits, statements and mail steps."""
+"""Limits the waits, statements and mail steps of an attempt to the time that it has left."""
 
 import math
 import time
@@ -7,16 +7,16 @@ from contextvars import ContextVar
 from outbox.errors import TimeLimitError
 
 _deadline: ContextVar[float] = ContextVar("_deadline", default=math.inf)
-"""By the monotonic clock. A context variable, because a pool and its connections know nothing of attempts."""
+"""Seconds of the monotonic clock. A context variable, because pools and connections do not know the attempt."""
 
 
 def limit(deadline: float) -> None:
-    """Limits all further steps in the current context; `deadline` is in seconds of the monotonic clock."""
+    """Limits all further steps in the current context to `deadline`, in seconds of the monotonic clock."""
     _deadline.set(deadline)
 
 
 def remaining() -> float:
-    """Returns the seconds that are left, 0 at the least; infinite outside of an attempt."""
+    """Returns the seconds that are left, at least 0; infinity outside an attempt."""
     return max(0.0, _deadline.get() - time.monotonic())
 
 
@@ -24,16 +24,16 @@ def check() -> None:
     """Checks that the attempt has time left.
 
     Raises:
-        TimeLimitError: it has none.
+        TimeLimitError: the attempt has no time left.
     """
     begin_step(math.inf)
 
 
 def begin_step(seconds: float) -> float:
-    """Returns how long a step may take: `seconds`, or what is left of the attempt's time.
+    """Returns how long a step may take: `seconds`, or the rest of the attempt's time if that is less.
 
     Raises:
-        TimeLimitError: nothing is left of it.
+        TimeLimitError: the attempt has no time left.
     """
     left = remaining()
     if not left:

@@ -1,15 +1,15 @@
-"""Why a worker ends by itself, with code 1: its supervisor starts another."""
+"""Errors that end a worker with exit code 1, so that its supervisor starts another."""
 
 from outbox.errors import OutboxError
 
 
 class NoThreadsError(OutboxError):
-    """The system lets this process start no thread, and it has none that could run a handler."""
+    """The system refuses this process the threads without which a worker cannot run."""
 
 
 class ThreadEndedError(OutboxError):
-    """A thread that the worker cannot do without has ended."""
+    """A thread without which a worker cannot run has ended."""
 
 
 class OverdueError(OutboxError):
-    """A handler runs for longer than its time limit and a grace, and nothing can end it but the end of the process."""
+    """A handler runs past its time limit and a grace, and only the end of the process can end it."""

@@ -1,4 +1,4 @@
-"""The watch for handlers that run past their time limit and do not end."""
+"""Watches for handlers that run past their time limit and do not end."""
 
 import time
 
@@ -10,13 +10,13 @@ from outbox_worker.errors import OverdueError
 from outbox_worker.in_flight import InFlight
 
 CONFIRMED_AFTER = 1.0
-"""Seconds that a handler has to be overdue for: if this process was paused, the handler may be about to end."""
+"""Seconds that a handler must be overdue before it is logged: after a pause of this process it may be about to end."""
 
 
 class OverdueWatch:
-    """The rows whose handlers are overdue. Used by the main thread alone.
+    """Tracks the rows whose handlers are overdue. Used by the main thread alone.
 
-    No thread can be ended from outside. So the process has to end before the next attempt at the row may begin.
+    A thread cannot be ended from outside, so the process must end before the next attempt at the row may begin.
     """
 
     def __init__(self, in_flight: InFlight, stop: Stop) -> None:
@@ -26,7 +26,7 @@ class OverdueWatch:
         self._logged: set[Delivery] = set()
 
     def look(self) -> bool:
-        """Returns whether a handler is overdue; then the worker takes nothing new and lets the others end.
+        """Returns whether a handler is overdue: then the worker takes nothing new and lets the other handlers end.
 
         Raises:
             OverdueError: only overdue handlers are left.
@@ -46,8 +46,8 @@ class OverdueWatch:
         self._in_flight.give_back_waiting()
         if confirmed and {claim.delivery for claim in self._in_flight.unended()} <= self._logged & self._seen_at.keys():
             self._stop.hurry()  # no other handler runs
-            rows = ", ".join(str(claim.delivery.row_id) for claim in confirmed)
-            raise OverdueError(f"the handlers of rows {rows} do not end: start another worker")
+            row_ids = ", ".join(str(claim.delivery.row_id) for claim in confirmed)
+            raise OverdueError(f"the handlers of rows {row_ids} do not end: start another worker")
         return True
 
 

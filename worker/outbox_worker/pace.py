@@ -1,28 +1,28 @@
-"""A pace that what comes by the thousand keeps to."""
+"""Spreads events over time."""
 
 import time
 from threading import Lock
 
 
 class Pace:
-    """Spreads events over the time to come, so many a second. Safe to share between threads."""
+    """Delays events so that at most a fixed number happens per second. Safe to share between threads."""
 
-    def __init__(self, rate: float, most: float) -> None:
-        """Begins with nothing to spread.
+    def __init__(self, rate: float, longest: float) -> None:
+        """Begins without events.
 
         Args:
-            rate: events a second.
-            most: seconds that an event is put off at most, whatever came before it.
+            rate: events per second.
+            longest: upper bound of a delay in seconds; beyond it, events come faster than the rate.
         """
         self._rate = rate
-        self._most = most
+        self._longest = longest
         self._next_at = 0.0
         self._lock = Lock()
 
-    def wait(self) -> float:
-        """Returns the seconds to put off one more event."""
+    def next_delay(self) -> float:
+        """Returns the seconds by which to delay one more event."""
         now = time.monotonic()
         with self._lock:
-            at = min(max(now, self._next_at), now + self._most)
+            at = min(max(now, self._next_at), now + self._longest)
             self._next_at = at + 1 / self._rate
             return at - now

@@ -1,4 +1,4 @@
-"""Taking job ids out of RQ's queues, weighted so that no queue starves."""
+"""Takes job ids out of RQ's queues, weighted so that no queue starves."""
 
 import random
 from collections.abc import Collection, Iterable, Mapping
@@ -14,10 +14,10 @@ from outbox.runtime import logs, redis_connection
 from outbox.runtime.foreign_jobs import KEPT, ForeignJobs, aside_key
 from outbox.runtime.redis_connection import BLOCK, TooLongError
 
-# One round trip for any number of jobs. Each queue first gives up to its share, then what shares left over is
-# taken in the same order. The jobs' hashes go with their ids: what they say is in Postgres too, and truer there.
-# An id of RQ's has 36 bytes; one of over 1,000 is not looked up: it may have some hundred million.
-# A foreign job goes to a list of its own, where its owner finds it; if that fails, the others are taken all the same.
+# One round trip for any number of jobs. Each queue first gives up to its share; then the rest of the room is filled in
+# the same order. The hashes of jobs are deleted with their ids: Postgres holds the truth.
+# RQ's ids have 36 bytes. An id of over 1,000 bytes is not looked up: it may have a hundred million bytes.
+# A foreign job is moved to a list of its own, where its owner finds it; if that fails, the other jobs are still taken.
 # A key of another type under a queue's name would fail every take, so it is deleted; the sweep restores the jobs.
 _TAKE = """
 if redis.call('EXISTS', unpack(KEYS)) == 0 then return {0, {}, {}, {}, {}} end
@@ -59,70 +59,70 @@ return {0, taken, strange, aside, dropped}
 
 
 class Suspended(Exception):  # noqa: N818 - a state, not an error
-    """`rq suspend` has told all workers to pause."""
+    """All workers are suspended, by `rq suspend` for example."""
 
 
 class Queues:
-    """RQ's queues, as one worker takes from them."""
+    """The RQ queues that one worker takes from."""
 
     def __init__(self, client: redis.Redis, weights: Mapping[str, int]) -> None:
         self._client = client
         self._weights = dict(weights)
         self._take = client.register_script(_TAKE)
         self._foreign = ForeignJobs()
-        self._put_back: tuple[bytes, bytes] | None = None
-        """A queue's key, and what was popped there and is not ours."""
+        self._to_put_back: tuple[bytes, bytes] | None = None
+        """The key of a queue, and an id popped from it that is not ours."""
 
     def take(self, count: int, names: Collection[str] | None = None) -> list[Delivery]:
-        """Takes up to `count` jobs without waiting, from all queues or from these.
+        """Takes up to `count` jobs without waiting, from all queues or those in `names`.
 
         Raises:
-            Suspended: workers are to pause.
+            Suspended: all workers are suspended.
             redis.RedisError: Redis is away.
         """
-        if self._put_back:
-            self._client.lpush(*self._put_back)
-            self._put_back = None
+        if self._to_put_back:
+            self._client.lpush(*self._to_put_back)
+            self._to_put_back = None
         weights = self._weights_of(names)
         order = weighted_order(weights)
         shares = shares_of(count, weights)
-        suspended, job_ids, strange, aside, dropped = self._take(
+        suspended, job_ids, deleted, put_aside, dropped = self._take(
             keys=[WORKERS_SUSPENDED, *map(queue_key, order)],
             args=[count, Job.redis_job_namespace_prefix, aside_key(""), KEPT, *(shares[name] for name in order)],
         )
         if suspended:
             raise Suspended
-        for key in strange:
+        for key in deleted:
             logs.get().warning("deleted key", key=key.decode(), why="it was no list")
-        for key, job_id, _ in aside:
+        for key, job_id, _ in put_aside:
             self._foreign.put_aside(job_id, key.decode())
         for key, job_id, is_job in dropped:
             self._foreign.dropped(job_id, is_job=is_job, key=key.decode())
-        return _ours(job_ids)
+        return _parse(job_ids)
 
     def wait(self, names: Collection[str] | None = None) -> list[Delivery]:
-        """Waits up to `redis.BLOCK` seconds for a job in one of all queues, or of these, and takes it.
+        """Waits up to `redis_connection.BLOCK` seconds for a job in all queues or those in `names`, and takes it.
 
-        BLPOP hands the id to a connection that may be gone by then. Such a row is swept and handed over again.
+        BLPOP may pop an id for a connection that is already lost. The sweep takes such a row back.
 
         Raises:
-            Suspended: workers are to pause.
+            Suspended: all workers are suspended.
             redis.RedisError: Redis is away.
         """
         keys = [queue_key(name) for name in weighted_order(self._weights_of(names))]
         popped: Any = None
         try:
             popped = self._client.blpop(keys, timeout=BLOCK)
-        except TooLongError:  # it is popped, and the server has no command that waits and leaves it there
+        except TooLongError:  # the id is popped: Redis has no command that waits without popping
             job = f"(over {redis_connection.LONGEST_ELEMENT} bytes)"
             logs.get().warning("dropped job", job=job, why="no job has an id of that length")
         if not popped:
             return []
         key, job_id = popped
         if not (delivery := Delivery.parse(job_id)):
-            self._put_back = key, job_id
-            return self.take(1, names)  # which finds out what it is
-        with suppress(redis.RedisError):  # it would run out by itself, and the job must not get lost over it
+            self._to_put_back = key, job_id
+            return self.take(1, names)  # this tells a foreign job from garbage
+        with suppress(redis.RedisError):  # the hash expires anyway, and a failure here must not lose the job
             self._client.delete(f"{Job.redis_job_namespace_prefix}{delivery.job_id}")
         return [delivery]
 
@@ -131,11 +131,11 @@ class Queues:
 
 
 def weighted_order(weights: Mapping[str, int], draw: random.Random | None = None) -> list[str]:
-    """Returns the queues in random order, heavier ones first more often: with 10 : 5, two times in three.
+    """Returns the queues in random order, heavier ones first more often: with weights 10 : 5, two times in three.
 
     Args:
         weights: each queue's weight.
-        draw: where the chance comes from.
+        draw: the source of randomness.
     """
     uniform = (draw or random).uniform
     # Efraimidis and Spirakis, Weighted random sampling with a reservoir (2006): sort by u^(1/w), largest first.
@@ -143,30 +143,30 @@ def weighted_order(weights: Mapping[str, int], draw: random.Random | None = None
 
 
 def shares_of(count: int, weights: Mapping[str, int], draw: random.Random | None = None) -> dict[str, int]:
-    """Splits `count` among the queues by weight; where that does not divide, it does so on the average.
+    """Splits `count` among the queues by weight; shares are whole numbers, and exact on average.
 
     Args:
-        count: how many there are to split.
+        count: the number of jobs to split.
         weights: each queue's weight.
-        draw: where the chance comes from.
+        draw: the source of randomness.
     """
-    # Systematic sampling: the queues' shares lie end to end on a line, and a queue gets the whole numbers on its own.
+    # Systematic sampling: the shares lie end to end on a line, and each queue gets the whole numbers on its own part.
     total = sum(weights.values())
     offset = (draw or random).randrange(total)
     shares, end, before = {}, 0, 0
     for name, weight in weights.items():
         end += weight
-        upto = (count * end + offset) // total
-        shares[name] = upto - before
-        before = upto
+        share_end = (count * end + offset) // total
+        shares[name] = share_end - before
+        before = share_end
     return shares
 
 
-def _ours(job_ids: Iterable[Any]) -> list[Delivery]:
+def _parse(job_ids: Iterable[Any]) -> list[Delivery]:
     deliveries = []
     for job_id in job_ids:
         if delivery := Delivery.parse(job_id):
             deliveries.append(delivery)
-        else:  # numbers that are too large
+        else:  # its numbers are too large
             logs.get().warning("dropped job", job=repr(job_id), why="no job of ours has this id")
     return deliveries
