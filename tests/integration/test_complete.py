@@ -472,7 +472,7 @@ def test_a_marker_whose_thread_has_ended_says_so(
 ) -> None:
     """It is not healthy, whoever waits for it hears at once, and what it held is named."""
     ended: list[bool] = []
-    completer = Completer(database_url, InFlight(), "me", 1, on_end=lambda: ended.append(True))
+    completer = Completer(database_url, InFlight(), "me", 1, on_failure=lambda: ended.append(True))
     (one,) = claimed(connection)
     completer.in_flight.hold([one])
 
@@ -559,7 +559,7 @@ def test_a_shortage_of_memory_loses_no_outcome(
         eventually(lambda: [line for line in lines if line["event"] == "writing outcomes failed"], 5)
         eventually(lambda: in_flight.deliveries() == {claims[1].delivery}, 5, "what was collected is written")
     assert read_row(connection, claims[0].delivery)["status"] == "done"
-    assert in_flight.wait_until(0, 0) == 1
+    assert in_flight.count_unended() == 1
     assert in_flight.handled == 1
     in_flight.give_back_waiting()
     assert completer.close(5) == []

@@ -1,18 +1,18 @@
-"""Claiming rows: from "Redis says so" to "this worker holds the lease"."""
+"""Claims the rows of jobs: locks them in Postgres and makes this worker their holder."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from outbox.queries import query
 from outbox.row import Status, named
-from outbox.rq_jobs import Delivery
+from outbox.rq_jobs import Delivery, columns
 from outbox.runtime import logs
 from outbox.runtime.halving import write_by_halves
 from outbox.runtime.postgres import Connection
 
 MAX_BYTES = 1_000_000
-"""Bytes of payloads, as they are stored, at which a claim takes no further row. Postgres stores them compressed, and as
-text they may have many times as many. Payloads of up to 500 bytes are never the limit: 2,000 rows are."""
+"""Bytes of stored payloads at which a claim takes no further row. Postgres stores payloads compressed; as text they may
+be many times as long. Payloads of up to 500 bytes never reach this limit: at most 2,000 rows are claimed ahead."""
 
 
 class Claim(NamedTuple):
@@ -21,29 +21,29 @@ class Claim(NamedTuple):
     delivery: Delivery
     task: str
     payload: str
-    """JSON, as Postgres has it."""
+    """JSON text from Postgres."""
     queue: str
     attempt: int
-    """1 at the first."""
+    """The number of this attempt, from 1."""
     max_retries: int
     timeout: int
     """Seconds."""
     request_id: str | None
     unhandled_for: float | None = None
-    """Seconds since a worker first gave the row back because it could not handle it, if none has handled it since."""
+    """Seconds since a worker first gave the row back because it could not handle it; None if a worker could."""
 
 
-class _Found(NamedTuple):
-    """A row of the statement `claim`: what there is under the id of a job."""
+class _JobRow(NamedTuple):
+    """The outbox row with the id that a job names, as the statement `claim` returns it."""
 
     id: int
     delivery: int
     task: str
     payload: Any
-    """JSON; None where the row is not claimed."""
+    """JSON text; None if the row is not claimed."""
     queue: str
     attempt: Any
-    """A number; None where the row is not claimed."""
+    """A number; None if the row is not claimed."""
     max_retries: int
     timeout: int
     request_id: str | None
@@ -51,7 +51,7 @@ class _Found(NamedTuple):
     status: str
     is_claimed: bool
     is_free: bool
-    """Whether it could be claimed, though perhaps not in this statement."""
+    """Whether it can be claimed, by this statement or a later one."""
 
 
 def claim(
@@ -63,41 +63,42 @@ def claim(
     *,
     put_off: list[Delivery] | None = None,
 ) -> list[Claim]:
-    """Claims the rows of these deliveries, as far as they are still to be had.
+    """Claims the rows of these deliveries that can be claimed, and drops the other jobs.
 
-    It locks first and judges after: a job may arrive here before the relay's transaction has committed, and the
-    lock waits for that. What is no row's newest delivery, or is done, running or not yet due, is dropped. To claim the
-    same once more is safe: what an earlier try has claimed whose answer was lost is found, and counts once.
+    The statement locks first and judges after: a job may arrive before the relay's transaction has committed, and the
+    lock waits for that commit. A job is dropped if it does not name the newest delivery of its row, or if the row is
+    not enqueued or not yet due. A repeated claim is safe: it returns the rows that an earlier claim without an answer
+    has claimed, and counts their attempt once.
 
     Args:
         connection: in autocommit mode.
-        deliveries: what Redis handed out; may repeat, and may be nonsense.
+        deliveries: from job ids in Redis; they may repeat, and may name no row.
         worker: the name to claim in.
-        lease: seconds until the rows are taken away unless renewed.
-        held: what this worker holds already. No row of these is begun here, be it a later delivery or, after a restore
-            of the table, another row of that id: its earlier attempt may still run. The sweep offers it again.
-        put_off: gets the rows that are left for another claim, as the payloads of those before them have MAX_BYTES;
-            where there is no such list, all rows are claimed at once.
+        lease: seconds until the leases pass, unless they are renewed.
+        held: the deliveries that this worker holds. Rows with the same ids are not claimed, also if the job names a
+            later delivery or, after a restore of the table, another row: the earlier attempt may still run. The sweep
+            takes such rows back.
+        put_off: receives the deliveries that are left for another claim because the payloads before them have
+            MAX_BYTES; without this list, all rows are claimed at once.
 
     Raises:
-        psycopg.OperationalError: Postgres is away; what was claimed, another try finds. Or the claim was refused, for
-            a row that was locked for over a second, say; then nothing is claimed.
+        psycopg.OperationalError: Postgres is away, and rows may be claimed, which a repeated claim returns. Or Postgres
+            refused the claim, because a row was locked for over a second for example, and no row is claimed.
     """
     distinct = set(deliveries)
-    held_rows = {delivery.row_id for delivery in held}
-    wanted = sorted(delivery for delivery in distinct if delivery.row_id not in held_rows)
-    if len(wanted) < len(distinct):
-        for delivery in sorted(distinct.difference(wanted)):
+    held_row_ids = {delivery.row_id for delivery in held}
+    candidates = sorted(delivery for delivery in distinct if delivery.row_id not in held_row_ids)
+    if len(candidates) < len(distinct):
+        for delivery in sorted(distinct.difference(candidates)):
             logs.get().warning("dropped job", job=delivery.job_id, why="this worker holds that row already")
-    if not wanted:
+    if not candidates:
         return []
-    found = (
-        connection.cursor(row_factory=named(_Found))
+    rows = (
+        connection.cursor(row_factory=named(_JobRow))
         .execute(
             query("claim"),
             {
-                "ids": [delivery.row_id for delivery in wanted],
-                "deliveries": [delivery.number for delivery in wanted],
+                **columns(candidates),
                 "worker": worker,
                 "lease": lease,
                 "bytes": 2**62 if put_off is None else MAX_BYTES,
@@ -117,16 +118,16 @@ def claim(
             row.request_id,
             row.unhandled_for,
         )
-        for row in found
+        for row in rows
         if row.is_claimed
     ]
-    if len(claims) < len(wanted):
-        left = set(wanted) - {claimed.delivery for claimed in claims}
+    if len(claims) < len(candidates):
+        unclaimed = set(candidates) - {claimed.delivery for claimed in claims}
         if put_off is not None:
-            free = {Delivery(row.id, row.delivery) for row in found if row.is_free}
-            put_off += sorted(left & free)
-            left -= free
-        _log_dropped(found, left)
+            free = {Delivery(row.id, row.delivery) for row in rows if row.is_free}
+            put_off += sorted(unclaimed & free)
+            unclaimed -= free
+        _log_dropped(rows, unclaimed)
     return claims
 
 
@@ -137,32 +138,32 @@ def claim_free(
     lease: float,
     held: Collection[Delivery] = frozenset(),
 ) -> tuple[list[Claim], list[tuple[Delivery, Exception]]]:
-    """Claims those of the rows that nobody else has locked, without waiting, in one transaction.
+    """Claims the rows that no other session has locked, without waiting, in one transaction.
 
     Args: as of `claim`.
 
     Returns:
-        The claims, and what Postgres refuses alone as well, and why.
+        The claims, and the deliveries that Postgres refuses each by itself, with its errors.
 
     Raises:
         psycopg.Error: as `write_by_halves` does; none of the rows is claimed, unless the commit got no answer.
     """
     claims: list[Claim] = []
 
-    def claim_some(some: Sequence[Delivery]) -> None:
+    def claim_batch(batch: Sequence[Delivery]) -> None:
         with connection.transaction():
-            claimed = claim(connection, some, worker, lease, held)
+            claimed = claim(connection, batch, worker, lease, held)
         claims.extend(claimed)
 
     with connection.transaction():
-        found = connection.execute(query("lock_available_rows"), {"ids": [delivery.row_id for delivery in deliveries]})
-        free = {row["id"] for row in found}
-        refused = write_by_halves([delivery for delivery in deliveries if delivery.row_id in free], claim_some)
+        rows = connection.execute(query("lock_available_rows"), {"ids": [delivery.row_id for delivery in deliveries]})
+        locked_ids = {row["id"] for row in rows}
+        refused = write_by_halves([delivery for delivery in deliveries if delivery.row_id in locked_ids], claim_batch)
     return claims, refused
 
 
-def _log_dropped(found: Iterable[_Found], dropped: set[Delivery]) -> None:
-    by_id = {row.id: row for row in found}
+def _log_dropped(rows: Iterable[_JobRow], dropped: set[Delivery]) -> None:
+    by_id = {row.id: row for row in rows}
     for delivery in sorted(dropped):
         row = by_id.get(delivery.row_id)
         if row is None:

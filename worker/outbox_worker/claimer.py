@@ -1,4 +1,4 @@
-"""Claims the rows of the jobs taken from Redis, also if claims are refused or get no answer, or payloads are large."""
+"""Claims the rows of jobs taken from Redis; repeats claims without an answer and splits those that are refused."""
 
 from collections.abc import Iterable
 
@@ -12,15 +12,16 @@ from outbox_worker.claim import Claim, claim, claim_free
 from outbox_worker.in_flight import InFlight
 from outbox_worker.outcome import unanswered
 
-MAX_TAKEN = 4096
-"""Upper bound of jobs taken at a time: more than there is room for by default."""
+MAX_JOBS = 4096
+"""Upper bound of jobs taken at a time; by default there is room for fewer."""
 
 MAX_CHARACTERS = 64_000_000
-"""Characters of payloads of running and waiting rows at which a worker claims none of the jobs that it has put off."""
+"""Characters of payloads of running and waiting rows at which a worker leaves the jobs that it has put off to the
+sweep."""
 
 
 class Claimer:
-    """The jobs that are taken from Redis and not claimed yet. Used by the main thread alone.
+    """Holds the jobs that are taken from Redis and claims their rows. Used by the main thread alone.
 
     A claim that got no answer is repeated, so that no row waits for its lease to pass.
     """
@@ -40,25 +41,25 @@ class Claimer:
         self._put_off: list[Delivery] = []
         """Jobs that the last claim left for the next one, because payloads are large."""
         self._may_have_claimed = False
-        """Whether a claim of these jobs got no answer."""
-        self.most = MAX_TAKEN
+        """Whether a claim of the jobs got no answer."""
+        self.max_jobs = MAX_JOBS
         """Upper bound of jobs to take: the rows of the last claim if payloads are large, else doubled at each claim."""
 
     @property
     def has_jobs(self) -> bool:
-        """Whether there is anything to claim."""
+        """Whether there are jobs to claim."""
         return bool(self._jobs)
 
     def add(self, jobs: Iterable[Delivery]) -> None:
-        """Adds what was taken from Redis, which may have a job twice."""
+        """Adds jobs taken from Redis, which may hold a job twice."""
         self._jobs += dict.fromkeys(jobs)
 
-    def lost_answer(self) -> None:
-        """Records an outage: the jobs may have been claimed."""
+    def record_lost_answer(self) -> None:
+        """Records that Postgres went away: the jobs may have been claimed."""
         self._may_have_claimed = bool(self._jobs)
 
     def give_back_unanswered(self) -> None:
-        """Gives back, when the worker stops, the rows that may have been claimed and will not be handled."""
+        """Gives back the rows that may have been claimed. Called when the worker stops."""
         if self._may_have_claimed:
             self._give_back(self._jobs)
 
@@ -66,13 +67,13 @@ class Claimer:
         """Claims a batch of the jobs.
 
         Raises:
-            psycopg.Error: Postgres is away; the jobs stay.
+            psycopg.Error: Postgres is away; the jobs are kept.
         """
-        # After a lost answer, jobs are claimed one by one: if one of the rows is locked, the others, which may be
-        # running in this worker's name already, must not wait for it.
+        # After a lost answer, jobs are claimed one by one: the other rows may already run in this worker's name, and
+        # must not wait for a row that is locked.
         batch = self._jobs[:1] if self._may_have_claimed else self._jobs.copy()
         claims = self._claim(connection, batch)
-        self.most = max(1, len(claims)) if self._put_off else min(MAX_TAKEN, 2 * self.most)
+        self.max_jobs = max(1, len(claims)) if self._put_off else min(MAX_JOBS, 2 * self.max_jobs)
         del self._jobs[: len(batch)]
         if self._may_have_claimed and not claims:
             self._give_back(batch)
@@ -82,7 +83,7 @@ class Claimer:
         return claims
 
     def _claim(self, connection: Connection, jobs: list[Delivery]) -> list[Claim]:
-        """Claims jobs; if that is refused, those whose rows are not locked, one by one if need be.
+        """Claims jobs; if Postgres refuses, claims those whose rows are not locked, in smaller batches if necessary.
 
         Rows that another session has locked are left to the sweep, which hands them over again.
         """
@@ -104,12 +105,12 @@ class Claimer:
             event = "claim timed out waiting for a row lock" if is_lock else "claim refused"
             logs.get().warning(event, error=one_line(refusal), jobs=left)
         if refused:
-            rows, why = sorted(delivery.row_id for delivery, _ in refused), refused[0][1]
-            logs.get().error("rows cannot be claimed", rows=rows, error=one_line(why))
+            row_ids, why = sorted(delivery.row_id for delivery, _ in refused), refused[0][1]
+            logs.get().error("rows cannot be claimed", rows=row_ids, error=one_line(why))
         return claims
 
     def _claimable(self, claims: list[Claim]) -> list[Delivery]:
-        """Returns the jobs that were put off; none if the payloads in memory are too large: the sweep returns those."""
+        """Returns the jobs that were put off; none if the payloads in memory are too large: the sweep takes them."""
         if sum(len(held.payload) for held in [*self._in_flight.unended(), *claims]) < MAX_CHARACTERS:
             return self._put_off
         why = f"the payloads of rows that were claimed have over {MAX_CHARACTERS:,} characters"
@@ -119,7 +120,7 @@ class Claimer:
     def _give_back(self, jobs: Iterable[Delivery]) -> None:
         held = self._in_flight.deliveries()
         for delivery in jobs:
-            if delivery not in held:  # else it runs, and this is a copy of its job
+            if delivery not in held:  # else the row runs, and this is a copy of its job
                 self._in_flight.put(unanswered(delivery))
 
 

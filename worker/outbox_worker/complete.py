@@ -1,4 +1,4 @@
-"""The thread that completes rows: it writes the outcomes of attempts and renews leases."""
+"""Completes rows in a thread: writes the outcomes of attempts and renews leases."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,26 +18,25 @@ from outbox_worker.in_flight import InFlight
 from outbox_worker.leases import Leases
 from outbox_worker.outcomes import Outcomes
 
-_GATHERING = 0.005
-"""Seconds between two writes under load: each costs Postgres a commit, and takes the interpreter from handlers."""
-_PAUSE = 0.05
-"""Seconds between two tries while the whole table is locked: such a lock may be gone at once."""
-_LOOK = 0.2
+_GATHER_TIME = 0.005
+"""Seconds between two writes under load: each costs Postgres a commit and takes the interpreter from handlers."""
+_LOCK_RETRY_INTERVAL = 0.05
+"""Seconds between two tries while the whole table is locked: such a lock may be short."""
+_RETRY_INTERVAL = 0.2
 """Seconds between two tries at rows that another session has locked, and between two checks whether to end."""
 
 SHORTEST_ANSWER_LIMIT = 5.0
 """Seconds that a statement may take, however short the lease: a busy Postgres is not away."""
 
 MAX_REFUSED = 100
-"""Outcomes that Postgres refuses by themselves at which the worker takes no more rows: so many are hardly the rows'
-fault."""
+"""Outcomes refused each by itself at which the worker takes no more rows: so many are hardly the fault of the rows."""
 
 
 class Completer:
     """A thread with a connection of its own that writes outcomes in batches and renews the leases of rows in flight.
 
-    While Postgres is away it keeps the outcomes and writes them when it is back; if a row was handed over again
-    meanwhile, the fence decides, and the late outcome is dropped.
+    While Postgres is away, the completer keeps outcomes. It writes them when Postgres is back, and drops the outcome of
+    a row that has been handed over again: the fence decides.
     """
 
     def __init__(
@@ -48,32 +47,33 @@ class Completer:
         lease: float,
         *,
         pooled: bool = False,
-        on_end: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        """Makes the thread.
+        """Creates the thread; `start` starts it.
 
         Args:
             database_url: of the database with the rows.
             in_flight: the rows that the worker holds.
             worker: the name that they are claimed in.
-            lease: seconds that a renewal is good for.
+            lease: seconds of a lease.
             pooled: whether the URL leads through a pooler in transaction mode.
-            on_end: called in the thread if an error ends it.
+            on_failure: called in the thread if an error ends it.
         """
         self._database_url = database_url
         self.in_flight = in_flight
         self._lease = lease
         self._pooled = pooled
-        self._on_end = on_end
+        self._on_failure = on_failure
         self._leases = Leases(in_flight, worker, lease)
         self._outcomes = Outcomes(in_flight, worker)
         self._failures = 0
+        """Consecutive failures; only the first is logged."""
         self._closing = Event()
         self._connected = Event()
         self._is_blocked = False
         """Whether the last statement was refused for a reason that is not in the rows: a locked table, a full disk."""
         self._asked_at: float | None = None
-        """When the statements began that are not answered yet; None if all are."""
+        """When the statements were begun that have no answer yet; None if there are none."""
         self._thread = Thread(target=self._run, name="completer", daemon=True)
         self._is_started = False
         self._failure: BaseException | None = None
@@ -83,7 +83,7 @@ class Completer:
         """Starts the thread, unless it was started before.
 
         Raises:
-            NoThreadsError: the system lets this process start none.
+            NoThreadsError: the system refuses another thread.
         """
         if not self._is_started:
             try:
@@ -93,10 +93,10 @@ class Completer:
             self._is_started = True
 
     def check(self) -> None:
-        """Checks that no error has ended the thread: without it, nothing is completed and no lease is renewed.
+        """Checks that no error has ended the thread: without it, no row is completed and no lease is renewed.
 
         Raises:
-            ThreadEndedError: it has ended.
+            ThreadEndedError: an error has ended the thread.
         """
         if self._failure is not None:
             raise ThreadEndedError(
@@ -106,7 +106,7 @@ class Completer:
     def is_healthy(self, timeout: float) -> bool:
         """Waits up to `timeout` seconds until outcomes can be written and leases renewed, and returns whether they can.
 
-        They cannot if Postgres has not answered for a third of a lease: leases may run out.
+        They cannot if Postgres has not answered for a third of a lease: leases may pass.
         """
         deadline = time.monotonic() + timeout
         while not (self._connected.wait(max(0.0, deadline - time.monotonic())) and self._is_writing()):
@@ -121,7 +121,7 @@ class Completer:
         return is_answered and not self._is_blocked and len(self._outcomes.refused) < MAX_REFUSED
 
     def close(self, timeout: float) -> list[Delivery]:
-        """Writes all outcomes and ends the thread, in `timeout` seconds; returns the rows that are not written then."""
+        """Writes all outcomes and ends the thread within `timeout` seconds; returns the rows that were not written."""
         self._closing.set()
         if self._is_started:
             self._thread.join(timeout)
@@ -131,9 +131,9 @@ class Completer:
     def _run(self) -> None:
         try:
             self._write_until_closed()
-        except BaseException as error:  # noqa: BLE001 - whatever ends this thread ends the worker
+        except BaseException as error:  # noqa: BLE001 - any error that ends this thread ends the worker
             self._failure = error
-            self._on_end()
+            self._on_failure()
         finally:
             self._connected.clear()
 
@@ -154,7 +154,7 @@ class Completer:
                 if self._failures == 0:
                     kept = self._outcomes.kept
                     logs.get().warning("outcomes wait for Postgres", error=one_line(error), unwritten=kept)
-            except Exception as error:  # noqa: BLE001 - short of memory, say: it may pass, and outcomes are kept
+            except Exception as error:  # noqa: BLE001 - out of memory for example: it may pass, and outcomes are kept
                 if self._failures == 0:
                     logs.get().error("writing outcomes failed", error=one_line(error), exc_info=error)
             self._connected.clear()
@@ -166,7 +166,7 @@ class Completer:
 
     def _serve(self, connection: Connection) -> None:
         renew_at = try_again_at = 0.0
-        self._outcomes.add(self.in_flight.collect_again())  # what ended the last connection may have struck in between
+        self._outcomes.add(self.in_flight.collect_again())  # an error may have come between collecting and adding
         while not self._is_over():
             now = time.monotonic()
             try:
@@ -176,47 +176,45 @@ class Completer:
                     self._outcomes.retry_refused()
                 if now >= try_again_at:
                     self._outcomes.retry_locked()
-                    with self._asking():
+                    with self._awaiting_answer():
                         self._leases.renew_missed(connection)
-                    try_again_at = now + _LOOK
-                self._collect(0.0 if self._outcomes.ready else min(max(renew_at - time.monotonic(), 0.001), _LOOK))
+                    try_again_at = now + _RETRY_INTERVAL
+                idle_time = min(max(renew_at - time.monotonic(), 0.001), _RETRY_INTERVAL)
+                self._outcomes.add(self.in_flight.collect(0.0 if self._outcomes.ready else idle_time))
                 if self._outcomes.ready:
                     self._write(connection)
                 self._is_blocked = False
-                self._connected.set()  # not before: a server may accept the connection and refuse to write
+                self._connected.set()  # not earlier: a server may accept the connection and refuse writes
             except postgres.AWAY as error:
                 if postgres.is_outage(error) or connection.closed:
                     raise
                 self._wait_refused(error)
 
-    def _collect(self, timeout: float) -> None:
-        self._outcomes.add(self.in_flight.collect(timeout))
-
     def _renew(self, connection: Connection) -> None:
-        with self._asking():
-            has_asked = self._leases.renew(connection)
-        if has_asked and not self._outcomes.ready:
+        with self._awaiting_answer():
+            has_leases = self._leases.renew(connection)
+        if has_leases and not self._outcomes.ready:
             self._failures = 0
 
     def _write(self, connection: Connection) -> None:
-        is_alone = self._outcomes.ready == 1
-        with self._asking():
+        is_single = self._outcomes.ready == 1
+        with self._awaiting_answer():
             self._outcomes.write(connection)
         self._failures = 0
-        if not is_alone and not self._closing.is_set():
-            time.sleep(_GATHERING)
+        if not is_single and not self._closing.is_set():
+            time.sleep(_GATHER_TIME)
 
     def _wait_refused(self, error: psycopg.Error) -> None:
         is_lock = isinstance(error, psycopg.errors.LockNotAvailable)
-        if not self._is_blocked and is_lock:  # of the whole table: statements skip single rows that are locked
+        if not self._is_blocked and is_lock:  # the whole table is locked: statements skip single rows that are locked
             logs.get().warning("outcomes wait for a lock", rows="all")
         elif not self._is_blocked:
             logs.get().warning("outcomes refused", error=one_line(error), unwritten=self._outcomes.kept)
         self._is_blocked = True
-        time.sleep(_PAUSE if is_lock else _LOOK)
+        time.sleep(_LOCK_RETRY_INTERVAL if is_lock else _RETRY_INTERVAL)
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _awaiting_answer(self) -> Iterator[None]:
         self._asked_at = time.monotonic()
         try:
             yield

@@ -12,29 +12,29 @@ from outbox_worker.outcome import Outcome, given_back
 
 OVERTIME = 5.0
 """Seconds past its time limit after which an attempt is overdue: its handler is not expected to end."""
-_LOOK = 0.05
-"""Seconds between two counts of running handlers, while there is no room for more rows."""
-PATIENCE = 1.0
-"""Seconds that a row waits for a handler thread; then all waiting rows are given back, as another worker may have free
+STUCK_AFTER = 1.0
+"""Seconds that a row waits for a handler thread before all waiting rows are given back: another worker may have free
 threads."""
+_RECOUNT_INTERVAL = 0.05
+"""Seconds between two counts of rows without an outcome, while the main thread waits for fewer."""
 
 
 @dataclass(slots=True, eq=False)
 class HeldRow:
-    """A row that this worker holds. At any time, one thread writes to a field."""
+    """A row that this worker holds. Each field is written by one thread at a time."""
 
     claim: Claim
     queued_at: float
-    """When it was given to the handler threads, by the monotonic clock."""
+    """When it was claimed, by `InFlight.clock`."""
     begun_at: float | None = None
     """When its handler began. Written by its handler thread."""
     outcome: Outcome | None = None
-    """The outcome of its handler, written by the handler thread; or of giving it back, written by the main thread while
-    no handler thread has the row."""
+    """The handler's outcome, written by the handler thread; or that of giving the row back, written by the main thread
+    while no handler thread has the row."""
     given_up: Outcome | None = None
     """The outcome if the handler does not end before the worker. Written by the main thread."""
     collected: Outcome | None = None
-    """Which of the two the completer has collected. Written by the completer's thread."""
+    """The one of these two that the completer has collected. Written by the completer's thread."""
 
 
 class InFlight:
@@ -46,40 +46,46 @@ class InFlight:
     thread lost the interpreter while it held a lock, all others would wait for it, and from then on at every row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begins without rows.
+
+        Args:
+            clock: returns the seconds by which the age of rows is measured.
+        """
+        self.clock = clock
         self._rows: dict[Delivery, HeldRow] = {}
         self._waiting: SimpleQueue[HeldRow] = SimpleQueue()
         self._ended: SimpleQueue[HeldRow | Outcome] = SimpleQueue()
         self._unanswered: dict[Delivery, Outcome] = {}
-        """Outcomes that are not written, of rows that are not held: their claim got no answer."""
+        """Unwritten outcomes of rows that are not held: their claim got no answer."""
         self._uncounted = 0
-        """How many of these outcomes are not collected: they are in `_ended` beside held rows."""
+        """Number of these outcomes that are not collected: they are in `_ended` beside held rows."""
         self._collected = 0
-        """How many held rows have an outcome that is collected and not written."""
+        """Number of held rows whose outcome is collected and not written."""
         self._handled = 0
-        """How many rows handlers have ended so far."""
+        """Number of rows that handlers have begun and whose outcomes have been collected so far."""
         self._given_up: list[HeldRow] = []
         """Rows that were given up, including those that are released: their handlers may still run."""
         self._changed = Condition()
         self._awaited = -1
-        """As many rows without an outcome as the main thread waits for."""
+        """The number of rows without an outcome that the main thread waits for; -1 if it does not wait."""
 
     # The main thread.
 
     def hold(self, claims: Iterable[Claim]) -> None:
-        """Adds rows: their leases are renewed from now on, until they are released."""
-        now = time.monotonic()
+        """Adds rows; their leases are renewed from now on, until they are released."""
+        now = self.clock()
         with self._changed:
             for claim in claims:
                 self._rows[claim.delivery] = HeldRow(claim, now)
 
     def queue(self, claims: Iterable[Claim]) -> None:
-        """Queues held rows for the handler threads, in this order; each once, also if it is named twice."""
+        """Queues held rows for the handler threads, in this order; a row that is named twice is queued once."""
         for delivery in dict.fromkeys(claim.delivery for claim in claims):
             self._waiting.put(self._rows[delivery])
 
     def give_back(self, claims: Iterable[Claim]) -> None:
-        """Gives back held rows that are not queued: they become pending, and no attempt counts."""
+        """Gives back held rows that are not queued: they become pending, and the attempt does not count."""
         for claim in claims:
             self.end(self._rows[claim.delivery], given_back(claim))
 
@@ -93,56 +99,62 @@ class InFlight:
             return
 
     def put(self, outcome: Outcome) -> None:
-        """Offers the outcome of a row that is not held, because its claim got no answer.
+        """Offers the outcome of a row that is not held because its claim got no answer.
 
-        Until it is written, the row cannot be claimed: a copy of its job could begin it just before it is given back.
+        The row cannot be claimed until the outcome is written: a copy of its job could begin it just before it is given
+        back.
         """
         with self._changed:
             self._unanswered[outcome.delivery] = outcome
             self._uncounted += 1
         self._ended.put(outcome)
 
-    def wait_until(self, unended: int, timeout: float) -> int:
-        """Waits up to `timeout` seconds until no more than `unended` rows lack an outcome; returns how many do."""
+    def wait_until_unended(self, limit: int, timeout: float) -> int:
+        """Waits up to `timeout` seconds until at most `limit` rows lack an outcome, and returns how many do."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            # Not by the notification alone: while the completer writes, it collects nothing, and handlers end.
-            while (count := self._count_unended()) > unended and (left := deadline - time.monotonic()) > 0:
-                self._awaited = unended
-                self._changed.wait(min(left, _LOOK))
+            # The notification is not enough: while the completer writes, it collects nothing, and handlers end.
+            while (count := self._count_unended()) > limit and (left := deadline - time.monotonic()) > 0:
+                self._awaited = limit
+                self._changed.wait(min(left, _RECOUNT_INTERVAL))
             self._awaited = -1
             return count
+
+    def count_unended(self) -> int:
+        """Returns how many rows lack an outcome."""
+        with self._changed:
+            return self._count_unended()
 
     def _count_unended(self) -> int:
         return max(0, len(self._rows) - self._collected - (self._ended.qsize() - self._uncounted))
 
     @property
     def handled(self) -> int:
-        """How many rows handlers have ended so far, including those whose outcome the completer does not have yet."""
+        """How many rows handlers have ended so far, including those whose outcome is not collected."""
         with self._changed:
             return self._handled + max(0, self._ended.qsize() - self._uncounted)
 
     def is_stuck(self) -> bool:
-        """Whether the row that waits longest for a handler thread has waited for more than `PATIENCE`."""
+        """Returns whether the row that waits longest for a handler thread has waited for more than `STUCK_AFTER`."""
         if self._waiting.empty():
             return False
         with self._changed:
-            waiting = next((row for row in self._rows.values() if row.begun_at is None and row.outcome is None), None)
-        return waiting is not None and time.monotonic() - waiting.queued_at > PATIENCE
+            oldest = next((row for row in self._rows.values() if row.begun_at is None and row.outcome is None), None)
+        return oldest is not None and self.clock() - oldest.queued_at > STUCK_AFTER
 
     def unended(self) -> list[Claim]:
-        """Returns the rows whose handlers have not ended, in the order of their claims."""
+        """Returns the rows that lack an outcome, in the order of their claims."""
         with self._changed:
             return [row.claim for row in self._rows.values() if row.outcome is None]
 
     def has_unended(self) -> bool:
-        """Whether a handler has not ended, be it of a row that was given up and is released."""
+        """Returns whether a row lacks an outcome, including rows that were given up and released."""
         with self._changed:
             return any(row.outcome is None for row in [*self._rows.values(), *self._given_up])
 
     def overdue(self) -> list[Claim]:
-        """Returns the rows whose handlers run for longer than their time limit and `OVERTIME`."""
-        now = time.monotonic()
+        """Returns the rows whose handlers have run for more than `OVERTIME` past their time limit."""
+        now = self.clock()
         with self._changed:
             return [
                 row.claim
@@ -153,9 +165,9 @@ class InFlight:
             ]
 
     def give_up(self, outcome_of: Callable[[Claim], Outcome]) -> list[Claim]:
-        """Offers an outcome for every row whose handler has not ended, and returns these rows.
+        """Offers an outcome for every row that lacks one, and returns these rows.
 
-        If a handler ends later, its own outcome replaces this one, unless this one is written already.
+        If a handler ends later, its own outcome replaces the offered one, unless that is written already.
         """
         with self._changed:
             rows = [row for row in self._rows.values() if row.collected is None]
@@ -169,9 +181,9 @@ class InFlight:
     # The handler threads.
 
     def begin(self) -> HeldRow:
-        """Waits for a row that no other thread has, and returns it."""
+        """Waits for the next row in the queue, and returns it."""
         row = self._waiting.get()
-        row.begun_at = time.monotonic()
+        row.begun_at = self.clock()
         return row
 
     def end(self, row: HeldRow, outcome: Outcome) -> None:
@@ -182,9 +194,9 @@ class InFlight:
     # The completer's thread.
 
     def collect(self, timeout: float) -> list[Outcome]:
-        """Waits up to `timeout` seconds for an outcome, and returns all that have come.
+        """Waits up to `timeout` seconds for an outcome, and returns all that are there.
 
-        A row has two if its handler ended after it was given up: then the handler's counts.
+        If a handler ended after its row was given up, the row has two outcomes, and the handler's counts.
         """
         ended: list[HeldRow | Outcome] = []
         try:
@@ -207,7 +219,7 @@ class InFlight:
         return outcomes
 
     def collect_again(self) -> list[Outcome]:
-        """Returns all outcomes that are not written: an error may have struck after they were collected."""
+        """Returns all outcomes that are not written: an error may have interrupted their writing."""
         with self._changed:
             for row in self._rows.values():
                 self._collect(row)
@@ -230,7 +242,7 @@ class InFlight:
         return not self._ended.empty()
 
     def release(self, deliveries: Iterable[Delivery]) -> None:
-        """Removes rows whose outcome is written, or that another process has taken from this worker."""
+        """Removes rows whose outcome is written, or that were taken from this worker."""
         with self._changed:
             for delivery in deliveries:
                 row = self._rows.pop(delivery, None)
@@ -238,9 +250,9 @@ class InFlight:
                     self._collected -= 1
                 self._unanswered.pop(delivery, None)
 
-    # The main thread, and the completer's.
+    # The main thread and the completer's thread.
 
     def deliveries(self) -> Collection[Delivery]:
-        """Returns all rows whose outcome is not written: their leases are renewed, and none of them may be claimed."""
+        """Returns all rows whose outcome is not written: their leases are renewed, and none of them is claimed."""
         with self._changed:
             return self._unanswered.keys() | self._rows.keys()

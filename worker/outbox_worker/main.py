@@ -1,4 +1,4 @@
-"""`outbox worker`: one worker, configured by the environment, stopped by SIGTERM."""
+"""Runs `outbox worker`: one worker process, configured by the environment and stopped by SIGTERM."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from outbox_worker.handlers import registry
 from outbox_worker.worker import Worker
 
 _RESERVE = 40
-"""Descriptors for the worker's own connections to Postgres and Redis, the log, and what handlers open."""
+"""File descriptors for the worker's own connections to Postgres and Redis, the log, and files that handlers open."""
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     except TaskError as error:
         raise SettingsError(f"OUTBOX_HANDLERS is wrong: {error}") from error
     open_files.provide(
-        # A statement of a handler is cancelled over a connection of its own.
+        # Cancelling a handler's statement takes a second connection.
         2 * settings.handler_connections + settings.mail_connections,
         _RESERVE,
         "OUTBOX_HANDLER_CONNECTIONS and OUTBOX_MAIL_CONNECTIONS",
@@ -39,12 +39,12 @@ def main() -> None:
     try:
         process.run(worker.run)
     except BaseException as error:
-        if not worker.has_unended:
+        if not worker.has_unended_handlers:
             raise
         if not isinstance(error, SystemExit):
             process.write_to_stderr(traceback.format_exc())
         logging.shutdown()
         os._exit(process.EXIT_FAILED)
-    if worker.has_unended:
+    if worker.has_unended_handlers:
         logging.shutdown()
-        os._exit(0)  # the interpreter's shutdown would wait for threads that the handler has started
+        os._exit(0)  # the interpreter would wait for threads that the handler has started

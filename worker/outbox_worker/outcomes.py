@@ -9,14 +9,13 @@ from psycopg import Cursor
 
 from outbox.queries import query
 from outbox.row import Status, named
-from outbox.rq_jobs import Delivery
+from outbox.rq_jobs import Delivery, columns
 from outbox.runtime import logs
 from outbox.runtime.batch_size import BatchSize
 from outbox.runtime.halving import write_by_halves
 from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 from outbox_worker.in_flight import InFlight
-from outbox_worker.leases import columns
 from outbox_worker.outcome import Outcome
 
 BATCH = 1000
@@ -27,7 +26,7 @@ UNSTORABLE = "the text of the error cannot be stored"
 
 
 class _NotWritten(NamedTuple):
-    """A row of the statement `not_completed`."""
+    """A row of the statement `not_completed`: an outcome that was not written."""
 
     id: int
     delivery: int
@@ -38,11 +37,16 @@ class Outcomes:
     """Outcomes that are not written yet. Used by the completer's thread alone.
 
     Each is ready, or waits for a lock on its row, or was refused by Postgres. A row is released when its outcome is
-    written, or when the row turns out to be taken from this worker.
+    written, or when it was taken from this worker.
     """
 
     def __init__(self, in_flight: InFlight, worker: str) -> None:
-        """Takes the rows in flight, and the name that they are claimed in."""
+        """Begins without outcomes.
+
+        Args:
+            in_flight: the rows that the worker holds.
+            worker: the name that they are claimed in.
+        """
         self._in_flight = in_flight
         self._worker = worker
         self._size = BatchSize(BATCH)
@@ -51,11 +55,11 @@ class Outcomes:
         self._locked: dict[Delivery, Outcome] = {}
         """Outcomes whose rows another session had locked at the last try."""
         self._refused: dict[Delivery, Outcome] = {}
-        """Outcomes that Postgres refuses by themselves, because of a trigger for example."""
+        """Outcomes that Postgres refuses each by itself, because of a trigger for example."""
         self._logged: set[Delivery] = set()
         """Locked rows that are logged."""
         self._unanswered: set[Delivery] = set()
-        """Rows whose outcome was sent and got no answer: it may have been written."""
+        """Rows whose outcome was sent and got no answer: it may be written."""
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Adds outcomes that are ready to be written."""
@@ -77,18 +81,18 @@ class Outcomes:
         return sorted(self._refused)
 
     def retry_refused(self) -> None:
-        """Makes refused outcomes ready, except where a newer outcome of the row is."""
+        """Makes refused outcomes ready; a newer outcome of the same row replaces the refused one."""
         self._ready = {**self._refused, **self._ready}
 
     def retry_locked(self) -> None:
-        """Makes outcomes of locked rows ready, ahead of newer ones, except where a newer outcome of the row is."""
+        """Makes outcomes of locked rows ready, ahead of others; a newer outcome of the same row replaces the old."""
         self._ready, self._locked = {**self._locked, **self._ready}, {}
 
     def write(self, connection: Connection) -> None:
         """Writes a batch of ready outcomes.
 
         Raises:
-            psycopg.Error: Postgres is away, or refuses for a reason that is not in the rows; all outcomes are kept.
+            psycopg.Error: Postgres is away, or refuses for a reason that is not in the rows; the outcomes are kept.
         """
         cursor = connection.cursor(row_factory=named(Delivery))
 
@@ -125,27 +129,27 @@ class Outcomes:
         written = set(cursor)
         self._release(written)
         if len(written) < len(outcomes):
-            self._sort_out(cursor, [outcome for outcome in outcomes if outcome.delivery not in written])
+            self._settle_unwritten(cursor, [outcome for outcome in outcomes if outcome.delivery not in written])
 
     def _release(self, deliveries: set[Delivery]) -> None:
         self._in_flight.release(deliveries)
         for delivery in deliveries:
             self._ready.pop(delivery, None)
-        # Nearly always empty: without this check, each of them costs as much as the dictionary above.
+        # Nearly always empty: without this check, each of these costs as much as the dictionary above.
         if self._logged or self._unanswered or self._refused:
             self._logged -= deliveries
             self._unanswered -= deliveries
             self._refused = {delivery: kept for delivery, kept in self._refused.items() if delivery not in deliveries}
 
-    def _sort_out(self, cursor: Cursor[Delivery], outcomes: Sequence[Outcome]) -> None:
+    def _settle_unwritten(self, cursor: Cursor[Delivery], outcomes: Sequence[Outcome]) -> None:
         """Puts off outcomes whose rows are locked, and drops those whose rows were taken from this worker.
 
-        Logs none that an earlier statement has written, whose answer was lost.
+        Does not log an outcome that an earlier statement without an answer has written.
         """
-        found = cursor.connection.cursor(row_factory=named(_NotWritten)).execute(
+        rows = cursor.connection.cursor(row_factory=named(_NotWritten)).execute(
             query("not_completed"), {**columns([outcome.delivery for outcome in outcomes]), "worker": self._worker}
         )
-        statuses = {Delivery(row.id, row.delivery): row.status for row in found}
+        statuses = {Delivery(row.id, row.delivery): row.status for row in rows}
         locked = {outcome.delivery: outcome for outcome in outcomes if statuses.get(outcome.delivery) == Status.RUNNING}
         self._locked |= locked
         for delivery in locked:
@@ -153,16 +157,16 @@ class Outcomes:
         if new := locked.keys() - self._logged:
             logs.get().warning("outcomes wait for a lock", rows=sorted(delivery.row_id for delivery in new))
             self._logged |= new
-        over = [outcome for outcome in outcomes if outcome.delivery not in locked]
-        for outcome in over:
+        settled = [outcome for outcome in outcomes if outcome.delivery not in locked]
+        for outcome in settled:
             if outcome.attempts is None:
-                continue  # it may never have been claimed
+                continue  # the row may never have been claimed
             if outcome.delivery not in self._unanswered:
-                why = "the row was taken from this worker meanwhile"
+                why = "the row was taken from this worker"
             elif statuses.get(outcome.delivery) == outcome.status:
                 continue
             else:
-                why = "an earlier write of it had no answer, and the row has gone on since"
+                why = "an earlier write got no answer, and the row has changed since"
             logs.get().warning(
                 "dropped outcome",
                 row=outcome.delivery.row_id,
@@ -170,14 +174,14 @@ class Outcomes:
                 status=outcome.status,
                 why=why,
             )
-        self._release({outcome.delivery for outcome in over})
+        self._release({outcome.delivery for outcome in settled})
 
     def _refuse(self, refused: Mapping[Outcome, Exception]) -> None:
-        """Keeps outcomes, and with them the rows' leases: another worker's outcomes would be refused too."""
+        """Keeps refused outcomes, and with them the leases: Postgres would refuse another worker's outcomes too."""
         by_delivery = {outcome.delivery: outcome for outcome in refused}
         if new := by_delivery.keys() - self._refused.keys():
-            rows, error = sorted(delivery.row_id for delivery in new), next(iter(refused.values()))
-            logs.get().error("outcomes cannot be written", rows=rows, error=one_line(error))
+            row_ids, error = sorted(delivery.row_id for delivery in new), next(iter(refused.values()))
+            logs.get().error("outcomes cannot be written", rows=row_ids, error=one_line(error))
         self._refused |= by_delivery
         for delivery in by_delivery:
             self._ready.pop(delivery, None)

@@ -1,6 +1,5 @@
-"""The threads that run handlers, and how many rows they have room for."""
+"""Runs handlers in threads, and measures how many rows there is room for."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Thread
@@ -16,62 +15,62 @@ from outbox_worker.outcome import Attempted, cut_short, given_back
 LONGEST_WAIT = 5.0
 """Seconds in the queue after which a row is given back instead of begun. Shorter than a lease."""
 BROKEN_DELAY = 15.0
-"""Seconds until the next attempt at a row whose attempt failed in this worker's own code."""
+"""Seconds until the next attempt at a row if this one failed in the worker's own code."""
 
 
 class HandlerThreads:
-    """The handler threads: as many as handlers may run at once, started as needed."""
+    """The handler threads of a worker, started as needed."""
 
     def __init__(self, count: int, in_flight: InFlight, execute: Callable[[Claim], Attempted]) -> None:
         """Starts no thread yet.
 
         Args:
             count: upper bound of threads.
-            in_flight: the rows that they handle.
+            in_flight: the rows that they handle; its clock measures the completion rate too.
             execute: runs one attempt.
         """
         self._count = count
         self._in_flight = in_flight
         self._execute = execute
         self._threads: list[Thread] = []
-        self._lookahead = Lookahead(count)
-        self._last_chances = False
+        self._lookahead = Lookahead(count, in_flight.clock)
+        self._has_last_attempts = False
         """Whether the last claim had a row at its last attempt: then no rows are claimed ahead."""
 
     def wait_for_room(self, timeout: float) -> int:
         """Waits up to `timeout` seconds until a claim is worthwhile, and returns how many rows there is room for."""
-        ahead = 0 if self._last_chances else self._lookahead.rows(self._in_flight.handled)
-        unended = self._in_flight.wait_until(self._count + ahead - max(1, ahead // 2), timeout)
+        ahead = 0 if self._has_last_attempts else self._lookahead.rows_ahead(self._in_flight.handled)
+        unended = self._in_flight.wait_until_unended(self._count + ahead - max(1, ahead // 2), timeout)
         return max(0, self._count + ahead - unended)
 
     def begin(self, claims: Sequence[Claim]) -> None:
         """Holds claimed rows and queues them for the threads, those at their last attempt first.
 
-        It takes only as many rows at their last attempt as there are free threads, and gives back the others: if this
-        worker were killed, a row that waits would be dead although its last attempt never began.
+        Gives back the rows at their last attempt for which no thread is free: if this worker were killed, a row that
+        waits would be dead although its last attempt never began.
 
         Raises:
             NoThreadsError: no thread is running and none can be started.
         """
-        last_chances = [claim for claim in claims if claim.attempt > claim.max_retries]
-        self._last_chances = bool(last_chances)
-        if not last_chances:
+        last_attempts = [claim for claim in claims if claim.attempt > claim.max_retries]
+        self._has_last_attempts = bool(last_attempts)
+        if not last_attempts:
             self._in_flight.hold(claims)
             self._in_flight.queue(claims)
         else:
-            free = max(0, self._count - self._in_flight.wait_until(0, 0))
+            free = max(0, self._count - self._in_flight.count_unended())
             self._in_flight.hold(claims)
-            self._in_flight.queue(last_chances[:free])
-            self._in_flight.queue(claim for claim in claims if claim not in last_chances)
-            self._in_flight.give_back(last_chances[free:])
+            self._in_flight.queue(last_attempts[:free])
+            self._in_flight.queue(claim for claim in claims if claim not in last_attempts)
+            self._in_flight.give_back(last_attempts[free:])
         self._start()
 
     def _start(self) -> None:
-        wanted = min(self._count, self._in_flight.wait_until(self._count, 0))
-        if len(self._threads) >= wanted:
+        needed = min(self._count, self._in_flight.count_unended())
+        if len(self._threads) >= needed:
             return
         try:
-            while len(self._threads) < wanted:
+            while len(self._threads) < needed:
                 thread = Thread(target=self._work, name=f"handler-{len(self._threads) + 1}", daemon=True)
                 thread.start()
                 self._threads.append(thread)
@@ -81,10 +80,10 @@ class HandlerThreads:
             logs.get().warning("handlers run in fewer threads", threads=len(self._threads), why=one_line(error))
 
     def check(self) -> None:
-        """Checks that every thread lives: a row that one had in hand would stay `running` for ever.
+        """Checks that no thread has ended: the row of an ended thread would stay `running`.
 
         Raises:
-            ThreadEndedError: one has ended.
+            ThreadEndedError: a thread has ended.
         """
         if dead := [thread.name for thread in self._threads if not thread.is_alive()]:
             raise ThreadEndedError(f"handler threads ended ({', '.join(dead)}): start another worker")
@@ -93,16 +92,16 @@ class HandlerThreads:
         while True:
             row = self._in_flight.begin()
             try:
-                # A row that has waited for so long may be another worker's: this process may have been paused.
-                if time.monotonic() - row.queued_at > LONGEST_WAIT:
+                # After so long a wait another worker may hold the row: this process may have been paused.
+                if self._in_flight.clock() - row.queued_at > LONGEST_WAIT:
                     attempted = Attempted(given_back(row.claim), None)
                 else:
                     attempted = self._execute(row.claim)
-            except BaseException as error:  # noqa: BLE001 - such as out of memory: the row is retried, the thread lives
+            except BaseException as error:  # noqa: BLE001 - out of memory for example: the row is retried
                 attempted = _broken(row.claim, error)
             self._in_flight.end(row, attempted.outcome)
             if attempted.report is not None:
-                with suppress(BaseException):  # an error of logging must not end the thread
+                with suppress(BaseException):  # an error in logging must not end the thread
                     attempted.report()
 
 
