@@ -1,11 +1,18 @@
 """Fixtures of several integration tests."""
 
+from collections.abc import Iterator
+
 import pytest
 
+from outbox import Context
 from outbox.cli.commands import outbox
 from outbox.runtime import process
+from outbox_worker.complete import Completer
+from outbox_worker.in_flight import InFlight
 from tests.support import mailbox
+from tests.support.attempts import context_without_servers
 from tests.support.dead_rows import Result, RunDead
+from tests.support.processes import Stack
 
 
 @pytest.fixture(params=[True, False], ids=["pipelined", "one by one"])
@@ -28,3 +35,25 @@ def run_dead(database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def context() -> Context:
+    """A context for handlers that need no server."""
+    return context_without_servers()
+
+
+@pytest.fixture
+def completer(database_url: str) -> Iterator[Completer]:
+    """A running completer of the worker `me`, with leases of one second."""
+    completer = Completer(database_url, InFlight(), "me", 1)
+    completer.start()
+    yield completer
+    completer.close(5)
+
+
+@pytest.fixture
+def noted_stack(stack: Stack) -> Stack:
+    """A stack whose workers handle the task `noted`, with leases of one second."""
+    stack.environment |= {"OUTBOX_HANDLERS": "tests.support.tasks", "OUTBOX_LEASE": "1"}
+    return stack

@@ -1,7 +1,6 @@
-"""Rows that a worker cannot handle, and another may: what happens to them during a rolling deploy and after it."""
+"""Rows that one worker cannot handle and another may, during a rolling deploy and after it."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ from structlog.testing import capture_logs
 
 from outbox import Context, Handler, Task
 from outbox.rq_jobs import Delivery
-from outbox.runtime.settings import WorkerSettings
 from outbox_worker.attempt import attempt
 from outbox_worker.claim import claim
 from outbox_worker.complete import Completer
-from outbox_worker.database import HandlerPool
-from outbox_worker.in_flight import InFlight
 from outbox_worker.outcome import Outcome
 from outbox_worker.pace import Pace
 from outbox_worker.registry import Registry
@@ -57,26 +53,10 @@ MANY = Task("noted_by_many", Note)
 REGISTRY: Registry = {task.name: Handler(task, lambda *_: None) for task in (NOTED, MANY)}
 
 
-@pytest.fixture
-def context(worker_settings: WorkerSettings) -> Context:
-    """What handlers are given; these need none of it."""
-    pool = HandlerPool(worker_settings.database_url)
-    return Context(row_id=1, attempt=1, deadline=float("inf"), database=pool, send=lambda _: None)
-
-
-@pytest.fixture
-def completer(database_url: str) -> Iterator[Completer]:
-    """What writes outcomes."""
-    opened = Completer(database_url, InFlight(), "me", 15)
-    opened.start()
-    yield opened
-    opened.close(5)
-
-
-def tried(
+def handle_once(
     connection: Connection, completer: Completer, context: Context, delivery: Delivery, grace: float = GRACE
 ) -> Outcome:
-    """Hands a row over, makes an attempt at it as a worker does, and writes the outcome."""
+    """Hands a row over, makes an attempt at it, writes the outcome and returns it."""
     connection.execute("UPDATE outbox SET status = 'enqueued', run_at = now() WHERE id = %s", [delivery.row_id])
     (claimed,) = claim(connection, [delivery], "me", 15)
     outcome, report = attempt(claimed, REGISTRY, context, grace)
@@ -89,7 +69,7 @@ def tried(
 
 
 def age(connection: Connection, delivery: Delivery, seconds: float) -> None:
-    """Lets so many seconds have passed since no worker could handle a row."""
+    """Moves the time at which a row was first given back into the past."""
     connection.execute(
         "UPDATE outbox SET unhandled_since = unhandled_since - make_interval(secs => %s) WHERE id = %s",
         [seconds, delivery.row_id],
@@ -97,10 +77,10 @@ def age(connection: Connection, delivery: Delivery, seconds: float) -> None:
 
 
 def unhandled_since(connection: Connection, delivery: Delivery) -> Any:
-    """Returns what the row says."""
-    found = connection.execute("SELECT unhandled_since FROM outbox WHERE id = %s", [delivery.row_id]).fetchone()
-    assert found is not None
-    return found["unhandled_since"]
+    """Returns when the row was first given back; None if a worker has handled it since."""
+    row = connection.execute("SELECT unhandled_since FROM outbox WHERE id = %s", [delivery.row_id]).fetchone()
+    assert row is not None
+    return row["unhandled_since"]
 
 
 CASES = [
@@ -113,25 +93,25 @@ CASES = [
 
 
 @pytest.mark.parametrize(("row", "error"), CASES)
-def test_it_is_offered_again_for_a_grace_and_then_dead(
+def test_an_unhandled_row_is_retried_for_a_grace_and_then_dead(
     connection: Connection, completer: Completer, context: Context, row: tuple[str, str], error: str
 ) -> None:
     """No attempt counts, the delay grows with the time, and the error names the field and no value."""
     delivery = add_row(connection, task=row[0], payload=row[1], max_retries=0)
     delays = []
     for seconds in (0, 8, 80):
-        outcome = tried(connection, completer, context, delivery)
+        outcome = handle_once(connection, completer, context, delivery)
         assert (outcome.status, outcome.attempts) == ("pending", 0)
         delays.append(outcome.delay)
         first = unhandled_since(connection, delivery)
         age(connection, delivery, seconds)
     assert first
-    assert 0 < delays[0] < 1, "another worker has it at once"
+    assert 0 < delays[0] < 1, "another worker may claim it soon"
     assert delays[2] < 15
 
     age(connection, delivery, 100)
     with capture_logs() as lines:
-        outcome = tried(connection, completer, context, delivery)
+        outcome = handle_once(connection, completer, context, delivery)
     assert (outcome.status, outcome.attempts) == ("dead", 0)
     assert error in str(outcome.error)
     assert "private" not in str(outcome.error)
@@ -139,28 +119,30 @@ def test_it_is_offered_again_for_a_grace_and_then_dead(
     assert unhandled_since(connection, delivery) is None, "an operator's retry gets the full grace again"
 
 
-def test_the_grace_begins_anew_once_a_worker_has_handled_it(
+def test_the_grace_is_reset_once_a_worker_has_handled_the_row(
     connection: Connection, completer: Completer, context: Context
 ) -> None:
-    """A row that a handler has tried is no longer one that nobody can handle."""
+    """The next time that no worker can handle the row, it has the full grace."""
     delivery = add_row(connection, task="noted", payload='{"text": 1}')
-    tried(connection, completer, context, delivery)
+    handle_once(connection, completer, context, delivery)
     assert unhandled_since(connection, delivery)
     connection.execute('UPDATE outbox SET payload = \'{"text": "fits"}\'')
-    assert tried(connection, completer, context, delivery).status == "done"
+    assert handle_once(connection, completer, context, delivery).status == "done"
     assert unhandled_since(connection, delivery) is None
 
 
-def test_a_grace_of_nothing_gives_it_up_at_once(connection: Connection, completer: Completer, context: Context) -> None:
-    """For those who never run two versions side by side."""
+def test_without_a_grace_an_unhandled_row_is_dead_at_once(
+    connection: Connection, completer: Completer, context: Context
+) -> None:
+    """This suits deployments that never run two versions at the same time."""
     delivery = add_row(connection, task="noted", payload='{"text": 1}')
-    assert tried(connection, completer, context, delivery, grace=0.0).status == "dead"
+    assert handle_once(connection, completer, context, delivery, grace=0.0).status == "dead"
 
 
-def test_many_rows_are_one_line_and_no_flood(
+def test_many_unhandled_rows_are_logged_once_and_spread_over_time(
     connection: Connection, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One error per task and reason in a minute, from whatever thread; a part is offered at once, the rest later."""
+    """One line per task and reason in a minute, from all threads; some rows are due soon, the rest later."""
     monkeypatch.setattr("outbox_worker.attempt._unhandled_pace", Pace(rate=20, longest=15))
     delays = []
     rows = [add_row(connection, task=f"unheard_of_{n % 2}") for n in range(200)]
@@ -172,7 +154,7 @@ def test_many_rows_are_one_line_and_no_flood(
             if attempted.report is not None:
                 attempted.report()
     assert min(delays) < 1
-    assert max(delays) > 5, "so that others are not kept waiting"
+    assert max(delays) > 5, "other rows do not wait for them"
     assert sorted((line["event"], line["times"]) for line in lines) == [
         ("payload does not fit its model", 1),
         ("task is unknown to this worker", 1),
@@ -181,13 +163,14 @@ def test_many_rows_are_one_line_and_no_flood(
 
 
 @pytest.mark.unmeasured
-def test_in_a_rolling_deploy_the_right_worker_gets_it_soon(
+def test_in_a_rolling_deploy_the_new_worker_handles_new_rows_soon(
     stack: Stack, connection: Connection, tmp_path: Path
 ) -> None:
-    """Beside a worker that knows neither, rows of a new task and a new payload are done: not in steps of 15 s."""
+    """Rows of a new task and of a new payload are done beside an old worker, without waits of 15 s."""
     (tmp_path / "old_handlers.py").write_text(OLD)
     (tmp_path / "new_handlers.py").write_text(NEW)
-    stack.environment |= {**QUICK, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path.cwd())])}
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    stack.environment |= {**QUICK, "PYTHONPATH": path}
     old, new, _ = [
         stack.start("worker", OUTBOX_HANDLERS="old_handlers"),
         stack.start("worker", OUTBOX_HANDLERS="new_handlers"),

@@ -1,4 +1,4 @@
-"""A Postgres that can be read and not written for a while: no row is taken from a worker that lives."""
+"""A Postgres that can be read and not written for a while: no row is taken from a living worker."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +25,12 @@ from outbox_worker.outcome import Outcome
 from tests.conftest import Connection
 from tests.support.faked_clock import ClockedPostgres
 from tests.support.rows import add_row, read_row
+from tests.support.triggers import allow_updates, refuse_updates
 from tests.support.waiting import eventually
 
 LEASE = 1.5
 HELD = 2.5 * LEASE
-"""Seconds that nothing can be written: every lease has passed by then, whenever it was renewed."""
+"""Seconds without writes, after which every lease has passed, whenever it was renewed."""
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def connection(file_postgres: EmbeddedServer) -> Iterator[Connection]:
 
 @contextmanager
 def locked(file_postgres: EmbeddedServer, mode: str) -> Iterator[None]:
-    """Keeps writes out as `CREATE INDEX` or `CREATE TRIGGER` does."""
+    """Blocks writes as `CREATE INDEX` or `CREATE TRIGGER` does."""
     with psycopg.connect(file_postgres.url) as other:
         other.execute(f"LOCK TABLE outbox IN {mode} MODE")
         yield
@@ -50,7 +51,7 @@ def locked(file_postgres: EmbeddedServer, mode: str) -> Iterator[None]:
 
 @contextmanager
 def read_only(file_postgres: EmbeddedServer) -> Iterator[None]:
-    """Refuses all writes, also in the sessions that are open."""
+    """Refuses all writes, also in open sessions."""
     with psycopg.connect(file_postgres.url, autocommit=True) as other:
         other.execute("ALTER SYSTEM SET default_transaction_read_only = on")
         other.execute("SELECT pg_reload_conf()")
@@ -70,7 +71,7 @@ CREATE TRIGGER full_disk BEFORE INSERT OR UPDATE ON outbox FOR EACH STATEMENT EX
 
 @contextmanager
 def full_disk(file_postgres: EmbeddedServer) -> Iterator[None]:
-    """Refuses writes with the error of a full disk; what is there can be locked."""
+    """Refuses writes with the error of a full disk; rows can be locked."""
     with psycopg.connect(file_postgres.url, autocommit=True) as other:
         other.execute(FULL)
         try:
@@ -90,11 +91,11 @@ CASES: dict[str, Callable[[EmbeddedServer], AbstractContextManager[None]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_living_workers_row_stays_its_own(
+def test_a_living_worker_keeps_its_row(
     case: str, file_postgres: EmbeddedServer, connection: Connection, redis_client: redis.Redis, redis_url: str
 ) -> None:
-    """However long nothing could be written: it renews and marks once it can, and the relay waits for that."""
-    with lives(file_postgres.url, redis_url, connection) as (mine, dead, lines):
+    """However long writes were impossible: the worker renews and completes afterwards, and the relay waits for that."""
+    with run_relay_and_completer(file_postgres.url, redis_url, connection) as (mine, dead, lines):
         with CASES[case](file_postgres):
             began = time.monotonic()
             eventually(lambda: time.monotonic() - began > HELD, 20, "all leases have passed")
@@ -107,10 +108,10 @@ def test_a_living_workers_row_stays_its_own(
 def test_a_clock_that_jumps_takes_no_row_from_a_living_worker(
     clocked_postgres: ClockedPostgres, redis_client: redis.Redis, redis_url: str, jump: float
 ) -> None:
-    """Every lease has passed at once, or none passes for an hour: the row of a dead worker is taken all the same."""
+    """All leases pass at once, or none passes for an hour: only the row of the dead worker is taken."""
     with (
         postgres.connect(clocked_postgres.url, "test") as connection,
-        lives(clocked_postgres.url, redis_url, connection) as (mine, dead, lines),
+        run_relay_and_completer(clocked_postgres.url, redis_url, connection) as (mine, dead, lines),
     ):
         clocked_postgres.clock.set_ahead(jump)
         eventually(lambda: [line for line in lines if line["event"] == "Postgres' clock jumped"], 5)
@@ -124,15 +125,17 @@ def test_a_clock_that_jumps_takes_no_row_from_a_living_worker(
 
 
 @contextmanager
-def lives(database_url: str, redis_url: str, connection: Connection) -> Iterator[tuple[Claim, int, Sequence[Any]]]:
+def run_relay_and_completer(
+    database_url: str, redis_url: str, connection: Connection
+) -> Iterator[tuple[Claim, int, Sequence[Any]]]:
     """Runs a relay past its first wait, and a completer that holds a row.
 
-    Yields that row's claim, the id of another whose worker is dead, and all that is logged. In the end the completer
-    must be able to complete its row.
+    Yields the claim of that row, the id of a row whose worker is dead, and the log lines. At the end the completer must
+    complete its row.
     """
     settings = RelaySettings(database_url=database_url, redis_url=redis_url, lease=LEASE, poll_interval=0.2)
     mine, dead = claim(connection, [add_row(connection), add_row(connection)], "me", LEASE)
-    # Of a living one, until the relay has waited.
+    # The dead worker's lease passes only after the relay's first wait.
     lease = "UPDATE outbox SET worker = 'another', lease_until = now() + make_interval(secs => %s) WHERE id = %s"
     connection.execute(lease, [2 * LEASE, dead.delivery.row_id])
     completer = Completer(database_url, InFlight(), "me", LEASE)
@@ -144,7 +147,7 @@ def lives(database_url: str, redis_url: str, connection: Connection) -> Iterator
         relay.start()
         try:
             began = time.monotonic()
-            eventually(lambda: time.monotonic() - began > LEASE + 0.2, 10, "the relay's own first wait")
+            eventually(lambda: time.monotonic() - began > LEASE + 0.2, 10, "the relay's first wait")
             yield mine, dead.delivery.row_id, lines
             completer.in_flight.put(Outcome(mine.delivery, Status.DONE, 1))
             eventually(lambda: read_row(connection, mine.delivery)["status"] == "done", 10)
@@ -156,20 +159,20 @@ def lives(database_url: str, redis_url: str, connection: Connection) -> Iterator
 
 
 def rescued(lines: Sequence[Any]) -> list[int]:
-    """Returns the rows that the relay has taken from workers."""
+    """Returns the ids of the rows that the relay has taken from workers."""
     return [line["row"] for line in lines if line["event"] == "rescued row"]
 
 
-def test_a_look_that_finds_the_clock_jumped_puts_off_the_rescue(connection: Connection) -> None:
-    """Forwards or backwards: every lease may have passed at once, though all workers live."""
+def test_a_jump_of_the_clock_puts_off_the_rescue(connection: Connection) -> None:
+    """In either direction: all leases may have passed at once although all workers live."""
     claim(connection, [add_row(connection)], "me", -1)
     for jump in (20.0, 3600.0, -3600.0):
         rescue = Rescue(LEASE)
         now = time.time()
         rescue.note_look(now, time.monotonic(), 60)
-        rescue._paused_until = 0.0  # its first wait is over
+        rescue._paused_until = 0.0  # the first wait is over
         rescue.note_look(time.time() - 5, time.monotonic() - 5, 60)
-        assert rescue._paused_until == 0.0, "the clock goes on as it should, and one answer was late"
+        assert rescue._paused_until == 0.0, "the clock has not jumped: one answer was late"
         rescue.note_look(time.time() + jump, time.monotonic(), 60)
         assert rescue._paused_until > time.monotonic() + LEASE - 0.5
         began = time.monotonic()
@@ -179,30 +182,24 @@ def test_a_look_that_finds_the_clock_jumped_puts_off_the_rescue(connection: Conn
         assert connection.execute("SELECT status FROM outbox").fetchone() == {"status": "running"}
 
 
-def test_a_lease_that_ends_in_an_hour_is_none(connection: Connection) -> None:
-    """The clock was set back since it was written: its worker would have renewed it, if it lived."""
+def test_a_lease_that_ends_in_an_hour_is_invalid(connection: Connection) -> None:
+    """The clock was set back since it was written, and a living worker would have renewed it."""
     claim(connection, [add_row(connection)], "me", 3600)
     rescue = Rescue(LEASE)
     eventually(lambda: rescue.step(connection) and status(connection) == "pending", 10, "it is rescued")
 
 
-def test_a_row_that_cannot_be_rescued_keeps_no_other_from_it(connection: Connection) -> None:
-    """A trigger of somebody's refuses it: it is named, and the others are taken."""
+def test_a_row_that_cannot_be_rescued_does_not_delay_others(connection: Connection) -> None:
+    """A trigger refuses it: the row is logged, and the others are taken."""
     claims = claim(connection, [add_row(connection) for _ in range(5)], "me", -1)
     refused = claims[2].delivery.row_id
-    connection.execute(
-        f"""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
-        CREATE TRIGGER refusing BEFORE UPDATE ON outbox FOR EACH ROW WHEN (NEW.id = {refused})
-        EXECUTE FUNCTION refuse();
-        """
-    )
+    refuse_updates(connection, row_id=refused)
     try:
         with capture_logs() as lines:
             rescue = Rescue(0)
             rescue.step(connection)
     finally:
-        connection.execute("DROP FUNCTION refuse CASCADE")
+        allow_updates(connection)
     statuses = connection.execute("SELECT id, status FROM outbox ORDER BY id").fetchall()
     assert [row["id"] for row in statuses if row["status"] == "running"] == [refused]
     assert [line["rows"] for line in lines if line["event"] == "rows cannot be rescued"] == [[refused]]
@@ -212,14 +209,14 @@ def test_a_row_that_cannot_be_rescued_keeps_no_other_from_it(connection: Connect
 
 
 def status(connection: Connection) -> str:
-    """Returns what the only row is."""
+    """Returns the status of the only row."""
     row = connection.execute("SELECT status FROM outbox").fetchone()
     assert row is not None
     return str(row["status"])
 
 
 def test_rows_that_take_long_to_write_are_rescued_in_smaller_batches(connection: Connection) -> None:
-    """A hundred rows whose trigger takes 20 ms each are more than a rescue's second: it tries fewer."""
+    """A trigger takes 20 ms per row: a hundred rows exceed the second that a rescue may take, so it tries fewer."""
     claim(connection, [add_row(connection) for _ in range(100)], "me", -1)
     connection.execute(
         """
@@ -238,5 +235,5 @@ def test_rows_that_take_long_to_write_are_rescued_in_smaller_batches(connection:
 
 
 def statuses(connection: Connection) -> set[str]:
-    """Returns what rows are."""
+    """Returns the statuses of all rows."""
     return {row["status"] for row in connection.execute("SELECT DISTINCT status FROM outbox")}
