@@ -1,4 +1,4 @@
-"""A statement that is given up is cancelled at the server, or abandoned ones would fill `max_connections`."""
+"""Statements that time out are cancelled at the server: abandoned ones would fill `max_connections`."""
 
 import asyncio
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ SLEEP = "SELECT pg_sleep(600)"
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits a statement's time to two seconds instead of 20."""
+    """Limits statements to two seconds instead of 20."""
     monkeypatch.setattr(postgres, "ANSWER_LIMIT", 2.0)
 
 
 def sessions(connection: Connection, name: str) -> int:
-    """Returns how many sessions an application has that wait for anything but a client."""
+    """Returns how many sessions of an application run a statement or hold a transaction."""
     row = connection.execute(
         "SELECT count(*) AS sessions FROM pg_stat_activity"
         " WHERE application_name = %s AND datname = current_database() AND state <> 'idle'",
@@ -57,7 +57,7 @@ def test_a_process_leaves_no_statement_behind(connection: Connection, database_u
 
 @pytest.mark.usefixtures("impatient")
 def test_a_service_leaves_no_statement_behind(connection: Connection, service_settings: ServiceSettings) -> None:
-    """Nor does its pool."""
+    """A connection of its pool is closed and its statement ended."""
 
     async def give_up() -> None:
         async with create_pool(service_settings, Outage("Postgres")) as pool:
@@ -71,7 +71,7 @@ def test_a_service_leaves_no_statement_behind(connection: Connection, service_se
 
 @pytest.mark.usefixtures("impatient")
 def test_a_handler_leaves_no_statement_behind(connection: Connection, database_url: str) -> None:
-    """Nor does its pool."""
+    """A connection of the worker's pool is closed and its statement ended."""
     with HandlerPool(database_url) as pool:
         with pytest.raises(psycopg.OperationalError, match="no answer in time"), pool.connection() as lent:
             lent.execute(SLEEP)
@@ -79,8 +79,8 @@ def test_a_handler_leaves_no_statement_behind(connection: Connection, database_u
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_server_that_cannot_cancel_either_is_given_up(own_postgres: EmbeddedServer) -> None:
-    """It hangs: the request to cancel gets no answer, and is given up as well."""
+def test_the_request_to_cancel_times_out_too(own_postgres: EmbeddedServer) -> None:
+    """The server hangs and does not answer the request."""
     with (
         postgres.connect(own_postgres.url, "given up") as impatient,
         frozen(own_postgres),
@@ -92,7 +92,7 @@ def test_a_server_that_cannot_cancel_either_is_given_up(own_postgres: EmbeddedSe
 
 @pytest.fixture
 def without_standby(own_postgres: EmbeddedServer) -> Iterator[Connection]:
-    """Has each commit wait for a synchronous standby that is gone; yields a connection that does not wait."""
+    """Makes each commit wait for a synchronous standby that is gone; yields a connection that does not wait."""
     with postgres.connect(own_postgres.url, "test") as opened:
         opened.execute("SET synchronous_commit = local")
         opened.execute("ALTER SYSTEM SET synchronous_standby_names = 'gone'")
@@ -105,7 +105,7 @@ def without_standby(own_postgres: EmbeddedServer) -> Iterator[Connection]:
 def test_commits_that_wait_for_a_standby_do_not_pile_up(
     own_postgres: EmbeddedServer, without_standby: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each was cancelled; an outcome counts as written only once a commit after it has had its answer."""
+    """Each is cancelled; an outcome counts as written only once a later commit got an answer."""
     monkeypatch.setattr("outbox_worker.complete.SHORTEST_ANSWER_LIMIT", 0.5)
     completer = Completer(own_postgres.url, InFlight(), "me", 1)
     (one,) = claim(without_standby, [add_row(without_standby)], "me", 60)
@@ -124,7 +124,7 @@ def test_commits_that_wait_for_a_standby_do_not_pile_up(
 def test_a_worker_that_stops_leaves_no_statement_behind(
     stack: Stack, connection: Connection, redis_client: redis.Redis
 ) -> None:
-    """A handler's statement runs on when the grace is over, or a second SIGTERM has come: it is cancelled."""
+    """A handler's statement that still runs when the grace is over is cancelled."""
     stack.environment["OUTBOX_HANDLERS"] = "tests.support.tasks"
     stack.environment["OUTBOX_GRACE"] = "0.2"
     row = add_row(connection, task="sleep_in_postgres", timeout=600)

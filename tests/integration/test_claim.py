@@ -1,4 +1,4 @@
-"""Claiming: from what Redis says to what this worker holds."""
+"""Claiming: the rows of jobs that a worker took from Redis become its own."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +18,7 @@ from tests.support.waiting import eventually
 
 
 def test_a_claim_holds_the_row(connection: Connection) -> None:
-    """The row is running, leased, counted and named after its worker; the claim carries all that an attempt needs."""
+    """The row is running and has a lease, an attempt and its worker; the claim has all that an attempt needs."""
     delivery = add_row(connection, payload='{"n": 1}', attempts=2, delivery=3, timeout=7)
     claims = claim(connection, [delivery], "me", 15)
     assert claims == [Claim(delivery, "noted", '{"n": 1}', "default", 3, 3, 7, None)]
@@ -28,8 +28,8 @@ def test_a_claim_holds_the_row(connection: Connection) -> None:
     assert row["started_at"]
 
 
-def test_a_payload_that_python_cannot_read_holds_nobody_up(connection: Connection) -> None:
-    """Postgres stores a number of any length, Python reads 4,300 digits: its row is claimed, and so are others."""
+def test_a_payload_that_python_cannot_read_does_not_delay_others(connection: Connection) -> None:
+    """Postgres stores numbers of any length, Python reads 4,300 digits: the row is claimed like others."""
     deliveries = [add_row(connection, payload=payload) for payload in ('{"n": 1e5000}', '{"n": 1}')]
     assert [claimed.delivery for claimed in claim(connection, deliveries, "me", 15)] == deliveries
 
@@ -37,7 +37,7 @@ def test_a_payload_that_python_cannot_read_holds_nobody_up(connection: Connectio
 def test_a_claim_waits_for_the_relay_to_commit(
     connection: Connection, database_url: str, redis_url: str, relay_settings: RelaySettings
 ) -> None:
-    """A job may be popped before its relay has committed: the claim waits for that and then gets the row."""
+    """A job may be taken before its relay has committed: the claim waits for the commit and gets the row."""
     delivery = add_row(connection, status="pending", delivery=0)
     with (
         postgres.connect(database_url, "relay") as relaying,
@@ -60,8 +60,8 @@ def test_a_claim_waits_for_the_relay_to_commit(
         assert [claimed.delivery for claimed in claims.result(10)] == taken
 
 
-def test_a_claim_of_what_the_relay_rolled_back_gets_nothing(connection: Connection, database_url: str) -> None:
-    """The job of a transaction that failed after publishing is dropped; the row is still the relay's."""
+def test_a_claim_of_a_row_that_the_relay_rolled_back_gets_nothing(connection: Connection, database_url: str) -> None:
+    """The job of a transaction that failed after publishing is dropped; the row stays pending."""
     delivery = add_row(connection, status="pending", delivery=0)
     with (
         postgres.connect(database_url, "relay") as relaying,
@@ -80,8 +80,8 @@ def test_a_claim_of_what_the_relay_rolled_back_gets_nothing(connection: Connecti
     assert read_row(connection, delivery)["status"] == "pending"
 
 
-def test_what_is_not_to_be_had_is_dropped(connection: Connection) -> None:
-    """One log line says which job and why; the rows stay as they were, and a real job among them is claimed."""
+def test_jobs_whose_rows_cannot_be_claimed_are_dropped(connection: Connection) -> None:
+    """Each is logged with the reason; their rows do not change, and a real job among them is claimed."""
     cases: list[tuple[dict[str, Any], int, str]] = [
         ({"delivery": 3}, 2, "the row's newest delivery is 3"),
         ({"delivery": 3}, 4, "the row's newest delivery is 3"),
@@ -103,26 +103,26 @@ def test_what_is_not_to_be_had_is_dropped(connection: Connection) -> None:
 
 
 def test_rows_that_do_not_exist_are_dropped(connection: Connection) -> None:
-    """Up to the largest id that the table could hold."""
-    nonsense = [Delivery(1, 1), Delivery(2**63 - 1, 2**31 - 1), Delivery(2**31, 1)]
+    """Up to the largest possible id."""
+    deliveries = [Delivery(1, 1), Delivery(2**63 - 1, 2**31 - 1), Delivery(2**31, 1)]
     with capture_logs() as lines:
-        assert claim(connection, nonsense, "me", 15) == []
+        assert claim(connection, deliveries, "me", 15) == []
     assert [line["why"] for line in lines] == ["there is no such row"] * 3
 
 
 def test_duplicates_in_one_batch_are_one_claim(connection: Connection) -> None:
-    """The same job many times is claimed once; a made-up delivery beside it does not hide it."""
+    """The same job many times is claimed once; other deliveries of its row do not hide it."""
     delivery = add_row(connection, delivery=2)
-    strange = [Delivery(delivery.row_id, 1), Delivery(delivery.row_id, 2**31 - 1)]
+    stale = [Delivery(delivery.row_id, 1), Delivery(delivery.row_id, 2**31 - 1)]
     with capture_logs() as lines:
-        claims = claim(connection, [strange[1], delivery, delivery, strange[0], delivery], "me", 15)
+        claims = claim(connection, [stale[1], delivery, delivery, stale[0], delivery], "me", 15)
     assert [claimed.delivery for claimed in claims] == [delivery]
     assert read_row(connection, delivery)["attempts"] == 1
-    assert sorted(line["job"] for line in lines) == sorted(one.job_id for one in strange)
+    assert sorted(line["job"] for line in lines) == sorted(one.job_id for one in stale)
 
 
 def test_of_two_workers_one_wins(connection: Connection, database_url: str) -> None:
-    """Two workers that claim the same jobs at once share them out: each job is one worker's."""
+    """Two workers claim the same jobs at the same time: each row is claimed by one of them."""
     deliveries = [add_row(connection) for _ in range(20)]
 
     def work(name: str) -> list[Delivery]:
@@ -136,8 +136,8 @@ def test_of_two_workers_one_wins(connection: Connection, database_url: str) -> N
     assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
 
 
-def test_a_claim_that_is_repeated_finds_its_own(connection: Connection) -> None:
-    """Its answer was lost, and it was committed: the row is this worker's, and the attempt counts once."""
+def test_a_repeated_claim_returns_its_own_rows(connection: Connection) -> None:
+    """The first claim was committed and its answer lost: the row is this worker's, and the attempt counts once."""
     delivery = add_row(connection)
     first = claim(connection, [delivery], "me", 15)
     with capture_logs() as lines:
@@ -147,8 +147,8 @@ def test_a_claim_that_is_repeated_finds_its_own(connection: Connection) -> None:
     assert [line["why"] for line in lines] == ["the row is running"]
 
 
-def test_a_row_that_this_worker_holds_is_not_begun_again(connection: Connection) -> None:
-    """Nor is a row that bears it after a restore, while the earlier one's handler may run: it is left to the sweep."""
+def test_a_row_that_this_worker_holds_is_not_claimed_again(connection: Connection) -> None:
+    """Nor is another row that has its id after a restore: the earlier handler may run. It is left to the sweep."""
     delivery = add_row(connection)
     with capture_logs() as lines:
         assert claim(connection, [delivery], "me", 15, held={Delivery(delivery.row_id, 7)}) == []
@@ -156,10 +156,10 @@ def test_a_row_that_this_worker_holds_is_not_begun_again(connection: Connection)
     assert [line["why"] for line in lines] == ["this worker holds that row already"]
 
 
-def test_a_large_row_that_is_not_to_be_had_puts_off_no_other(
+def test_a_large_row_that_cannot_be_claimed_does_not_delay_others(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes of a done row do not count, and those of a row under an old delivery delay the others by one claim."""
+    """The bytes of a done row do not count; those of a row whose job is stale delay the others by one claim."""
     monkeypatch.setattr("outbox_worker.claim.MAX_BYTES", 1000)
     payload = f'{{"text": "{"x" * 1500}"}}'
     done = add_row(connection, payload=payload, status="done")
@@ -173,16 +173,16 @@ def test_a_large_row_that_is_not_to_be_had_puts_off_no_other(
 
 
 def test_a_claim_is_limited_by_bytes(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes rows until their payloads have so many, at least one, and leaves the others for the next."""
+    """It takes rows until their payloads reach the limit, at least one, and leaves the others to the next claim."""
     monkeypatch.setattr("outbox_worker.claim.MAX_BYTES", 1000)
     payload = f'{{"text": "{"x" * 600}"}}'
     deliveries = [add_row(connection, payload=payload) for _ in range(5)]
-    wanted, parts = deliveries, []
+    left, parts = deliveries, []
     with capture_logs() as lines:
-        while wanted:
+        while left:
             put_off: list[Delivery] = []
-            parts.append([claimed.delivery for claimed in claim(connection, wanted, "me", 15, put_off=put_off)])
-            wanted = put_off
+            parts.append([claimed.delivery for claimed in claim(connection, left, "me", 15, put_off=put_off)])
+            left = put_off
     assert parts == [deliveries[:2], deliveries[2:4], deliveries[4:]]
     assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
     assert lines == []

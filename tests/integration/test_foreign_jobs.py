@@ -1,4 +1,4 @@
-"""An application's own RQ on the same Redis database: none of its jobs is lost through us."""
+"""An application's own RQ on the same Redis database: our processes lose none of its jobs."""
 
 import operator
 import re
@@ -31,7 +31,7 @@ SCHEDULED_ASIDE = aside_key(SCHEDULED_JOBS)
 
 @pytest.fixture
 def queues(redis_client: redis.Redis) -> Queues:
-    """Our queues, as a worker takes from them."""
+    """The queues of a worker."""
     return Queues(redis_client, {"critical": 10, "default": 5})
 
 
@@ -48,18 +48,18 @@ def their_scheduler(redis_client: redis.Redis) -> Scheduler:
 
 
 def enqueue(client: redis.Redis, count: int, **options: Any) -> list[bytes]:
-    """Enqueues jobs as an application does, in a queue that bears the name of one of ours, and returns their ids."""
+    """Enqueues an application's jobs in a queue with the name of one of ours, and returns their ids."""
     queue = Queue("default", connection=client)
     return [queue.enqueue(operator.add, 1, number, **options).id.encode() for number in range(count)]
 
 
 def take(queues: Queues) -> list[Delivery]:
-    """Takes what is there."""
+    """Takes jobs as a busy worker does: many at a time."""
     return queues.take(10)
 
 
 def wait(queues: Queues) -> list[Delivery]:
-    """Takes what is there as an idle worker does: a job at a time."""
+    """Takes jobs as an idle worker does: one at a time."""
     return [delivery for _ in range(8) for delivery in queues.wait()]
 
 
@@ -67,9 +67,9 @@ def wait(queues: Queues) -> list[Delivery]:
 def test_jobs_in_a_queue_of_ours_are_put_aside(
     redis_client: redis.Redis, queues: Queues, way: Callable[[Queues], list[Delivery]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are found under a name, in their order, untouched; the log names it once, and what to do.
+    """They are kept unchanged and in order under a key that is logged once with the remedy.
 
-    Given back as the docs say, they run.
+    After the command that the docs name, they run.
     """
     monkeypatch.setattr("outbox_worker.queues.BLOCK", 0.05)
     theirs = enqueue(redis_client, 5)
@@ -89,10 +89,10 @@ def test_jobs_in_a_queue_of_ours_are_put_aside(
     assert [(job.get_status(), job.return_value()) for job in ran] == [(JobStatus.FINISHED, n + 1) for n in range(5)]
 
 
-def test_no_more_is_kept_than_there_is_room_for(
+def test_the_number_of_kept_jobs_is_limited(
     redis_client: redis.Redis, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each job that is lost then is a line, and the first ones are kept."""
+    """The first jobs are kept, and each job that is lost is logged."""
     monkeypatch.setattr("outbox_worker.queues.KEPT", 3)
     theirs = enqueue(redis_client, 5)
     with capture_logs() as lines:
@@ -102,8 +102,8 @@ def test_no_more_is_kept_than_there_is_room_for(
     assert [(line["job"], line["why"]) for line in lost] == [(repr(job), f"{ASIDE} is full") for job in theirs[3:]]
 
 
-def test_jobs_that_cannot_be_put_aside_hold_up_nobody(redis_client: redis.Redis, queues: Queues) -> None:
-    """A key of another type where they would go to: they are dropped with a line, and our jobs are taken."""
+def test_jobs_that_cannot_be_put_aside_do_not_delay_others(redis_client: redis.Redis, queues: Queues) -> None:
+    """Their list is a key of another type: they are dropped and logged, and our jobs are taken."""
     redis_client.set(ASIDE, "a string")
     (theirs,) = enqueue(redis_client, 1)
     offer(redis_client, "1-1")
@@ -112,8 +112,8 @@ def test_jobs_that_cannot_be_put_aside_hold_up_nobody(redis_client: redis.Redis,
     assert [(line["event"], line["job"]) for line in lines] == [("dropped job", repr(theirs))]
 
 
-def test_a_redis_that_is_full_loses_none(own_redis: EmbeddedServer) -> None:
-    """A job that an idle worker has popped is put aside as soon as Redis takes it."""
+def test_a_full_redis_loses_no_foreign_job(own_redis: EmbeddedServer) -> None:
+    """A job that an idle worker has popped is put aside as soon as Redis accepts writes."""
     with redis_connection.connect(own_redis.url, "test") as client:
         queues = Queues(client, {"default": 1})
         theirs = enqueue(client, 2)
@@ -136,9 +136,9 @@ def test_scheduled_jobs_are_left_alone(
     schedule: Schedule,
     their_scheduler: Scheduler,
 ) -> None:
-    """A periodic job and a one-off stay in rq-scheduler's set, due or not; the application's rq-scheduler moves them.
+    """Foreign jobs stay in rq-scheduler's set, due or not; the application's own rq-scheduler moves them.
 
-    Ours behind them are moved; the log says once that the database should be our own.
+    Our jobs behind them are moved. The log has one line with the remedy: a database of our own.
     """
     now = datetime.now(UTC)
     hourly = their_scheduler.schedule(
@@ -154,7 +154,7 @@ def test_scheduled_jobs_are_left_alone(
             upcoming = schedule.move_due(now.timestamp() + 60)
     assert redis_client.lrange("rq:queue:default", 0, -1) == [b"1-1"]
     assert redis_client.zrange(SCHEDULED_JOBS, 0, -1, withscores=True) == before
-    assert upcoming == redis_client.zscore(SCHEDULED_JOBS, later.id), "it does not look again and again for what stays"
+    assert upcoming == redis_client.zscore(SCHEDULED_JOBS, later.id), "it is not woken by foreign jobs that are due"
     (line,) = lines
     assert (line["event"], line["log_level"], line["key"]) == ("foreign job left alone", "error", SCHEDULED_JOBS)
     assert "REDIS_URL" in line["remedy"]
@@ -164,10 +164,10 @@ def test_scheduled_jobs_are_left_alone(
     assert redis_client.zcount(SCHEDULED_JOBS, now.timestamp() + 3000, now.timestamp() + 4000) == 2, "hourly and later"
 
 
-def test_what_nobody_moves_does_not_hide_ours(
+def test_many_foreign_jobs_in_the_set_do_not_hide_ours(
     redis_client: redis.Redis, schedule: Schedule, their_scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many foreign jobs are due, ours are moved. Of what no look could bear to go past, all is kept aside."""
+    """However many foreign jobs are due, ours are moved. Those beyond the limit of a look are put aside."""
     monkeypatch.setattr("outbox_relay.schedule.LEFT", 700)
     with redis_client.pipeline() as pipeline:
         for number in range(1300):
@@ -189,7 +189,7 @@ def test_what_nobody_moves_does_not_hide_ours(
 
 
 def test_another_relays_jobs_are_left_alone(redis_client: redis.Redis, schedule: Schedule) -> None:
-    """A row's job in a queue that this relay does not know stays, without a line: another one moves it."""
+    """A row's job in a queue that this relay does not know stays and is not logged: another relay moves it."""
     redis_client.hset("rq:job:9-1", "origin", "newer")
     redis_client.zadd(SCHEDULED_JOBS, {"9-1": 5})
     with capture_logs() as lines:
@@ -199,10 +199,10 @@ def test_another_relays_jobs_are_left_alone(redis_client: redis.Redis, schedule:
     assert redis_client.lrange("rq:queue:newer", 0, -1) == [b"9-1"]
 
 
-def test_a_job_of_any_name_outlives_a_hand_over(
+def test_a_hand_over_overwrites_no_foreign_job(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings
 ) -> None:
-    """No key among RQ's is used for anything but the rows' own jobs."""
+    """Of RQ's job keys, the relay writes only those of its rows."""
     theirs = ["template", "canary", "outbox", "0-0"]
     before = {name: enqueue_as(redis_client, name) for name in theirs}
     connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
@@ -211,6 +211,6 @@ def test_a_job_of_any_name_outlives_a_hand_over(
 
 
 def enqueue_as(client: redis.Redis, name: str) -> Any:
-    """Enqueues a job under a name and returns its hash."""
+    """Enqueues a foreign job with this id and returns its hash."""
     Queue("app", connection=client).enqueue(operator.add, 1, 2, job_id=name)
     return client.hgetall(f"rq:job:{name}")

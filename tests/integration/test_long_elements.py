@@ -1,4 +1,4 @@
-"""Elements that a foreign client made very long, where Redis keeps ids: no process reads one as a whole."""
+"""Very long elements that a foreign client wrote in place of ids: no process reads one as a whole."""
 
 import time
 from collections.abc import Callable
@@ -25,12 +25,12 @@ QUEUE = "rq:queue:default"
 
 @pytest.fixture(autouse=True)
 def limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit that takes no time to reach."""
+    """Lowers the limit, so that elements over it are written fast."""
     monkeypatch.setattr(redis_connection, "LONGEST_ELEMENT", LIMIT)
 
 
 def test_a_reply_is_limited_by_its_longest_element(redis_client: redis.Redis) -> None:
-    """Not by their number; and the client goes on, on another connection."""
+    """Not by their number. The client goes on with another connection."""
     for _ in range(30):
         redis_client.rpush(QUEUE, *([b"y" * 1000] * 200))
     assert len(redis_client.lrange(QUEUE, 0, -1)) == 6000
@@ -43,7 +43,7 @@ def test_a_reply_is_limited_by_its_longest_element(redis_client: redis.Redis) ->
 
 
 def test_a_worker_that_waits_drops_it_unread(redis_client: redis.Redis) -> None:
-    """With a line; the next job is taken."""
+    """One line is logged, and the next job is taken."""
     queues = Queues(redis_client, {"default": 1})
     redis_client.rpush(QUEUE, LONG, "1-1")
     with capture_logs() as lines:
@@ -54,7 +54,7 @@ def test_a_worker_that_waits_drops_it_unread(redis_client: redis.Redis) -> None:
 
 @pytest.mark.parametrize("element", [LONG, b"9" * len(LONG), b"9" * len(LONG) + b"-1"], ids=["x", "9", "9-1"])
 def test_a_take_and_a_move_drop_it_at_the_server(redis_client: redis.Redis, element: bytes) -> None:
-    """Nothing is looked for under such a name, and it is not kept aside."""
+    """Such an id is neither looked up nor put aside."""
     redis_client.rpush(QUEUE, element, "1-1")
     redis_client.zadd(SCHEDULED_JOBS, {element: 0})
     with capture_logs() as lines:
@@ -65,8 +65,8 @@ def test_a_take_and_a_move_drop_it_at_the_server(redis_client: redis.Redis, elem
     assert redis_client.zcard(SCHEDULED_JOBS) == redis_client.llen(QUEUE) == 0
 
 
-def test_a_job_with_an_id_that_rq_would_not_make_is_not_kept(redis_client: redis.Redis) -> None:
-    """Up to 1,000 bytes are kept aside: 100,000 of them are 100 MB."""
+def test_foreign_jobs_with_long_ids_are_not_kept(redis_client: redis.Redis) -> None:
+    """Ids of up to 1,000 bytes are put aside: 100,000 of them take 100 MB."""
     for length in (1000, 1001):
         redis_client.hset(f"rq:job:{'a' * length}", "origin", "default")
         redis_client.rpush(QUEUE, "a" * length)
@@ -85,8 +85,8 @@ PLACES: dict[str, Callable[[redis.Redis], Any]] = {
 def test_a_sweep_drops_it_and_goes_on(
     connection: Connection, redis_client: redis.Redis, relay_settings: RelaySettings, place: str
 ) -> None:
-    """It would meet it again each time; what is short stays, and the next sweep takes back what is lost."""
-    row = add_row(connection).row_id
+    """It would read the element at every sweep. Short ids stay, and the next sweep takes back the lost row."""
+    row_id = add_row(connection).row_id
     connection.execute("UPDATE outbox SET enqueued_at = now() - interval '1 min'")
     PLACES[place](redis_client)
     sweep = Sweep(redis_client, relay_settings)
@@ -94,7 +94,7 @@ def test_a_sweep_drops_it_and_goes_on(
         assert sweep.look(connection) == 0
         assert sweep.look(connection) == 1
         assert sweep.take_back(connection) == 1
-    assert connection.execute("SELECT id FROM outbox WHERE status = 'pending'").fetchall() == [{"id": row}]
+    assert connection.execute("SELECT id FROM outbox WHERE status = 'pending'").fetchall() == [{"id": row_id}]
     (line,) = [line for line in lines if line["event"] == "dropped long ids"]
     assert (line["ids"], line["log_level"]) == (2 if place == "queue" else 1, "warning")
     left = [redis_client.lrange(QUEUE, 0, -1), redis_client.lrange(f"{QUEUE}:intermediate", 0, -1)]

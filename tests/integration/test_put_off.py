@@ -1,4 +1,4 @@
-"""Locks on users, and a pool of connections that is lent: others' mails go out, and nobody loses an attempt."""
+"""Attempts that are put off because a user is locked or no connection is free: they do not count."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -32,13 +32,13 @@ from tests.support.tasks import Nothing
 
 @pytest.fixture
 def sent() -> list[str]:
-    """Whom mails were sent to."""
+    """The addresses to which mails were sent."""
     return []
 
 
 @pytest.fixture
 def context(worker_settings: WorkerSettings, sent: list[str]) -> Iterator[KnownContext]:
-    """What the handler is given."""
+    """The context of a handler that records mails instead of sending them."""
 
     def send(message: Any) -> None:
         sent.append(message.recipient)
@@ -51,19 +51,20 @@ def context(worker_settings: WorkerSettings, sent: list[str]) -> Iterator[KnownC
 def run_all(
     connection: Connection, context: KnownContext, handlers: Registry | None = None
 ) -> list[tuple[str, Outcome]]:
-    """Makes one attempt at every row that is not done, 32 at a time as a worker does; returns users and outcomes."""
+    """Makes one attempt at every row, 32 at a time as a worker does; returns usernames and outcomes."""
     rows = connection.execute(
         "UPDATE outbox SET status = 'enqueued', delivery = 1, lease_until = NULL, run_at = now()"
         " RETURNING id, payload ->> 'username' AS name"
     ).fetchall()
     names = {row["id"]: row["name"] for row in rows}
-    claims = claim(connection, [Delivery(row, 1) for row in names], "me", 60)
-    own = handlers or registry(context.settings)
+    claims = claim(connection, [Delivery(row_id, 1) for row_id in names], "me", 60)
+    handlers = handlers or registry(context.settings)
     with ThreadPoolExecutor(32) as threads:
-        tries = threads.map(
-            lambda one: attempt(one, own, replace(context, row_id=one.delivery.row_id), 3600).outcome, claims
+        outcomes = threads.map(
+            lambda claimed: attempt(claimed, handlers, replace(context, row_id=claimed.delivery.row_id), 3600).outcome,
+            claims,
         )
-        return [(names[outcome.delivery.row_id], outcome) for outcome in tries]
+        return [(names[outcome.delivery.row_id], outcome) for outcome in outcomes]
 
 
 LOCKS = {
@@ -75,10 +76,10 @@ LOCKS = {
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_locked_users_hold_up_no_other_and_lose_no_attempt(
+def test_locked_users_do_not_delay_others_and_cost_no_attempt(
     connection: Connection, context: KnownContext, sent: list[str], database_url: str, lock: str
 ) -> None:
-    """Their rows are given back, whatever holds them; the others' mails go out in the meantime."""
+    """Their rows are given back after any kind of lock; the mails of other users are sent."""
     locked, others = [f"locked_{n}" for n in range(5)], [f"other_{n}" for n in range(40)]
     add_users(connection, locked + others)
     if lock == "verifications":
@@ -105,7 +106,7 @@ def test_locked_users_hold_up_no_other_and_lose_no_attempt(
 def test_a_lock_of_the_whole_table_costs_no_attempt(
     connection: Connection, context: KnownContext, sent: list[str], database_url: str
 ) -> None:
-    """Neither where the lock is waited for in vain, nor where all of the attempt's time goes by over it."""
+    """Neither if the wait for the lock times out, nor if it takes all of the attempt's time."""
     add_users(connection, [f"user_{n}" for n in range(9)])
     with postgres.connect(database_url, "application") as application, application.transaction():
         application.execute("LOCK TABLE users")
@@ -116,7 +117,7 @@ def test_a_lock_of_the_whole_table_costs_no_attempt(
 
 @pytest.fixture
 def lent(context: KnownContext) -> Iterator[None]:
-    """All connections of the pool, lent to others."""
+    """Lends all connections of the pool to others."""
     with ExitStack() as stack:
         for _ in range(context.database.max_size):
             stack.enter_context(context.database.connection())
@@ -124,10 +125,8 @@ def lent(context: KnownContext) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("lent")
-def test_a_mail_that_gets_no_connection_is_put_off(
-    connection: Connection, context: KnownContext, sent: list[str]
-) -> None:
-    """All connections are lent to other handlers: the limit is our own, and a line in the log says so once."""
+def test_a_mail_without_a_connection_is_put_off(connection: Connection, context: KnownContext, sent: list[str]) -> None:
+    """All connections are lent to other handlers: the limit is the worker's own, and is logged once."""
     context.database.timeout = 0.2
     add_users(connection, [f"user_{n}" for n in range(9)])
     with capture_logs() as lines:
@@ -137,23 +136,23 @@ def test_a_mail_that_gets_no_connection_is_put_off(
     assert [(line["event"], line["size"]) for line in lines] == [("no connection for a handler", 4)]
 
 
-def want(_: Nothing, context: KnownContext) -> None:
-    """A handler of an application's own."""
+def run_statement(_: Nothing, context: KnownContext) -> None:
+    """Uses a connection of the worker's pool."""
     with context.database.connection() as lent:
         lent.execute("SELECT 1")
 
 
 def fail(_: Nothing, context: KnownContext) -> None:
-    """A handler whose own pool, somewhere else, has no connection."""
+    """Gets no connection from a pool of the application."""
     raise psycopg_pool.PoolTimeout("mine")
 
 
 @pytest.mark.usefixtures("lent")
-@pytest.mark.parametrize(("handle", "attempts"), [(want, 0), (fail, 1)])
-def test_an_applications_handler_that_gets_no_connection_is_put_off(
+@pytest.mark.parametrize(("handle", "attempts"), [(run_statement, 0), (fail, 1)])
+def test_an_applications_handler_without_a_connection_is_put_off(
     connection: Connection, context: KnownContext, handle: Callable[[Nothing, Context], None], attempts: int
 ) -> None:
-    """Not even its last attempt counts; where a pool of the application's is short, it does."""
+    """The attempt does not count; it counts if a pool of the application has no connection."""
     context.database.timeout = 0.2
     add_row(connection, task="own", payload="{}", max_retries=5)
     ((_, outcome),) = run_all(connection, context, {"own": Handler(Task("own", Nothing), handle)})
@@ -161,7 +160,7 @@ def test_an_applications_handler_that_gets_no_connection_is_put_off(
 
 
 def test_the_size_of_the_pool_is_a_setting(worker_settings: WorkerSettings) -> None:
-    """It counts among the connections that Postgres must allow."""
+    """The default is 4 connections."""
     assert Worker(worker_settings, {}, Stop())._database.max_size == 4
     settings = worker_settings.model_copy(update={"handler_connections": 9})
     assert Worker(settings, {}, Stop())._database.max_size == 9

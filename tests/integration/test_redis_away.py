@@ -1,4 +1,4 @@
-"""Whatever Redis answers that is an outage to us: no connection outlives it."""
+"""Outages of Redis, and answers of Redis that count as one: no connection survives them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,9 +40,9 @@ def _out_of_memory(client: redis.Redis) -> None:
 
 
 def _cannot_save(client: redis.Redis) -> None:
-    found = client.config_get("dir") | client.config_get("dbfilename")
-    # A file cannot take a folder's place.
-    (Path(str(found["dir"])) / str(found["dbfilename"]) / "in the way").mkdir(parents=True)
+    settings = client.config_get("dir") | client.config_get("dbfilename")
+    # A file cannot replace a folder that is not empty.
+    (Path(str(settings["dir"])) / str(settings["dbfilename"]) / "in the way").mkdir(parents=True)
     client.config_set("save", "3600 1")
     client.bgsave()
     eventually(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", 10, "it cannot save")
@@ -59,7 +59,7 @@ STATES = {
 
 @pytest.fixture
 def redis_url(own_redis: EmbeddedServer) -> str:
-    """All settings here lead to a server that the test may ruin."""
+    """The URL of the test's own server, in all settings."""
     return own_redis.url
 
 
@@ -68,12 +68,12 @@ def own_client(own_redis: EmbeddedServer) -> Iterator[redis.Redis]:
     """A client of the test's own server."""
     with redis_connection.connect(own_redis.url, "test") as client:
         yield client
-        client.config_set("save", "")  # else it refuses to end
+        client.config_set("save", "")  # else the server refuses to shut down
 
 
 def connections(client: redis.Redis, name: str) -> set[str]:
-    """Returns the ids of the connections that processes of a name have to a server."""
-    return {found["id"] for found in client.client_list() if found["name"] == name}
+    """Returns the ids of the connections with this client name."""
+    return {entry["id"] for entry in client.client_list() if entry["name"] == name}
 
 
 @pytest.mark.parametrize("refusal", STATES)
@@ -83,7 +83,7 @@ def test_a_relay_drops_its_connections(
     own_client: redis.Redis,
     connection: Connection,
 ) -> None:
-    """Else it would go on asking the same server after a fail-over."""
+    """After a fail-over, an old connection would lead to the wrong server."""
     relay = Relay(relay_settings, Stop())
     repairing = Duty("repair", relay._repair, 10.0, needs_redis=True)
     with capture_logs() as lines:
@@ -99,23 +99,23 @@ def test_a_relay_drops_its_connections(
 
 @pytest.fixture
 def worker(worker_settings: WorkerSettings) -> Iterator[Worker]:
-    """A worker that does not run, and takes when it is told to."""
-    made = Worker(worker_settings, {}, Stop())
-    made._completer.start()
-    eventually(lambda: made._completer.is_healthy(1), 10, "its completer works")
-    yield made
-    made._completer.close(5)
-    made._registration.close()
+    """A worker whose loop does not run: the test makes it take jobs."""
+    worker = Worker(worker_settings, {}, Stop())
+    worker._completer.start()
+    eventually(lambda: worker._completer.is_healthy(1), 10, "its completer works")
+    yield worker
+    worker._completer.close(5)
+    worker._registration.close()
 
 
 @pytest.mark.parametrize("refusal", STATES)
 def test_a_worker_drops_its_connections(refusal: str, worker: Worker, own_client: redis.Redis) -> None:
-    """The one on which it hears RQ's commands as well, and connects both anew once Redis can serve."""
+    """Also the one that listens for RQ's commands. It opens both again once Redis can serve."""
     worker._take()
     before = connections(own_client, "outbox-worker")
     assert len(before) == 2
     STATES[refusal](own_client)
-    worker._registration._beat_at = 0.0  # its heartbeat is due: some of these let an idle worker wait for jobs
+    worker._registration._beat_at = 0.0  # the heartbeat is due: in some states an idle worker may still wait for jobs
     worker._take()
     eventually(lambda: not before & connections(own_client, "outbox-worker"), 5, "the old ones are closed")
 
@@ -128,7 +128,7 @@ def test_a_worker_drops_its_connections(refusal: str, worker: Worker, own_client
         worker._take()
         return len(connections(own_client, "outbox-worker")) == 2
 
-    eventually(is_back, 10, "it is back, and hears commands")
+    eventually(is_back, 10, "it is back, and listens for commands")
 
 
 def test_no_connection_outlives_its_lifetime(
@@ -137,9 +137,9 @@ def test_no_connection_outlives_its_lifetime(
     connection: Connection,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The address has moved, and the old server still serves whoever is connected to it: they leave all the same."""
+    """The address has moved, and the old server still serves its connections: the processes still leave it."""
     monkeypatch.setattr(redis_connection, "LIFETIME", 0.5)
-    monkeypatch.setattr(loop, "REPAIR_INTERVAL", 0.05)  # it uses its connection all the time
+    monkeypatch.setattr(loop, "REPAIR_INTERVAL", 0.05)  # the relay uses its connection all the time
     with short_folder() as folder, redis_pair(folder) as pair:
         stop = Stop()
         relay = Relay(relay_settings.model_copy(update={"redis_url": pair.url}), stop)
@@ -154,7 +154,7 @@ def test_no_connection_outlives_its_lifetime(
             pair.move_address()
             for name in ("outbox-relay", "outbox-worker"):
                 eventually(lambda name=name: not connections(pair.other, name), 10, f"{name} has left")  # type: ignore[misc]
-            eventually(lambda: len(connections(pair.primary, "outbox-worker")) > 1, 10, "RQ's commands are heard there")
+            eventually(lambda: len(connections(pair.primary, "outbox-worker")) > 1, 10, "it listens for commands there")
         finally:
             stop.request()
             worker._stop.request()

@@ -1,4 +1,4 @@
-"""A statement that Postgres refuses is no outage: it costs what it was for, and the connection goes on."""
+"""Statements that Postgres refuses: a refusal is no outage, and the connection is kept."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +43,8 @@ CASES: list[tuple[LiteralString, bool]] = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_what_an_outage_is(connection: Connection, case: tuple[LiteralString, bool]) -> None:
-    """By the server's own errors, as it raises them."""
+def test_an_outage_is_told_from_a_refusal(connection: Connection, case: tuple[LiteralString, bool]) -> None:
+    """By the state of the error, as the server raises it."""
     state, is_outage = case
     with pytest.raises(psycopg.Error) as caught:
         connection.execute(f"DO $$ BEGIN RAISE 'of the test' USING ERRCODE = '{state}'; END $$")
@@ -60,7 +60,7 @@ ENDS: list[LiteralString] = [
 
 @pytest.mark.parametrize("ending", ENDS)
 def test_an_error_that_ends_the_session_is_an_outage(connection: Connection, ending: LiteralString) -> None:
-    """Whatever its class: the connection is gone."""
+    """Whatever its class: the connection is lost."""
 
     def end() -> None:
         connection.execute(ending)
@@ -74,8 +74,8 @@ def test_an_error_that_ends_the_session_is_an_outage(connection: Connection, end
 
 @pytest.fixture
 def lines(worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """All that a worker logs, which runs in a thread until the test ends, with the limits that its role has."""
-    settings = worker_settings.model_copy(update={"transaction_pooling": True})  # else it sets its own
+    """The log lines of a worker that runs in a thread until the test ends, with the time limits of its role."""
+    settings = worker_settings.model_copy(update={"transaction_pooling": True})  # else the worker sets its own limits
     worker = Worker(settings, {"noted": Handler(Task("noted", Nothing), lambda *_: None)}, Stop())
     with capture_logs() as lines, ThreadPoolExecutor(1) as thread:
         ended = thread.submit(worker.run)
@@ -87,14 +87,14 @@ def lines(worker_settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 LIMITS: list[LiteralString] = ["'0'", "'300ms'"]
-"""What the database's owner may have set: none, or less than a claim waits for a lock."""
+"""Values of `statement_timeout` that an owner may set: no limit, or less than a claim waits for a lock."""
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_a_locked_row_keeps_no_free_row_waiting(
+def test_a_locked_row_does_not_delay_free_rows(
     limit: LiteralString, connection: Connection, redis_client: redis.Redis, request: pytest.FixtureRequest
 ) -> None:
-    """Those that were to be claimed with it are done at once, the locked one later; Postgres was never away."""
+    """Rows taken with it are done at once, the locked row later; this is no outage of Postgres."""
     name = psycopg.sql.Identifier(connection.info.dbname)
     connection.execute(psycopg.sql.SQL("ALTER DATABASE {} SET statement_timeout = " + limit).format(name))
     lines: list[Any] = request.getfixturevalue("lines")
@@ -106,7 +106,7 @@ def test_a_locked_row_keeps_no_free_row_waiting(
 
         def are_done() -> bool:
             left = [row for row in free if read_row(connection, row)["status"] != "done"]
-            # As the sweep does: on a busy machine a row may take longer by itself than it may.
+            # As the sweep does: on a busy machine a single row may exceed the limit.
             if left:
                 redis_client.rpush("rq:queue:default", *[row.job_id for row in left])
             return not left
@@ -122,7 +122,7 @@ def test_a_locked_row_keeps_no_free_row_waiting(
 
 
 def test_a_claim_limits_its_own_wait(connection: Connection, database_url: str) -> None:
-    """Behind a pooler the session's limit is the role's, ten seconds say; and nothing is left in the session."""
+    """Behind a pooler the session has the limit of its role. The claim changes no setting of the session."""
     delivery = add_row(connection)
     with postgres.connect(database_url, "test", pooled=True) as claiming, connection.transaction():
         claiming.execute("SET lock_timeout = '60s'")
@@ -142,11 +142,11 @@ END $$;
 CREATE TRIGGER cancelling AFTER UPDATE ON outbox REFERENCING NEW TABLE AS changed
 FOR EACH STATEMENT EXECUTE FUNCTION cancel();
 """
-"""Stands for a `statement_timeout` that only few rows keep."""
+"""Stands for a `statement_timeout` that a statement for more than three rows exceeds."""
 
 
-def test_marks_that_are_cancelled_are_written_in_smaller_batches(connection: Connection, database_url: str) -> None:
-    """On the same connection, and so are leases renewed."""
+def test_outcomes_that_are_cancelled_are_written_in_smaller_batches(connection: Connection, database_url: str) -> None:
+    """On the same connection; leases are renewed in smaller batches too."""
     completer = Completer(database_url, InFlight(), "me", 1)
     deliveries = [add_row(connection) for _ in range(20)]
     claims = claim(connection, deliveries, "me", 1)
@@ -157,19 +157,19 @@ def test_marks_that_are_cancelled_are_written_in_smaller_batches(connection: Con
         eventually(lambda: all(read_row(connection, one)["lease"] > 0.5 for one in deliveries), 5, "leases are renewed")
         for one in claims:
             completer.in_flight.put(Outcome(one.delivery, Status.DONE, 1))
-        eventually(lambda: not completer.in_flight.deliveries(), 10, "all are marked")
+        eventually(lambda: not completer.in_flight.deliveries(), 10, "all are written")
         eventually(lambda: completer.is_healthy(0), 5)
     assert completer.close(5) == []
     assert lines == []
 
 
-def test_large_payloads_are_claimed_bit_by_bit(
+def test_large_payloads_are_claimed_in_several_batches(
     connection: Connection,
     redis_client: redis.Redis,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows that were taken together and have too much for one claim are all done, and none is handed over again."""
+    """Rows that were taken together and exceed the bytes of one claim are all done, without another hand-over."""
     monkeypatch.setattr("outbox_worker.claim.MAX_BYTES", 1000)
     rows = [add_row(connection, payload=f'{{"text": "{"x" * 600}"}}') for _ in range(40)]
     redis_client.rpush("rq:queue:default", *[row.job_id for row in rows])

@@ -1,4 +1,4 @@
-"""To the outside it is an RQ worker: stock RQ's own tools see it and command it."""
+"""A worker as an RQ worker: stock RQ's tools list it and command it."""
 
 import socket
 import subprocess
@@ -18,6 +18,7 @@ from outbox.runtime import redis_connection
 from outbox.runtime.stop import Stop
 from outbox_worker.registration import Registration
 from tests.conftest import Connection
+from tests.support.manual_clock import ManualClock
 from tests.support.processes import Process, Stack
 from tests.support.rows import add_row, read_row
 from tests.support.waiting import eventually
@@ -33,18 +34,18 @@ def running(stack: Stack, redis_client: redis.Redis) -> Process:
 
 @pytest.fixture
 def stop() -> Stop:
-    """What a command requests."""
+    """The stop that RQ's shutdown command requests."""
     return Stop()
 
 
 @pytest.fixture
 def registration(redis_url: str, stop: Stop) -> Iterator[Registration]:
-    """One of a worker that does not run: the test beats."""
-    made = Registration(redis_connection.connect(redis_url, "test"), ["critical", "default"], stop)
-    yield made
-    made.close()
-    if made._commands is not None:
-        made._commands.join(5)
+    """The registration of a worker that does not run: the test makes it beat."""
+    registration = Registration(redis_connection.connect(redis_url, "test"), ["critical", "default"], stop)
+    yield registration
+    registration.close()
+    if registration._commands is not None:
+        registration._commands.join(5)
 
 
 def test_rq_lists_suspends_resumes_and_stops_it(
@@ -63,7 +64,7 @@ def test_rq_lists_suspends_resumes_and_stops_it(
     suspend(redis_client)
     eventually(lambda: redis_client.get("rq:suspended") and running.is_up())
     row = add_row(connection, task="send_verify_email", payload='{"username": "nobody"}')
-    eventually(lambda: _is_paused(redis_client), 5, "it blocks on no queue")
+    eventually(lambda: _is_paused(redis_client), 5, "it waits on no queue")
     redis_client.rpush("rq:queue:default", row.job_id)
     resumed_at = connection.execute("SELECT now() AS now").fetchone()
     resume(redis_client)
@@ -78,11 +79,11 @@ def test_rq_lists_suspends_resumes_and_stops_it(
 
 
 def _is_paused(client: redis.Redis) -> bool:
-    return all(found["cmd"] != "blpop" for found in client.client_list())
+    return all(entry["cmd"] != "blpop" for entry in client.client_list())
 
 
 def test_garbage_on_its_channel_is_ignored(running: Process, redis_client: redis.Redis) -> None:
-    """Whatever is published, the next command is heard."""
+    """After any published message, the next command works."""
     (seen,) = Worker.all(connection=redis_client)
     channel = f"rq:pubsub:{seen.name}"
     eventually(lambda: dict(redis_client.pubsub_numsub(channel)).get(channel.encode()) == 1)
@@ -99,7 +100,7 @@ def test_garbage_on_its_channel_is_ignored(running: Process, redis_client: redis
 
 
 def test_its_registration_comes_back(registration: Registration, redis_client: redis.Redis) -> None:
-    """The next heartbeat after a FLUSHALL registers it anew, with queues, birth and an expiry."""
+    """The next heartbeat after a FLUSHALL writes the whole entry again: queues, birth and expiry."""
     registration.beat(busy=False)
     born = Worker.all(connection=redis_client)[0].birth_date
     redis_client.flushdb()
@@ -113,25 +114,25 @@ def test_its_registration_comes_back(registration: Registration, redis_client: r
     assert 0 < redis_client.ttl(registration.key) <= 420
 
 
-def test_a_strangers_key_does_not_stop_a_heartbeat(registration: Registration, redis_client: redis.Redis) -> None:
-    """Work goes on unlisted; its own key is put right, the others are the relay's to mend."""
+def test_a_foreign_key_does_not_stop_a_heartbeat(registration: Registration, redis_client: redis.Redis) -> None:
+    """The worker overwrites its own key; lists of a wrong type are left to the relay and logged."""
     cases: list[tuple[str, list[str]]] = [
         (registration.key, []),
         ("rq:workers", ["registered in part"]),
         ("rq:workers:critical", ["registered in part"]),
     ]
-    for key, said in cases:
+    for key, events in cases:
         redis_client.delete("rq:workers")
         redis_client.set(key, "x")
         registration.forget()
         with capture_logs() as lines:
             registration.beat(busy=False)
         assert redis_client.hget(registration.key, "hostname") == socket.gethostname().encode()
-        assert [line["event"] for line in lines] == said
+        assert [line["event"] for line in lines] == events
 
 
-def test_rq_tools_that_want_a_job_find_none(redis_client: redis.Redis) -> None:
-    """RQ's stop-job command needs a running job's hash, which does not exist here; it says so and harms nothing."""
+def test_rq_tools_that_need_a_running_job_fail(redis_client: redis.Redis) -> None:
+    """RQ's stop-job command reads the hash of a running job, which does not exist here."""
     from rq.exceptions import NoSuchJobError
 
     with pytest.raises(NoSuchJobError):
@@ -141,16 +142,16 @@ def test_rq_tools_that_want_a_job_find_none(redis_client: redis.Redis) -> None:
 def test_shutdown_commands_let_handlers_end(
     registration: Registration, stop: Stop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many come, and whenever: they are an ordinary stop, and the signal that follows is the first."""
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    """Any number of commands is an ordinary stop; a signal that follows counts as the first."""
+    clock = ManualClock()
+    monkeypatch.setattr(time, "monotonic", clock)
     for _ in range(3):
         registration.obey({"data": b'{"command": "shutdown"}'})
-        now[0] += 5
+        clock.advance(5)
     assert stop.is_requested()
     assert not stop.is_hurried()
     stop.signalled()
     assert not stop.is_hurried()
-    now[0] += 5
+    clock.advance(5)
     stop.signalled()
     assert stop.is_hurried()

@@ -1,6 +1,6 @@
-"""`python -m tests.support.threadless`: the process that THREADLESS names, without new threads once SIGUSR1 has come.
+"""Runs the process that THREADLESS names; after SIGUSR1, the process can start no thread.
 
-As under a limit of processes (`pids.max`), which counts threads as well, and which a test may not be allowed to set.
+This is the effect of a limit of processes (`pids.max`), which counts threads, and which a test may not be able to set.
 """
 
 import _thread
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def refuse(*_: Any, **__: Any) -> None:
-    """Fails as Python does where the system has no thread for it."""
+    """Fails as Python does if the system has no thread."""
     raise RuntimeError("can't start new thread")
 
 
 def refuse_threads(*_: Any) -> None:
-    """Has every start of a thread fail from now on."""
+    """Makes every start of a thread fail from now on."""
     for module, name in (
         (threading, "_start_new_thread"),
         (threading, "_start_joinable_thread"),
