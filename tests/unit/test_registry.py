@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from structlog.testing import capture_logs
 
 from outbox import Context, Task, TaskError, handler
 from outbox_worker.registry import load_registry
-
-
-class Nothing(BaseModel):
-    """A payload of nothing."""
-
+from tests.support.tasks import Nothing
 
 TASK = Task("nothing", Nothing)
 
@@ -144,8 +139,8 @@ def test_a_wrong_declaration_is_an_error_without_a_traceback(tmp_path: Path, mon
     name = module(
         tmp_path,
         monkeypatch,
-        "from tests.unit.test_registry import TASK\nfrom outbox import handler\n"
-        "@handler(TASK)\nasync def greet(payload, context): ...\n",
+        "from outbox import Task, handler\nfrom tests.support.tasks import Nothing\n"
+        "@handler(Task('nothing', Nothing))\nasync def greet(payload, context): ...\n",
     )
     with (
         capture_logs() as lines,

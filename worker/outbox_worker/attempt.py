@@ -100,7 +100,7 @@ def _handler_and_payload(claim: Claim, registry: Registry) -> tuple[Handler[Any]
     handler = registry.get(claim.task)
     if handler is None:
         why = (
-            f"no handler for task {claim.task!r}: the worker is older than the row, or OUTBOX_HANDLERS lacks its module"
+            f"no handler for task {claim.task!r}: the worker was older than the row, or OUTBOX_HANDLERS lacks a module"
         )
         raise _NotHandledError("task is unknown to this worker", why)
     try:

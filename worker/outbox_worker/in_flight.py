@@ -25,7 +25,7 @@ class HeldRow:
 
     claim: Claim
     queued_at: float
-    """When it was claimed, by `InFlight.clock`."""
+    """When it was queued for the handler threads, by `InFlight.clock`."""
     begun_at: float | None = None
     """When its handler began. Written by its handler thread."""
     outcome: Outcome | None = None
