@@ -127,8 +127,8 @@ def test_a_worker_that_stops_leaves_no_statement_behind(
     """A handler's statement that still runs when the grace is over is cancelled."""
     stack.environment["OUTBOX_HANDLERS"] = "tests.support.tasks"
     stack.environment["OUTBOX_GRACE"] = "0.2"
-    row = add_row(connection, task="sleep_in_postgres", timeout=600)
-    redis_client.rpush("rq:queue:default", row.job_id)
+    delivery = add_row(connection, task="sleep_in_postgres", timeout=600)
+    redis_client.rpush("rq:queue:default", delivery.job_id)
     worker = stack.run("worker")
     eventually(lambda: sessions(connection, "outbox worker handlers"), 10, "the handler's statement runs")
     worker.stop()

@@ -30,12 +30,12 @@ def test_a_row_that_redis_has_twice_runs_once(
         eventually(lambda: not worker._claimer.has_jobs)
 
     worker = worker_with(worker_settings, count)
-    row = add_row(connection, task="called")
+    delivery = add_row(connection, task="called")
     worker._claimer._may_have_claimed = True
-    offer(worker._client, row.job_id, row.job_id)
+    offer(worker._client, delivery.job_id, delivery.job_id)
     with working(worker):
-        eventually(lambda: is_done(connection, row), 10)
-    assert ran == [row.row_id]
+        eventually(lambda: is_done(connection, delivery), 10)
+    assert ran == [delivery.row_id]
 
 
 def lose_first_answer(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object]) -> None:
@@ -54,14 +54,14 @@ def test_a_row_that_may_be_claimed_is_given_back_when_the_worker_stops(
     worker_settings: WorkerSettings, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker stops before it can repeat the claim: the row has not begun, and no attempt counts."""
-    row = add_row(connection, task="called", max_retries=0)
+    delivery = add_row(connection, task="called", max_retries=0)
     worker = worker_with(worker_settings, lambda *_: None)
     lose_first_answer(monkeypatch, worker._stop.request)
-    offer(worker._client, row.job_id)
+    offer(worker._client, delivery.job_id)
     worker._work()
     worker._finish()
-    now = read_row(connection, row)
-    assert (now["status"], now["attempts"]) == ("pending", 0)
+    row = read_row(connection, delivery)
+    assert (row["status"], row["attempts"]) == ("pending", 0)
 
 
 def test_a_row_that_may_be_claimed_and_is_locked_then_is_given_back(
@@ -71,24 +71,27 @@ def test_a_row_that_may_be_claimed_and_is_locked_then_is_given_back(
 
     The row behind it does not wait for the lock.
     """
-    row, behind = add_row(connection, task="called", max_retries=0), add_row(connection, task="called", max_retries=0)
+    delivery, behind = (
+        add_row(connection, task="called", max_retries=0),
+        add_row(connection, task="called", max_retries=0),
+    )
     worker = worker_with(worker_settings, lambda *_: None)
     with postgres.connect(database_url, "test") as other:
         locks = other.transaction()
 
         def lock() -> None:
             locks.__enter__()
-            other.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [row.row_id])
+            other.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [delivery.row_id])
 
         lose_first_answer(monkeypatch, lock)
-        offer(worker._client, row.job_id, behind.job_id)
+        offer(worker._client, delivery.job_id, behind.job_id)
         with capture_logs() as lines, working(worker):
             eventually(lambda: [line for line in lines if "claim" in line["event"]], 10, "it has met the lock")
             eventually(lambda: is_done(connection, behind), 10, "it does not wait for the lock")
-            assert read_row(connection, row)["status"] == "running"
+            assert read_row(connection, delivery)["status"] == "running"
             locks.__exit__(None, None, None)
-            eventually(lambda: read_row(connection, row)["status"] == "pending", 10, "it is given back")
-        assert read_row(connection, row)["attempts"] == 0
+            eventually(lambda: read_row(connection, delivery)["status"] == "pending", 10, "it is given back")
+        assert read_row(connection, delivery)["attempts"] == 0
 
 
 def test_a_running_row_is_not_given_back_if_the_claim_of_a_copy_gets_no_answer(
@@ -102,9 +105,9 @@ def test_a_running_row_is_not_given_back_if_the_claim_of_a_copy_gets_no_answer(
         ran.append(context.attempt)
         may_end.wait(30)
 
-    row = add_row(connection, task="called", timeout=60)
+    delivery = add_row(connection, task="called", timeout=60)
     worker = worker_with(worker_settings, wait)
-    offer(worker._client, row.job_id)
+    offer(worker._client, delivery.job_id)
     with capture_logs() as lines, working(worker):
         eventually(lambda: ran, 10)
 
@@ -113,12 +116,12 @@ def test_a_running_row_is_not_given_back_if_the_claim_of_a_copy_gets_no_answer(
             raise psycopg.OperationalError("the answer is lost")
 
         monkeypatch.setattr("outbox_worker.claimer.claim", lose)
-        offer(worker._client, row.job_id)
+        offer(worker._client, delivery.job_id)
         eventually(lambda: [line for line in lines if line["event"] == "dropped job"], 10, "the copy is dropped")
         later = add_row(connection, task="unheard_of")
         offer(worker._client, later.job_id)
         eventually(lambda: read_row(connection, later)["status"] != "enqueued", 10, "outcomes are written")
-        assert read_row(connection, row)["status"] == "running"
+        assert read_row(connection, delivery)["status"] == "running"
         may_end.set()
-        eventually(lambda: is_done(connection, row), 10)
+        eventually(lambda: is_done(connection, delivery), 10)
     assert ran == [1]

@@ -57,14 +57,15 @@ def test_a_row_whose_handler_hangs_at_every_attempt_becomes_dead(
 ) -> None:
     """Its attempts count, or it would end one worker after the other."""
     may_end = threading.Event()
-    row = add_row(connection, task="called", timeout=1, max_retries=1)
+    delivery = add_row(connection, task="called", timeout=1, max_retries=1)
     for attempts, status in ((1, "pending"), (2, "dead")):
         worker = worker_with(worker_settings, waiting_for(may_end))
-        offer(worker._client, row.job_id)
+        offer(worker._client, delivery.job_id)
         with pytest.raises(OverdueError):
             worker._work()
         worker._finish()
-        assert (read_row(connection, row)["status"], read_row(connection, row)["attempts"]) == (status, attempts)
+        row = read_row(connection, delivery)
+        assert (row["status"], row["attempts"]) == (status, attempts)
         connection.execute("UPDATE outbox SET status = 'enqueued', run_at = now() WHERE status = 'pending'")
     may_end.set()
 
@@ -75,9 +76,9 @@ def test_a_handler_that_ends_late_costs_the_worker_nothing(
     """Its row is done. Afterwards the worker takes new rows again; it stays on RQ's list all the time."""
     may_end = threading.Event()
     worker = worker_with(worker_settings, waiting_for(may_end), concurrency=3)
-    row, later = add_row(connection, task="called", timeout=1), add_row(connection, task="called", timeout=30)
+    delivery, later = add_row(connection, task="called", timeout=1), add_row(connection, task="called", timeout=30)
     other = add_row(connection, task="called", timeout=30)
-    offer(worker._client, row.job_id, other.job_id)
+    offer(worker._client, delivery.job_id, other.job_id)
     with capture_logs() as lines, working(worker):
         eventually(lambda: any(line["event"] == "attempt is overdue" for line in lines), 10, "it takes nothing new")
         offer(worker._client, later.job_id)
@@ -86,4 +87,4 @@ def test_a_handler_that_ends_late_costs_the_worker_nothing(
         eventually(lambda: worker._client.exists(worker._registration.key), 5, "RQ still lists it")
         assert read_row(connection, later)["status"] == "enqueued", "nothing new is taken"
         may_end.set()
-        eventually(lambda: all(is_done(connection, each) for each in (row, other, later)), 10, "all are done")
+        eventually(lambda: all(is_done(connection, each) for each in (delivery, other, later)), 10, "all are done")

@@ -98,11 +98,11 @@ def test_a_locked_row_does_not_delay_free_rows(
     name = psycopg.sql.Identifier(connection.info.dbname)
     connection.execute(psycopg.sql.SQL("ALTER DATABASE {} SET statement_timeout = " + limit).format(name))
     lines: list[Any] = request.getfixturevalue("lines")
-    rows = [add_row(connection) for _ in range(20)]
-    locked, *free = rows
+    deliveries = [add_row(connection) for _ in range(20)]
+    locked, *free = deliveries
     with connection.transaction():
         connection.execute("SELECT FROM outbox WHERE id = %s FOR UPDATE", [locked.row_id])
-        redis_client.rpush("rq:queue:default", *[row.job_id for row in rows])
+        redis_client.rpush("rq:queue:default", *[delivery.job_id for delivery in deliveries])
 
         def are_done() -> bool:
             left = [row for row in free if read_row(connection, row)["status"] != "done"]
@@ -171,9 +171,9 @@ def test_large_payloads_are_claimed_in_several_batches(
 ) -> None:
     """Rows that were taken together and exceed the bytes of one claim are all done, without another hand-over."""
     monkeypatch.setattr("outbox_worker.claim.MAX_BYTES", 1000)
-    rows = [add_row(connection, payload=f'{{"text": "{"x" * 600}"}}') for _ in range(40)]
-    redis_client.rpush("rq:queue:default", *[row.job_id for row in rows])
+    deliveries = [add_row(connection, payload=f'{{"text": "{"x" * 600}"}}') for _ in range(40)]
+    redis_client.rpush("rq:queue:default", *[delivery.job_id for delivery in deliveries])
     lines: list[Any] = request.getfixturevalue("lines")
-    eventually(lambda: all(read_row(connection, row)["status"] == "done" for row in rows), 10)
+    eventually(lambda: all(read_row(connection, delivery)["status"] == "done" for delivery in deliveries), 10)
     assert {row["attempts"] for row in connection.execute("SELECT attempts FROM outbox")} == {1}
     assert not [line for line in lines if line["event"] in {"dropped job", "claim refused"}]

@@ -63,14 +63,14 @@ def test_rq_lists_suspends_resumes_and_stops_it(
 
     suspend(redis_client)
     eventually(lambda: redis_client.get("rq:suspended") and running.is_up())
-    row = add_row(connection, task="send_verify_email", payload='{"username": "nobody"}')
+    delivery = add_row(connection, task="send_verify_email", payload='{"username": "nobody"}')
     eventually(lambda: _is_paused(redis_client), 5, "it waits on no queue")
-    redis_client.rpush("rq:queue:default", row.job_id)
+    redis_client.rpush("rq:queue:default", delivery.job_id)
     resumed_at = connection.execute("SELECT now() AS now").fetchone()
     resume(redis_client)
-    eventually(lambda: read_row(connection, row)["status"] == "dead", 5, "the row, whose user is gone")
+    eventually(lambda: read_row(connection, delivery)["status"] == "dead", 5, "the row, whose user is gone")
     assert resumed_at is not None
-    assert read_row(connection, row)["started_at"] > resumed_at["now"], "nothing was taken while it was suspended"
+    assert read_row(connection, delivery)["started_at"] > resumed_at["now"], "nothing was taken while it was suspended"
 
     send_shutdown_command(redis_client, seen.name)
     assert running.wait(10) == 0

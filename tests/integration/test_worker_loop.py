@@ -78,13 +78,13 @@ def test_foreign_jobs_and_keys_neither_run_nor_stop_a_worker(
 
 def test_handlers_cannot_end_the_worker(noted_stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
     """sys.exit() and KeyboardInterrupt in a handler are failures like any other, also in a worker with one thread."""
-    rows = [add_row(connection, payload=f'{{"does": "{does}"}}') for does in ("exits", "interrupts", "returns")]
-    offer(redis_client, *[row.job_id for row in rows])
+    deliveries = [add_row(connection, payload=f'{{"does": "{does}"}}') for does in ("exits", "interrupts", "returns")]
+    offer(redis_client, *[delivery.job_id for delivery in deliveries])
     worker = noted_stack.run("worker", OUTBOX_CONCURRENCY="1")
-    eventually(lambda: is_done(connection, rows[2]), 10, "the handler that returns")
-    for row, name in zip(rows, ("SystemExit", "KeyboardInterrupt"), strict=False):
-        assert read_row(connection, row)["status"] == "pending"
-        assert name in read_row(connection, row)["last_error"]
+    eventually(lambda: is_done(connection, deliveries[2]), 10, "the handler that returns")
+    for delivery, name in zip(deliveries, ("SystemExit", "KeyboardInterrupt"), strict=False):
+        assert read_row(connection, delivery)["status"] == "pending"
+        assert name in read_row(connection, delivery)["last_error"]
     assert worker.stop() == 0
 
 
@@ -109,12 +109,12 @@ def test_redis_away_at_the_start(noted_stack: Stack, connection: Connection, own
     take_down(own_redis)
     worker = noted_stack.start("worker", REDIS_URL=own_redis.url)
     worker.await_event("Redis is away")
-    row = add_row(connection)
+    delivery = add_row(connection)
     own_redis.restart()
     worker.await_event("Redis is back")
     with redis_connection.connect(own_redis.url, "test") as client:
-        offer(client, row.job_id)
-    eventually(lambda: is_done(connection, row), 10, "the row")
+        offer(client, delivery.job_id)
+    eventually(lambda: is_done(connection, delivery), 10, "the row")
     assert len(worker.events("Redis is away")) == 1
     assert worker.stop() == 0
 
@@ -141,13 +141,13 @@ def test_a_locked_row_does_not_delay_the_claims_of_others(
 
 def test_a_suspension_is_logged(noted_stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
     """One line when the worker is suspended, and one when it is resumed."""
-    row = add_row(connection)
+    delivery = add_row(connection)
     redis_client.set("rq:suspended", 1)
-    offer(redis_client, row.job_id)
+    offer(redis_client, delivery.job_id)
     worker = noted_stack.run("worker")
     worker.await_event("suspended")
     redis_client.delete("rq:suspended")
-    eventually(lambda: is_done(connection, row), 10, "the row")
+    eventually(lambda: is_done(connection, delivery), 10, "the row")
     worker.await_event("resumed")
     assert [len(worker.events(event)) for event in ("suspended", "resumed")] == [1, 1]
     assert worker.stop() == 0
@@ -158,34 +158,34 @@ def test_postgres_away_at_the_start(
 ) -> None:
     """The worker waits for Postgres, logs the outage once, and works when Postgres is back."""
     with postgres.connect(own_postgres.url, "test") as connection:
-        row = add_row(connection)
+        delivery = add_row(connection)
     take_down(own_postgres)
-    offer(redis_client, row.job_id)
+    offer(redis_client, delivery.job_id)
     worker = noted_stack.start("worker", DATABASE_URL=own_postgres.url)
     worker.await_event("Postgres is away")
     own_postgres.restart()
     worker.await_event("Postgres is back")
     with postgres.connect(own_postgres.url, "test") as connection:
-        eventually(lambda: is_done(connection, row), 10, "the row")
+        eventually(lambda: is_done(connection, delivery), 10, "the row")
     assert len(worker.events("Postgres is away")) == 1
     assert worker.stop() == 0
 
 
 def test_a_worker_that_cannot_complete_takes_nothing(worker_settings: WorkerSettings, connection: Connection) -> None:
     """A worker that could claim and not complete would send the same mails again and again."""
-    row = add_row(connection)
+    delivery = add_row(connection)
     worker = Worker(worker_settings, {}, Stop())
     healthy, worker._completer = (
         worker._completer,
         Completer("postgresql://nobody@/none?host=/nowhere", InFlight(), "me", 15),
     )
-    offer(worker._client, row.job_id)
+    offer(worker._client, delivery.job_id)
     worker._completer.start()
     eventually(lambda: worker._completer._failures > 1, 5, "the completer has tried")
     assert worker._take() == []
     worker._completer = healthy
     healthy.start()
-    assert eventually(worker._take, 5, "it takes the job") == [row]
+    assert eventually(worker._take, 5, "it takes the job") == [delivery]
     healthy.close(5)
     worker._registration.close()
 
@@ -194,9 +194,9 @@ def test_a_log_that_is_not_read_delays_no_row(
     noted_stack: Stack, connection: Connection, redis_client: redis.Redis
 ) -> None:
     """The pipe is full after some hundred lines: rows are still completed and leases renewed."""
-    rows = [add_row(connection, payload=f'{{"path": "{"x" * 500}"}}') for _ in range(1000)]
+    deliveries = [add_row(connection, payload=f'{{"path": "{"x" * 500}"}}') for _ in range(1000)]
     environment = {**os.environ, **noted_stack.environment, "LOG_FORMAT": "json"}
-    offer(redis_client, *[row.job_id for row in rows])
+    offer(redis_client, *[delivery.job_id for delivery in deliveries])
 
     def are_done() -> bool:
         # As a relay does: on a busy machine the worker may give rows back because they have waited for a thread.
@@ -221,11 +221,15 @@ def test_a_row_that_cannot_be_claimed_does_not_delay_others(
     noted_stack: Stack, connection: Connection, redis_client: redis.Redis
 ) -> None:
     """A trigger refuses its claim: the row is logged, and the rows taken with it are done."""
-    rows = [add_row(connection) for _ in range(5)]
-    refused = rows[2]
+    deliveries = [add_row(connection) for _ in range(5)]
+    refused = deliveries[2]
     refuse_updates(connection, row_id=refused.row_id)
-    offer(redis_client, *[row.job_id for row in rows])
+    offer(redis_client, *[delivery.job_id for delivery in deliveries])
     worker = noted_stack.run("worker")
-    eventually(lambda: all(is_done(connection, row) for row in rows if row != refused), 10, "the others are done")
+    eventually(
+        lambda: all(is_done(connection, delivery) for delivery in deliveries if delivery != refused),
+        10,
+        "the others are done",
+    )
     assert worker.await_event("rows cannot be claimed")["rows"] == [refused.row_id]
     assert worker.stop() == 0

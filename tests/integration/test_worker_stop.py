@@ -26,15 +26,15 @@ from tests.support.workers import is_done, start_with_running_handler
 
 def test_a_long_handler_keeps_its_row(noted_stack: Stack, connection: Connection, redis_client: redis.Redis) -> None:
     """Its lease of one second is renewed for three seconds; SIGTERM lets it end, and the exit code is 0."""
-    worker, row, go = start_with_running_handler(noted_stack, connection, redis_client)
-    later = read_row(connection, row)["lease_until"] + timedelta(seconds=3)
-    eventually(lambda: read_row(connection, row)["lease_until"] > later, 10, "it is renewed again and again")
+    worker, delivery, go = start_with_running_handler(noted_stack, connection, redis_client)
+    later = read_row(connection, delivery)["lease_until"] + timedelta(seconds=3)
+    eventually(lambda: read_row(connection, delivery)["lease_until"] > later, 10, "it is renewed again and again")
     untouched = add_row(connection)
     worker.send(signal.SIGTERM)
     go.touch()
     assert worker.wait(10) == 0
-    assert is_done(connection, row)
-    assert read_row(connection, row)["attempts"] == 1
+    assert is_done(connection, delivery)
+    assert read_row(connection, delivery)["attempts"] == 1
     assert read_row(connection, untouched)["status"] == "enqueued"
 
 
@@ -45,36 +45,36 @@ def test_a_second_sigterm_gives_the_row_back(
 
     The row is not due before the worker has exited: its handler runs until then.
     """
-    worker, row, _ = start_with_running_handler(noted_stack, connection, redis_client)
+    worker, delivery, _ = start_with_running_handler(noted_stack, connection, redis_client)
     worker.send(signal.SIGTERM)
     worker.send(signal.SIGTERM)
     asked_at = time.monotonic()
 
     def has_waited() -> bool:
         assert worker.is_up(), "two signals at once count as one"
-        assert read_row(connection, row)["status"] == "running"
+        assert read_row(connection, delivery)["status"] == "running"
         return time.monotonic() - asked_at > 2  # the worker may have received the first signal late
 
     eventually(has_waited)
     asked_at = time.monotonic()
     worker.send(signal.SIGTERM)
     assert worker.wait(5) == 0
-    now = read_row(connection, row)
-    assert (now["status"], now["attempts"], now["lease"]) == ("pending", 1, None)
-    assert LEAVING_TIME - (time.monotonic() - asked_at) < now["waits"] <= LEAVING_TIME
-    assert now["last_error"] == "the worker was stopped before the attempt ended"
+    row = read_row(connection, delivery)
+    assert (row["status"], row["attempts"], row["lease"]) == ("pending", 1, None)
+    assert LEAVING_TIME - (time.monotonic() - asked_at) < row["waits"] <= LEAVING_TIME
+    assert row["last_error"] == "the worker was stopped before the attempt ended"
 
 
 def test_a_handler_that_outlives_the_grace_does_not_delay_the_exit(
     noted_stack: Stack, connection: Connection, redis_client: redis.Redis
 ) -> None:
     """It has started a thread for which the interpreter's shutdown would wait."""
-    worker, row, _ = start_with_running_handler(
+    worker, delivery, _ = start_with_running_handler(
         noted_stack, connection, redis_client, does="waits for a thread", OUTBOX_GRACE="0.1"
     )
     worker.send(signal.SIGTERM)
     eventually(lambda: worker.events("stopped"), 10)
-    assert read_row(connection, row)["status"] == "pending"
+    assert read_row(connection, delivery)["status"] == "pending"
     assert worker.wait(5) == 0
 
 
@@ -85,12 +85,12 @@ def test_rows_are_given_back_if_no_thread_can_be_started(
     worker = noted_stack.run("tests.support.threadless", THREADLESS="worker")
     eventually(lambda: redis_client.scard("rq:workers"), 20, "it takes rows, and the completer's thread runs")
     worker.send(signal.SIGUSR1)
-    rows = [add_row(connection) for _ in range(7)]
-    offer(redis_client, *(row.job_id for row in rows))
+    deliveries = [add_row(connection) for _ in range(7)]
+    offer(redis_client, *(delivery.job_id for delivery in deliveries))
     assert worker.wait(10) == 1
-    now = [read_row(connection, row) for row in rows]
-    assert {row["attempts"] for row in now} == {0}
-    assert "pending" in {row["status"] for row in now} <= {"pending", "enqueued"}, "some may not have been taken"
+    rows = [read_row(connection, delivery) for delivery in deliveries]
+    assert {row["attempts"] for row in rows} == {0}
+    assert "pending" in {row["status"] for row in rows} <= {"pending", "enqueued"}, "some may not have been taken"
     assert "no thread can be started to run handlers" in worker.text()
     assert "Traceback" not in worker.text()
 
@@ -99,14 +99,14 @@ def test_sigterm_works_if_no_thread_can_be_started(
     noted_stack: Stack, connection: Connection, redis_client: redis.Redis
 ) -> None:
     """The handler may end, its row is done, and the exit code is 0."""
-    worker, row, go = start_with_running_handler(
+    worker, delivery, go = start_with_running_handler(
         noted_stack, connection, redis_client, module="tests.support.threadless", THREADLESS="worker"
     )
     worker.send(signal.SIGUSR1)
     worker.send(signal.SIGTERM)
     go.touch()
     assert worker.wait(10) == 0
-    assert is_done(connection, row)
+    assert is_done(connection, delivery)
     assert "Traceback" not in worker.text()
 
 
@@ -114,24 +114,24 @@ def test_a_redis_that_hangs_is_away_and_does_not_delay_the_exit(
     noted_stack: Stack, connection: Connection, own_redis: EmbeddedServer
 ) -> None:
     """A worker notices it within seconds. SIGTERM ends the worker in time, and the running row becomes pending."""
-    row = add_row(connection, payload=f'{{"does": "waits", "path": "{noted_stack.folder / "begun"}"}}')
+    delivery = add_row(connection, payload=f'{{"does": "waits", "path": "{noted_stack.folder / "begun"}"}}')
     with redis_connection.connect(own_redis.url, "test") as client:
-        offer(client, row.job_id)
+        offer(client, delivery.job_id)
         worker = noted_stack.run("worker", REDIS_URL=own_redis.url, OUTBOX_GRACE="12")
         eventually((noted_stack.folder / "begun").exists, 10, "the handler has begun")
     with frozen(own_redis):
         worker.await_event("Redis is away", 15)
         worker.send(signal.SIGTERM)
         assert worker.wait(12 + 5) == 0, worker.text()
-    assert read_row(connection, row)["status"] == "pending"
-    assert read_row(connection, row)["attempts"] == 1
+    assert read_row(connection, delivery)["status"] == "pending"
+    assert read_row(connection, delivery)["attempts"] == 1
 
 
 def test_a_worker_that_fails_lets_its_handlers_end(
     noted_stack: Stack, connection: Connection, redis_client: redis.Redis
 ) -> None:
     """The database lacks migrations after an outage: the worker completes its rows and signs off before it fails."""
-    worker, row, go = start_with_running_handler(noted_stack, connection, redis_client)
+    worker, delivery, go = start_with_running_handler(noted_stack, connection, redis_client)
     connection.execute("DELETE FROM _yoyo_migration")
     connection.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -144,7 +144,7 @@ def test_a_worker_that_fails_lets_its_handlers_end(
     assert worker.wait(20) == 1
     assert "run 'outbox migrate'" in worker.text()
     assert "Traceback" not in worker.text()
-    assert is_done(connection, row)
+    assert is_done(connection, delivery)
     assert [line["cut_short"] for line in worker.events("stopped")] == [0]
     assert not redis_client.smembers("rq:workers"), "it is off RQ's list"
 

@@ -39,11 +39,11 @@ def start_with_running_handler(
         The process, the row, and the file on which a handler that `waits` ends.
     """
     flag = stack.folder / "begun"
-    row = add_row(connection, payload=f'{{"does": "{does}", "path": "{flag}"}}')
-    offer(client, row.job_id)
+    delivery = add_row(connection, payload=f'{{"does": "{does}", "path": "{flag}"}}')
+    offer(client, delivery.job_id)
     worker = stack.run(module, **environment)
     eventually(flag.exists, 10, "the handler has begun")
-    return worker, row, flag.with_name("begun.go")
+    return worker, delivery, flag.with_name("begun.go")
 
 
 def worker_with(settings: WorkerSettings, function: Callable[[Nothing, Context], None], concurrency: int = 2) -> Worker:
