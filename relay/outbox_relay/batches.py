@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 import psycopg
 
 from outbox.runtime import logs, postgres
-from outbox.runtime.batch_size import BatchSize
+from outbox.runtime.batches import BatchSize
 from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 

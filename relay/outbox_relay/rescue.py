@@ -13,7 +13,7 @@ from outbox.queries import query
 from outbox.row import Status, named
 from outbox.rq_jobs import Delivery
 from outbox.runtime import logs, postgres
-from outbox.runtime.halving import write_by_halves
+from outbox.runtime.batches import write_bisecting
 from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 from outbox.runtime.settings import LONGEST_LEASE
@@ -225,7 +225,7 @@ class Rescue:
                 )
             taken.extend(some)
 
-        refused = write_by_halves([_decide(row) for row in settled], take)
+        refused = write_bisecting([_decide(row) for row in settled], take)
         self._refuse([(rescued.row, error) for rescued, error in refused])
         return taken
 
@@ -236,7 +236,7 @@ class Rescue:
             with connection.transaction():
                 connection.execute(query("touch_leases"), {"ids": [row.id for row in some]})
 
-        self._refuse(write_by_halves(rows, touch))
+        self._refuse(write_bisecting(rows, touch))
 
     def _refuse(self, refused: list[tuple[Expired, Exception]]) -> None:
         if refused:

@@ -10,8 +10,7 @@ from outbox.queries import query
 from outbox.row import named
 from outbox.rq_jobs import Delivery, columns, intermediate_key, queue_key
 from outbox.runtime import logs
-from outbox.runtime.batch_size import BatchSize
-from outbox.runtime.halving import write_by_halves
+from outbox.runtime.batches import BatchSize, write_bisecting
 from outbox.runtime.postgres import Connection
 from outbox.runtime.redis_connection import TooLongError
 from outbox.runtime.settings import RelaySettings
@@ -151,7 +150,7 @@ class Sweep:
             swept.extend(cursor.execute(query("sweep"), columns(some)).fetchall())
 
         with self._size.trial(len(missing)) as most:
-            refused = write_by_halves(missing[:most], sweep)
+            refused = write_bisecting(missing[:most], sweep)
         self._missing = missing[most:]
         if refused:
             self._left_out.add([delivery.row_id for delivery, _ in refused], refused[0][1])

@@ -7,7 +7,7 @@ from outbox.queries import query
 from outbox.row import Status, named
 from outbox.rq_jobs import Delivery, columns
 from outbox.runtime import logs
-from outbox.runtime.halving import write_by_halves
+from outbox.runtime.batches import write_bisecting
 from outbox.runtime.postgres import Connection
 
 MAX_BYTES = 1_000_000
@@ -146,7 +146,7 @@ def claim_free(
         The claims, and the deliveries that Postgres refuses each by itself, with its errors.
 
     Raises:
-        psycopg.Error: as `write_by_halves` does; none of the rows is claimed, unless the commit got no answer.
+        psycopg.Error: as `write_bisecting` does; none of the rows is claimed, unless the commit got no answer.
     """
     claims: list[Claim] = []
 
@@ -158,7 +158,7 @@ def claim_free(
     with connection.transaction():
         rows = connection.execute(query("lock_available_rows"), {"ids": [delivery.row_id for delivery in deliveries]})
         locked_ids = {row["id"] for row in rows}
-        refused = write_by_halves([delivery for delivery in deliveries if delivery.row_id in locked_ids], claim_batch)
+        refused = write_bisecting([delivery for delivery in deliveries if delivery.row_id in locked_ids], claim_batch)
     return claims, refused
 
 

@@ -6,8 +6,7 @@ from outbox.queries import query
 from outbox.row import named
 from outbox.rq_jobs import Delivery, columns
 from outbox.runtime import logs
-from outbox.runtime.batch_size import BatchSize
-from outbox.runtime.halving import write_by_halves
+from outbox.runtime.batches import BatchSize, write_bisecting
 from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 from outbox_worker.in_flight import InFlight
@@ -64,7 +63,7 @@ class Leases:
         refused: dict[Delivery, Exception] = {}
         while waiting:
             with self._size.trial(len(waiting)) as rows:
-                refused.update(write_by_halves(waiting[:rows], renew))
+                refused.update(write_bisecting(waiting[:rows], renew))
             del waiting[:rows]
         self._missed -= refused.keys()  # they are tried again at the next renewal of all leases
         if new := refused.keys() - self._refused:

@@ -11,8 +11,7 @@ from outbox.queries import query
 from outbox.row import Status, named
 from outbox.rq_jobs import Delivery, columns
 from outbox.runtime import logs
-from outbox.runtime.batch_size import BatchSize
-from outbox.runtime.halving import write_by_halves
+from outbox.runtime.batches import BatchSize, write_bisecting
 from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 from outbox_worker.in_flight import InFlight
@@ -100,10 +99,10 @@ class Outcomes:
             self._write(cursor, outcomes)
 
         with self._size.trial(len(self._ready)) as rows:
-            refused = write_by_halves(list(islice(self._ready.values(), rows)), write)
+            refused = write_bisecting(list(islice(self._ready.values(), rows)), write)
         if texts := [outcome for outcome, error in refused if _is_about_text(outcome, error)]:
             refused = [(outcome, error) for outcome, error in refused if outcome not in texts]
-            refused += write_by_halves([outcome._replace(error=UNSTORABLE) for outcome in texts], write)
+            refused += write_bisecting([outcome._replace(error=UNSTORABLE) for outcome in texts], write)
         if refused:
             self._refuse(dict(refused))
 
