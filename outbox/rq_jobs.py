@@ -1,4 +1,4 @@
-"""What a row is called in Redis: an RQ job that says which delivery of which row, and nothing else."""
+"""RQ jobs of outbox rows: a job names one delivery of one row and holds nothing else."""
 
 import re
 from collections.abc import Collection
@@ -13,6 +13,18 @@ from outbox.errors import OutboxError
 
 _JOB_ID = re.compile(rb"([1-9][0-9]{0,18})-([1-9][0-9]{0,9})")
 
+IS_JOB_ID = """
+local function is_job_id(id)
+    return #id <= 30 and string.match(id, '^[1-9]%d*%-[1-9]%d*$') ~= nil
+end
+"""
+"""A Lua function for scripts that sort job ids in Redis: matches what `_JOB_ID` matches, and somewhat more.
+
+Lua patterns cannot count digits, so only the total length is limited: 19 digits, a hyphen, 10 digits. Lua numbers are
+doubles, which cannot compare an id with 2^63. The worker parses each id that it takes, and drops one that is no
+delivery.
+"""
+
 
 class Delivery(NamedTuple):
     """One hand-over of one row: the fence that every later write names."""
@@ -22,7 +34,7 @@ class Delivery(NamedTuple):
 
     @property
     def job_id(self) -> str:
-        """The id of the RQ job; letters, digits, '_' and '-' are all that RQ allows in one."""
+        """The id of the RQ job. RQ allows letters, digits, '_' and '-' in it."""
         return f"{self.row_id}-{self.number}"
 
     @classmethod
@@ -32,7 +44,7 @@ class Delivery(NamedTuple):
 
     @classmethod
     def parse(cls, job_id: bytes) -> "Delivery | None":
-        """Reads a job id as Redis returns it; None for one that no relay has written."""
+        """Parses a job id as Redis returns it; returns None for an id that no relay can have written."""
         if not (match := _JOB_ID.fullmatch(job_id)):
             return None
         row_id, number = int(match[1]), int(match[2])
@@ -60,17 +72,17 @@ def columns(deliveries: Collection[Delivery]) -> dict[str, list[int]]:
 
 
 class OutboxJob(Job):
-    """An RQ job that is JSON on both ways, whatever its caller forgot to say: rq-scheduler has no such argument."""
+    """An RQ job that is always serialized as JSON: rq-scheduler cannot pass a serializer."""
 
     def __init__(self, id: str | None = None, connection: Any = None, serializer: Any = None) -> None:  # noqa: A002, ARG002 - RQ's signature
         super().__init__(id=id, connection=connection, serializer=JSONSerializer)
 
 
 def deliver(row: int, number: int) -> NoReturn:
-    """The function that a job names. It is never called by our worker, which reads the job's id alone.
+    """The function that a job names. Our worker never calls it: it reads only the job's id.
 
     Raises:
-        OutboxError: always; a stock `rq worker` on these queues fails here, and the sweep takes the row back.
+        OutboxError: always. A stock `rq worker` on these queues fails here, and the sweep takes the row back.
     """
     raise OutboxError(f"row {row}, delivery {number} is for 'outbox worker': stop the plain RQ worker on this queue")
 
@@ -81,5 +93,5 @@ def queue_key(queue: str) -> str:
 
 
 def intermediate_key(queue: str) -> str:
-    """Returns the key of the list in which stock RQ workers keep a queue's jobs while they pop them."""
+    """Returns the key of the list to which stock RQ workers move a queue's jobs while they pop them."""
     return IntermediateQueue.get_intermediate_queue_key(queue_key(queue))

@@ -5,6 +5,7 @@ from rq.job import Job
 from rq.queue import Queue
 from rq_scheduler import Scheduler
 
+from outbox.rq_jobs import IS_JOB_ID
 from outbox.runtime.foreign_jobs import KEPT, ForeignJobs, aside_key
 
 SCHEDULED_JOBS: str = Scheduler.scheduled_jobs_key
@@ -27,7 +28,7 @@ local found = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', offset,
 for _, id in ipairs(found) do
     local origin = #id <= 1000 and redis.pcall('HGET', prefix .. id, 'origin')
     local is_job = type(origin) == 'string' and #origin < 1000 -- else each look would read it
-    local is_ours = #id <= 30 and string.match(id, '^[1-9]%d*%-[1-9]%d*$')
+    local is_ours = is_job_id(id)
     local queue = false
     for j = 8, #ARGV do queue = queue or is_job and is_ours and origin == ARGV[j] and queues .. origin end
     local stays = is_job and not queue and offset + left < tonumber(left_limit)
@@ -63,7 +64,7 @@ class Schedule:
     """
 
     def __init__(self, client: redis.Redis, queues: list[str]) -> None:
-        self._move = client.register_script(_MOVE)
+        self._move = client.register_script(IS_JOB_ID + _MOVE)
         self._queues = queues
         self._foreign = ForeignJobs()
 

@@ -9,7 +9,7 @@ import redis
 from rq.job import Job
 from rq.suspension import WORKERS_SUSPENDED
 
-from outbox.rq_jobs import Delivery, queue_key
+from outbox.rq_jobs import IS_JOB_ID, Delivery, queue_key
 from outbox.runtime import logs, redis_connection
 from outbox.runtime.foreign_jobs import KEPT, ForeignJobs, aside_key
 from outbox.runtime.redis_connection import BLOCK, TooLongError
@@ -42,7 +42,7 @@ local function take(key, count)
         return
     end
     for _, id in ipairs(ids) do
-        if #id <= 30 and string.match(id, '^[1-9]%d*%-[1-9]%d*$') then
+        if is_job_id(id) then
             hashes[#hashes + 1] = ARGV[2] .. id
             taken[#taken + 1] = string.sub(id, 1, 100)
         else
@@ -68,7 +68,7 @@ class Queues:
     def __init__(self, client: redis.Redis, weights: Mapping[str, int]) -> None:
         self._client = client
         self._weights = dict(weights)
-        self._take = client.register_script(_TAKE)
+        self._take = client.register_script(IS_JOB_ID + _TAKE)
         self._foreign = ForeignJobs()
         self._to_put_back: tuple[bytes, bytes] | None = None
         """The key of a queue, and an id popped from it that is not ours."""
