@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from outbox.errors import SettingsError, StartError
-from outbox.runtime import redis_url
+from outbox.runtime import redis_connection
 from outbox.runtime.endpoints import Address
 from outbox.runtime.settings import RelaySettings, ServiceSettings, WorkerSettings
 
@@ -52,7 +52,7 @@ def read_settings() -> UpSettings:
             try:
                 checked = settings.from_environment()
                 if isinstance(checked, RelaySettings | WorkerSettings):
-                    redis_url.check(checked.redis_url)
+                    redis_connection.check_url(checked.redis_url)
             except SettingsError as error:
                 wrong += str(error).splitlines()
         if wrong:

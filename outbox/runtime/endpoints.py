@@ -1,27 +1,24 @@
-"""The servers and addresses that settings name: what each must look like.
+"""Formats of the servers and addresses in settings.
 
-What does not is a `ValueError` whose text goes on after "it …" and never quotes the value, which may hold a password.
+Each function raises a `ValueError` whose text completes "it …". It never quotes the value, which may hold a password.
 """
 
 import email.errors
 import email.headerregistry
 import email.utils
 import re
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import psycopg
 import psycopg.conninfo
-from psycopg.pq import PGconn, abc
 
 
 @dataclass(frozen=True)
 class SmtpServer:
-    """A mail server, as `SMTP_URL` names it."""
+    """The mail server that `SMTP_URL` names."""
 
     host: str
     port: int
@@ -35,7 +32,7 @@ class SmtpServer:
 
 @dataclass(frozen=True)
 class Address:
-    """Where the service listens."""
+    """The address on which the service listens."""
 
     host: str
     port: int
@@ -49,114 +46,66 @@ _SMTP_SCHEMES: Mapping[str, tuple[Literal["none", "tls", "starttls"], int]] = {
     "smtps": ("tls", 465),
     "smtp+starttls": ("starttls", 587),
 }
-_POSTGRES_NUMBERS = (
-    *("connect_timeout", "tcp_user_timeout"),
-    *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
-)
-"""Options of a Postgres URL that libpq looks at no sooner than it connects, and every time anew."""
-_NO_ADDRESS = "what-is-checked-is-not-opened"
-"""Stands for the address of a server: libpq looks no name up there, and quotes it."""
-_REDIS_BEGINNINGS = ("redis://", "rediss://", "unix://")
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 _REDIS_OPTIONS = {
     *("db", "username", "password", "socket_keepalive", "health_check_interval", "client_name"),
     *("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"),
     *("ssl_cert_reqs", "ssl_check_hostname", "ssl_min_version"),
 }
-"""Options of a Redis URL that leave alone what our code relies on, such as answers in bytes and its time limits."""
-_REDIS_NUMBERS = {"db", "health_check_interval"}
+"""Options of a Redis URL that do not change what our code relies on, such as replies in bytes and its time limits."""
 
 
 def postgres_url(value: str) -> str:
-    """Checks a Postgres URL."""
+    """Checks the URL of a Postgres database; libpq checks its other options when it connects."""
     if not value.startswith(("postgresql://", "postgres://")):
         raise ValueError("must start with postgresql://, as in postgresql://user:password@host:5432/database")
     try:
         options = {name: str(given) for name, given in psycopg.conninfo.conninfo_to_dict(value).items()}
     except psycopg.ProgrammingError:
-        # libpq's message may quote the URL, password and all.
+        # libpq's message may quote the URL with its password.
         raise ValueError("is not a valid Postgres URL; percent-encode special characters in the password") from None
     if value.partition("?")[0].count("@") > 1:
-        # libpq ends the password at the first: the rest would be the host's or the database's name, which errors quote.
-        raise ValueError("has an '@' too many; percent-encode special characters in the password")
-    for name in _POSTGRES_NUMBERS:
-        if not re.fullmatch("-?[0-9]{1,9}", options.get(name, "0")):
-            raise ValueError(f"has an option {name} that is not a whole number")
-    for address in filter(None, options.get("hostaddr", "").split(",")):
-        try:
-            socket.getaddrinfo(address, None, flags=socket.AI_NUMERICHOST)
-        except (OSError, UnicodeError):
-            raise ValueError("has a hostaddr that is not an IP address; names go into host") from None
-    if _is_refused(options):
-        _raise_refused(options)
+        # For libpq, the password ends at the first '@': errors would quote the rest of it as the host or the database.
+        raise ValueError("has more than one '@'; percent-encode special characters in the password")
+    for port in filter(None, options.get("port", "").split(",")):
+        if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+            raise ValueError(
+                "has a port that is not a number from 1 to 65535; percent-encode special characters in the password"
+            )
+    if options.get("sslmode", "prefer") not in _SSL_MODES:
+        raise ValueError(f"has an sslmode that is none of {', '.join(_SSL_MODES)}")
     return value
 
 
-def _is_refused(options: Mapping[str, str]) -> bool:
-    """Returns whether libpq would refuse options at each try to connect, before it asks any server.
-
-    It is given no address to connect to, so that for each server, when it has nothing against the rest, it says that.
-    """
-    # An sslmode that it refuses: it goes no further than to find the hosts, which the environment may name too.
-    with _started({**options, "sslmode": ""}) as connection:
-        found = {option.keyword: option.val or b"" for option in connection.info}
-    servers = (found[b"hostaddr"] or found[b"host"]).count(b",") + 1
-    with _started({**options, "hostaddr": ",".join([_NO_ADDRESS] * servers)}) as connection:
-        problems = connection.error_message.splitlines()
-    return not all(_NO_ADDRESS.encode() in problem for problem in problems)
-
-
-@contextmanager
-def _started(options: Mapping[str, str]) -> Iterator[abc.PGconn]:
-    connection = PGconn.connect_start(psycopg.conninfo.make_conninfo("", **options).encode())
-    try:
-        yield connection
-    finally:
-        connection.finish()
-
-
-def _raise_refused(options: Mapping[str, str]) -> NoReturn:
-    """Names the options without any of which libpq takes the others; what it says itself quotes their values."""
-    wrong = sorted(
-        name for name in options if not _is_refused({other: options[other] for other in options if other != name})
-    )
-    if not {"host", "hostaddr", "port"}.isdisjoint(wrong):
-        raise ValueError(
-            "has a port that is not a number from 1 to 65535, or not as many ports, or addresses, as it has hosts;"
-            " percent-encode special characters in the password"
-        )
-    if wrong:
-        raise ValueError(f"has options that libpq does not take, or not with such a value: {', '.join(wrong)}")
-    raise ValueError("has options that libpq does not take, or variables such as PGSSLMODE have")
-
-
 def redis_url(value: str) -> str:
-    """Checks a Redis URL, up to what only redis-py can tell: see `outbox.redis_url`."""
+    """Checks the URL of a Redis database; `redis_connection.check_url` checks the values of its options."""
     try:
         parts = urlsplit(value)
         _ = parts.port
     except ValueError:
         raise ValueError("is not a valid URL; it looks like redis://:password@host:6379/0") from None
-    if not value.startswith(_REDIS_BEGINNINGS):
+    if not value.startswith(_REDIS_SCHEMES):
         raise ValueError("must start with redis://, rediss:// or unix://, as in redis://localhost:6379/0")
     if parts.scheme == "unix" and not parts.path:
         raise ValueError("must name a socket, as in unix:///run/redis.sock")
     database = parts.path.strip("/")
     if parts.scheme != "unix" and database and not database.isdecimal():
         raise ValueError("must end in the number of a database, as in redis://localhost:6379/0")
-    if not {name for name, _ in parse_qsl(parts.query)} <= _REDIS_OPTIONS:
-        # Not quoted: what stands behind a question mark may be the rest of a password.
+    options = dict(parse_qsl(parts.query))
+    if not options.keys() <= _REDIS_OPTIONS:
+        # The options are not quoted: after a '?' in a password they are the rest of it.
         raise ValueError(
-            f"has an option that is not known here, which are {', '.join(sorted(_REDIS_OPTIONS))};"
+            f"has an option other than {', '.join(sorted(_REDIS_OPTIONS))};"
             " percent-encode special characters in the password"
         )
-    for name, given in parse_qsl(parts.query):
-        if name in _REDIS_NUMBERS and not re.fullmatch("[0-9]+", given):
-            raise ValueError(f"has an option {name} that is not a whole number")
+    if options.get("ssl_min_version") not in {None, "771", "772"}:
+        raise ValueError("has an ssl_min_version that is neither 771 (TLS 1.2) nor 772 (TLS 1.3)")
     return value
 
 
 def smtp_server(value: object) -> object:
-    """Reads the URL of a mail server."""
+    """Parses the URL of a mail server."""
     if not isinstance(value, str):
         return value
     try:
@@ -185,14 +134,14 @@ _HELO = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?|\[[A-Za-z0-
 
 
 def helo_name(value: str) -> str:
-    """Checks what this machine calls itself to a mail server."""
+    """Checks the name that the worker gives to the mail server in EHLO."""
     if not _HELO.fullmatch(value):
         raise ValueError("must be a domain name, as in mail.example.com, or an address, as in [192.0.2.1]")
     return value
 
 
 def mail_from(value: str) -> str:
-    """Checks the sender of mails."""
+    """Checks the sender address of mails."""
     addresses = email.utils.getaddresses([value])
     address = addresses[0][1] if len(addresses) == 1 else ""
     try:
@@ -205,7 +154,7 @@ def mail_from(value: str) -> str:
 
 
 def http_address(value: object) -> object:
-    """Reads `host:port`."""
+    """Parses `host:port`."""
     if not isinstance(value, str):
         return value
     if not (match := re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[\w.-]*):([0-9]{1,5})", value, re.ASCII)):
@@ -216,13 +165,13 @@ def http_address(value: object) -> object:
 
 
 _URL = re.compile(r"[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+")
-"""What may be in a URL (RFC 3986, appendix A)."""
+"""The characters of a URL (RFC 3986, appendix A)."""
 
 
 def http_url(value: str) -> str:
-    """Checks what links begin with, and cuts the slash at its end."""
+    """Checks the URL that links start with, and removes its trailing slash."""
     if not _URL.fullmatch(value):
-        raise ValueError("must hold no spaces, line breaks, quotes or other characters that no URL has")
+        raise ValueError("must not contain spaces, line breaks, quotes or other characters that a URL cannot have")
     try:
         parts = urlsplit(value)
         _ = parts.port
@@ -231,7 +180,7 @@ def http_url(value: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must start with http:// or https:// and name a host, as in https://example.com")
     if parts.username is not None:
-        raise ValueError("must hold no user and password: it would be in every mail")
+        raise ValueError("must not contain a user and password: they would be in every mail")
     if "?" in value or "#" in value:
-        raise ValueError("must not hold '?' or '#': what links add would not be part of the path")
+        raise ValueError("must not contain '?' or '#': links append a path to it")
     return value.rstrip("/")

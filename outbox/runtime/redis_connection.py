@@ -1,5 +1,6 @@
-"""Connections to Redis, and whether it is one that can serve."""
+"""Connections to Redis, and checks of its URL and server."""
 
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -7,7 +8,7 @@ from redis.backoff import NoBackoff
 from redis.connection import DefaultParser
 from redis.retry import Retry
 
-from outbox.errors import UnsupportedRedisError
+from outbox.errors import SettingsError, UnsupportedRedisError
 
 AWAY = (redis.RedisError, OSError)
 """What redis-py raises when Redis is away, loading, read-only or out of memory: all the same to us."""
@@ -65,6 +66,31 @@ def connect(redis_url: str, name: str) -> redis.Redis:
         protocol=2,
         parser_class=_Parser,
     )
+
+
+def check_url(redis_url: str) -> None:
+    """Checks the options of a URL that `settings` accepted, without connecting.
+
+    The settings do not do this, because the service reads them without importing redis-py.
+
+    Raises:
+        SettingsError: redis-py refuses an option, or a file that an option names cannot be read.
+    """
+    try:
+        with connect(redis_url, "outbox") as client:
+            connection: Any = client.connection_pool.make_connection()
+    except (ValueError, TypeError, redis.RedisError) as error:
+        reason = str(error).partition(": ")[0]  # the rest may quote the option's value
+        raise SettingsError(f"REDIS_URL is wrong: it has an option that redis-py refuses: {reason}") from None
+    for option, attribute in (("ssl_ca_certs", "ca_certs"), ("ssl_certfile", "certfile"), ("ssl_keyfile", "keyfile")):
+        if name := getattr(connection, attribute, None):
+            try:
+                Path(name).open("rb").close()
+            except (OSError, ValueError) as error:
+                raise SettingsError(
+                    f"REDIS_URL is wrong: it has an option {option} with a file that cannot be read:"
+                    f" {getattr(error, 'strerror', None) or error}"
+                ) from None
 
 
 def drop_connections(client: redis.Redis) -> None:

@@ -32,7 +32,7 @@ WRONG = [
             process,
             "REDIS_URL",
             f"rediss://:{SECRET}@h?ssl_min_version={SECRET}",
-            "REDIS_URL is wrong: it has options",
+            "REDIS_URL is wrong: it has an ssl_min_version",
         )
         for process in ("relay", "worker")
     ),

@@ -5,7 +5,7 @@ import os
 import traceback
 
 from outbox.errors import SettingsError, TaskError
-from outbox.runtime import encryption, logs, open_files, process, redis_url
+from outbox.runtime import encryption, logs, open_files, process, redis_connection
 from outbox.runtime.settings import WorkerSettings
 from outbox.runtime.stop import Stop
 from outbox_worker.handlers import registry
@@ -18,7 +18,7 @@ _RESERVE = 40
 def main() -> None:
     """Runs a worker until SIGTERM, SIGINT or RQ's shutdown command; a second signal gives up the handlers that run."""
     settings = WorkerSettings.from_environment()
-    redis_url.check(settings.redis_url)
+    redis_connection.check_url(settings.redis_url)
     logs.configure("worker", settings.log_level, settings.log_format)
     encryption.warn_about_plain_text(
         settings.database_url, redis_url=settings.redis_url, smtp_server=settings.smtp_server
