@@ -1,4 +1,4 @@
-"""How every process starts and ends: an operator's mistake becomes a sentence on stderr and an exit code."""
+"""Start and exit of every process: an operator's mistake becomes a sentence on stderr and an exit code."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ EXIT_FAILED = 1
 
 
 def run(main: Callable[[], object]) -> None:
-    """Runs a process' main function and exits with its code: 2 for wrong settings or arguments, 1 for the rest."""
+    """Runs a main function; exits with 2 for wrong settings or arguments and with 1 for other known errors."""
     try:
         main()
     except (SettingsError, UsageError) as error:
@@ -25,7 +25,7 @@ def run(main: Callable[[], object]) -> None:
     except OutboxError as error:
         fail(str(error), EXIT_FAILED)
     except psycopg.OperationalError as error:
-        fail(f"Postgres is away or refuses: {one_line(error)}", EXIT_FAILED)
+        fail(f"Postgres is away or refuses: {one_line(error)} (see DATABASE_URL)", EXIT_FAILED)
     except psycopg.errors.ReadOnlySqlTransaction as error:
         fail(f"Postgres is read-only, see DATABASE_URL: it may lead to a standby: {one_line(error)}", EXIT_FAILED)
     except psycopg.Error as error:
@@ -38,31 +38,31 @@ PROCESSES = ("service", "relay", "worker")
 
 
 def run_process(name: str, arguments: Sequence[str] = ()) -> None:
-    """Runs one of the processes, which the environment alone configures, as `run` does; arguments are a mistake."""
+    """Runs one of the processes as `run` does. Only the environment configures it, so arguments are refused."""
 
-    def unargued() -> None:
-        if arguments:  # not repeated: there may be a secret in it
+    def main() -> None:
+        if arguments:  # not quoted: an argument may hold a secret
             raise UsageError(
                 f"outbox {name} takes no arguments: environment variables configure it, which docs/settings.md lists"
             )
-        # By its name: this package, which the processes share, imports none of them.
+        # Imported by name: this package must not import the processes that share it.
         import_module(f"outbox_{name}.main").main()
 
     try:
-        run(unargued)
+        run(main)
     finally:
         ignore_signals()
 
 
 def fail(sentence: str, code: int) -> None:
-    """Says what is wrong, after all that was logged before, and exits."""
+    """Writes a sentence to stderr, after the lines logged so far, and exits."""
     logs.drain()
     write_to_stderr(f"{sentence}\n")
     sys.exit(code)
 
 
 def write_to_stderr(text: str) -> None:
-    """Writes a text. Waits for its reader no longer than for the reader of the log: the process must end."""
+    """Writes a text to stderr, and gives up if it is not read for as long as the log would wait."""
     writer = LogWriter(sys.stderr)
     writer.write(text)
     writer.drain()

@@ -1,4 +1,4 @@
-"""How processes end when whoever set them up made a mistake: a sentence, an exit code, no traceback."""
+"""How processes end after a user's mistake: a sentence, an exit code, no traceback."""
 
 import os
 import socket
@@ -28,8 +28,8 @@ def _migrate(database_url: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_command_with_a_wrong_setting() -> None:
-    """One sentence on stderr that names the variable, exit code 2, no traceback and no secret."""
+def test_a_wrong_setting_ends_a_command() -> None:
+    """One sentence on stderr names the variable, the exit code is 2, and no secret is shown."""
     ended = _migrate("mysql://outbox:hunter2@host/db")
     assert ended.returncode == 2
     assert ended.stderr.startswith("DATABASE_URL is wrong: it must start")
@@ -38,7 +38,7 @@ def test_a_command_with_a_wrong_setting() -> None:
 
 
 def test_migrate_without_postgres_is_a_sentence() -> None:
-    """Where nobody answers, the command says so and fails; the password stays out."""
+    """If no server answers, the command says so and fails, without the password."""
     ended = _migrate("postgresql://outbox:hunter2@127.0.0.1:1/outbox")
     assert ended.returncode == 1
     assert ended.stderr.startswith("Postgres is away or refuses: ")
@@ -46,8 +46,17 @@ def test_migrate_without_postgres_is_a_sentence() -> None:
     assert "Traceback" not in ended.stdout + ended.stderr
 
 
-def test_migrate_does_not_wait_for_a_postgres_that_says_nothing() -> None:
-    """Where somebody listens and never answers, the command gives up after seconds and says so."""
+def test_an_option_that_libpq_refuses_is_a_sentence() -> None:
+    """The sentence quotes libpq, which names the option, and names the variable."""
+    ended = _migrate("postgresql://outbox:hunter2@127.0.0.1:1/outbox?require_auth=magic")
+    assert ended.returncode == 1
+    assert "require_auth" in ended.stderr
+    assert ended.stderr.endswith("(see DATABASE_URL)\n")
+    assert "hunter2" not in ended.stdout + ended.stderr
+
+
+def test_migrate_does_not_wait_for_a_silent_postgres() -> None:
+    """If the server accepts the connection and never answers, the command gives up after seconds and says so."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         ended = _migrate(f"postgresql://outbox@127.0.0.1:{silent.getsockname()[1]}/outbox")
     assert ended.returncode == 1
@@ -60,14 +69,18 @@ def test_migrate_does_not_wait_for_a_postgres_that_says_nothing() -> None:
         (SettingsError("A is wrong\nB is wrong"), 2, "A is wrong\nB is wrong\n"),
         (NotMigratedError("run 'outbox migrate'"), 1, "run 'outbox migrate'\n"),
         (OutboxError("no"), 1, "no\n"),
-        (psycopg.OperationalError("a\nb"), 1, "Postgres is away or refuses: OperationalError: a b\n"),
+        (
+            psycopg.OperationalError("a\nb"),
+            1,
+            "Postgres is away or refuses: OperationalError: a b (see DATABASE_URL)\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
 def test_every_mistake_has_its_exit_code(
     error: BaseException, code: int, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """2 for settings, 1 for what a process cannot work with, 130 for Ctrl-C."""
+    """2 for wrong settings, 1 for other errors, 130 for Ctrl-C."""
 
     def main() -> None:
         raise error
@@ -80,7 +93,7 @@ def test_every_mistake_has_its_exit_code(
 
 @pytest.mark.parametrize("module", ["service", "relay", "worker"])
 def test_an_argument_is_a_mistake(module: str) -> None:
-    """The environment alone configures the processes: whoever asks for help, or sets an option, is told so."""
+    """Only the environment configures a process; the sentence says so."""
     ended = subprocess.run(
         [sys.executable, "-m", "outbox", module, "--database-url=hunter2"],
         capture_output=True,
@@ -95,7 +108,7 @@ def test_an_argument_is_a_mistake(module: str) -> None:
 
 
 def test_a_folder_needs_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty value, as of a variable that is not set, does not mean the folder in which one happens to be."""
+    """An empty value, as of an unset shell variable, does not mean the current folder."""
     monkeypatch.chdir(tmp_path)
     started: list[Path] = []
     monkeypatch.setattr(stack, "run", started.append)
@@ -107,24 +120,24 @@ def test_a_folder_needs_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_bug_is_a_traceback() -> None:
-    """What is nobody's mistake but ours is not hidden behind a sentence."""
+    """A bug is not hidden behind a sentence."""
     with pytest.raises(ZeroDivisionError):
         process.run(lambda: 1 / 0)
 
 
-def test_a_good_end_is_exit_code_0() -> None:
-    """A process that is done just ends."""
+def test_success_is_exit_code_0() -> None:
+    """A process that has finished returns normally."""
     process.run(lambda: None)
 
 
-def test_a_sentence_that_nobody_reads_keeps_no_process_from_its_end() -> None:
-    """With the pipe of stderr full, the process ends with its code all the same."""
+def test_an_unread_sentence_does_not_block_the_exit() -> None:
+    """If the pipe of stderr is full, the process still exits with its code."""
     code = (
-        "import os; from outbox import start\n"
+        "import os; from outbox.runtime import process\n"
         "r, w = os.pipe(); os.dup2(w, 2); os.set_blocking(w, False)\n"
         "try:\n    while True: os.write(w, b'x' * 65536)\nexcept BlockingIOError: os.set_blocking(w, True)\n"
-        "start.fail('nobody reads this', 1)"
+        "process.fail('never read', 3)"
     )
     begun = time.monotonic()
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 1
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 3
     assert time.monotonic() - begun < 20
