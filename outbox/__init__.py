@@ -1,4 +1,4 @@
-"""A transactional outbox: work that is committed with the change it belongs to, and done whatever else fails."""
+"""A transactional outbox: work that commits with the change it belongs to and survives every outage."""
 
 from outbox.add import add
 from outbox.context import Context

@@ -1,4 +1,4 @@
-"""Adding a row to the outbox, in the caller's own transaction."""
+"""Adds a row to the outbox in the caller's transaction."""
 
 from collections.abc import Coroutine, Mapping
 from datetime import timedelta
@@ -14,24 +14,24 @@ from outbox.task import P, Task
 
 
 class Options(TypedDict, total=False):
-    """What may be said of one row, where the task's default does not do."""
+    """Options of one row. Those that a task has too override the task's default."""
 
     delay: float | timedelta
-    """Until the first attempt: seconds, or a timedelta."""
+    """Seconds until the first attempt, or a timedelta."""
     queue: str
-    """1 to 50 letters, digits, '_' or '-'; one that `OUTBOX_QUEUES` of the relays names."""
+    """1 to 50 letters, digits, '_' or '-'; a queue that `OUTBOX_QUEUES` names."""
     max_retries: int
-    """How many attempts may follow the first."""
+    """Upper bound of attempts after the first."""
     timeout: int
-    """Seconds that one attempt may take."""
+    """Time limit of one attempt in seconds."""
     unique_key: str | None
-    """1 to 200 characters. At most one row that is not done may carry it, and a dead row is not done."""
+    """1 to 200 characters. At most one row that is not done has it; a dead row is not done."""
     request_id: str | None
-    """At most 200 characters. Goes along in the logs of the row."""
+    """At most 200 characters. Log lines about the row carry it."""
 
 
-_MOST_CHARACTERS = 200
-"""Of a `unique_key` or a `request_id`; the table has the same limits."""
+_MAX_LENGTH = 200
+"""Characters of a `unique_key` or a `request_id`, as in the table's constraints."""
 
 
 @overload
@@ -52,45 +52,51 @@ def add(
     payload: P | Mapping[str, object],
     **options: Unpack[Options],
 ) -> int | Coroutine[Any, Any, int | None] | None:
-    """Adds a row that commits or rolls back with whatever else `connection` is doing.
+    """Adds a row in the transaction of `connection`: the row commits or rolls back with it.
 
-    Works on both colours of psycopg connection. On an asynchronous one it returns a coroutine: await it, or nothing is
-    added. Type checkers report a coroutine that is not awaited, and so does Python when it is run.
+    On an asynchronous connection it returns a coroutine: nothing is added until it is awaited. Type checkers report a
+    coroutine that is not awaited, and Python warns about it.
 
     Args:
         connection: the caller's open connection, inside the transaction of the change that the row belongs to.
-        task: what is to be done.
-        payload: the task's model, or a mapping that fits it.
+        task: the task.
+        payload: an instance of the task's model, or a mapping that fits it.
         options: see `Options`.
 
     Returns:
-        The row's id, or None where its `unique_key` is taken; nothing was written then.
+        The row's id; None if its `unique_key` is taken, and then nothing was written.
 
     Raises:
         PayloadError: the payload does not fit the task's model; nothing was written.
         TypeError: there is no option of that name; nothing was written.
         OptionError: `unique_key` or `request_id` is too long; nothing was written.
         psycopg.errors.CheckViolation: another option is out of its limits.
+
+    Example:
+        def sign_up(connection: psycopg.Connection, username: str) -> None:
+            with connection.transaction():
+                connection.execute("INSERT INTO members (username) VALUES (%s)", [username])
+                add(connection, GREET, {"username": username}, delay=60)
     """
-    row = _row(task, payload, options)
+    parameters = _parameters(task, payload, options)
     if isinstance(connection, AsyncConnection):
-        return _add_async(connection, row)
-    return connection.cursor(row_factory=scalar_row).execute(query("add_row"), row).fetchone()
+        return _add_async(connection, parameters)
+    return connection.cursor(row_factory=scalar_row).execute(query("add_row"), parameters).fetchone()
 
 
-async def _add_async(connection: AsyncConnection[Any], row: Mapping[str, object]) -> int | None:
+async def _add_async(connection: AsyncConnection[Any], parameters: Mapping[str, object]) -> int | None:
     cursor = connection.cursor(row_factory=scalar_row)
-    await cursor.execute(query("add_row"), row)
+    await cursor.execute(query("add_row"), parameters)
     return await cursor.fetchone()
 
 
-def _row(task: Task[P], payload: P | Mapping[str, object], options: Options) -> dict[str, object]:
+def _parameters(task: Task[P], payload: P | Mapping[str, object], options: Options) -> dict[str, object]:
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"outbox.add has no option {', '.join(sorted(unknown))}")
     unique_key, request_id = options.get("unique_key"), options.get("request_id")
     for name, text in (("unique_key", unique_key), ("request_id", request_id)):
-        if text is not None and (length := len(str(text))) > _MOST_CHARACTERS:
-            raise OptionError(f"{name} has {length} characters: outbox.add takes {_MOST_CHARACTERS} at most")
+        if text is not None and (length := len(str(text))) > _MAX_LENGTH:
+            raise OptionError(f"{name} has {length} characters: outbox.add takes at most {_MAX_LENGTH}")
     delay = options.get("delay", task.delay)
     return {
         "task": task.name,

@@ -7,7 +7,7 @@ from typing import LiteralString
 
 
 def sql_folder() -> Path:
-    """Returns the folder `sql`: inside the package in an installed wheel, beside it in a checkout."""
+    """Returns the folder `sql`, which is in the package in an installed wheel and beside it in a checkout."""
     packaged = Path(__file__).parent / "sql"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "sql"
 

@@ -1,4 +1,4 @@
-"""The states of outbox rows, and rows of statements as types."""
+"""The states of outbox rows, and typed rows of statements."""
 
 from enum import StrEnum
 from operator import itemgetter
@@ -11,24 +11,24 @@ class Status(StrEnum):
     """The states of a row; docs/design.md has the transitions."""
 
     PENDING = "pending"
-    """Waits for the relay to hand it over."""
+    """It waits for the relay to hand it over."""
     ENQUEUED = "enqueued"
     """It was handed over: Redis has a job for it."""
     RUNNING = "running"
     """A worker holds its lease."""
     DONE = "done"
-    """Its handler has succeeded."""
+    """Its handler succeeded."""
     DEAD = "dead"
-    """Given up until an operator decides."""
+    """It is given up until an operator decides."""
 
 
 R = TypeVar("R", bound=tuple[Any, ...])
 
 
 def named(kind: type[R]) -> BaseRowFactory[R]:
-    """Returns a row factory for psycopg that makes a NamedTuple of each row; a field is the column of the same name.
+    """Returns a psycopg row factory that makes each row a NamedTuple, with the columns that its fields name.
 
-    A row costs little more than a tuple: the columns are looked up once per statement.
+    A row costs little more than a tuple: columns are looked up once per statement.
 
     Args:
         kind: a NamedTuple with at least two fields.

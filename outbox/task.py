@@ -1,4 +1,4 @@
-"""What a task is: one definition, shared by code that adds rows and by the worker."""
+"""The definition of a task, shared by the code that adds rows and by the worker."""
 
 import json
 import math
@@ -17,10 +17,17 @@ P = TypeVar("P", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Task(Generic[P]):
-    """A kind of work: a name, the model of its payload, and its defaults."""
+    """A kind of work: a name, the model of its payload, and its defaults.
+
+    Example:
+        class Greeting(BaseModel):
+            username: str
+
+        GREET = Task("greet", Greeting, queue="critical", max_retries=5)
+    """
 
     name: str
-    """What the row and the registry call it; never change it while rows with it may exist."""
+    """Its name in rows and in the registry; never change it while rows with it may exist."""
     payload: type[P]
     """The pydantic model that every payload must fit."""
     queue: str = "default"
@@ -28,9 +35,9 @@ class Task(Generic[P]):
     delay: float = 0
     """Seconds between the commit and the first attempt."""
     max_retries: int = 25
-    """How many attempts may follow the first."""
+    """Upper bound of attempts after the first."""
     timeout: int = 30
-    """Seconds that one attempt may take."""
+    """Time limit of one attempt in seconds."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.name) <= 100:
@@ -41,39 +48,39 @@ class Task(Generic[P]):
             raise TaskError(f"task {self.name}: delay must be 0 s or more, max_retries 0 to 1000, timeout 1 to 86400 s")
 
     def parse(self, stored: str) -> P:
-        """Turns a stored payload, which is JSON, into the task's model.
+        """Parses a stored payload, which is JSON, into the task's model.
 
         Raises:
-            PayloadError: it does not fit; the text names each field and the kind of its violation, and quotes no value:
-                it is stored and logged, and the payload may be private.
+            PayloadError: it does not fit. The text names each field and the kind of its violation. It quotes no value,
+                because it is stored and logged, and the payload may be private.
         """
         try:
             return self.payload.model_validate_json(stored)
         except ValidationError as error:
-            raise self._misfit(_kinds(error)) from None
+            raise self._error(_kinds(error)) from None
 
     def dump(self, payload: P | Mapping[str, object]) -> dict[str, object]:
-        """Turns a payload into what is stored: JSON that Postgres takes and that `parse` will read.
+        """Converts a payload into the JSON to store, which Postgres accepts and `parse` can read.
 
         Raises:
-            PayloadError: it does not fit; the text names each field.
+            PayloadError: it does not fit. The text names each field.
         """
-        # A model may have been changed, or made unchecked, since it was validated.
+        # A model may have been changed since it was validated, or made without validation.
         given = payload.model_dump(by_alias=True, warnings=False) if isinstance(payload, BaseModel) else payload
         try:
             stored = self.payload.model_validate(given).model_dump(mode="json", by_alias=True)
         except ValidationError as error:
-            raise self._misfit(_violations(error)) from None
+            raise self._error(_violations(error)) from None
         except PydanticSerializationError as error:
-            raise self._misfit(str(error)) from None
+            raise self._error(str(error)) from None
         if not isinstance(stored, dict):
-            raise self._misfit("payload: must be an object")
+            raise self._error("payload: must be an object")
         if violations := [f"{field}: {why}" for field, why in _unstorable(stored, "")]:
-            raise self._misfit("; ".join(violations))
+            raise self._error("; ".join(violations))
         self.parse(json.dumps(stored))
         return stored
 
-    def _misfit(self, violations: str) -> PayloadError:
+    def _error(self, violations: str) -> PayloadError:
         return PayloadError(f"the payload of {self.name} does not fit: {violations}")
 
 
@@ -81,10 +88,10 @@ _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def _unstorable(value: object, field: str) -> Iterator[tuple[str, str]]:
-    """Yields what JSON in Python may hold and `jsonb` may not."""
+    """Yields each field that Python's JSON allows and `jsonb` does not, and why."""
     match value:
         case str() if _UNSTORABLE.search(value):
-            yield field or "payload", "must hold no NUL and no half of a surrogate pair"
+            yield field or "payload", "must not contain NUL or half of a surrogate pair"
         case float() if not math.isfinite(value):
             yield field or "payload", "must be a finite number"
         case dict():

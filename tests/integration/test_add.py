@@ -138,7 +138,7 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_sent(connection: Connec
             options: Any = {option: text}
             with pytest.raises(outbox.OptionError) as caught:
                 outbox.add(connection, REPORT, {"month": 1}, **options)
-            assert str(caught.value) == f"{option} has {len(text)} characters: outbox.add takes 200 at most"
+            assert str(caught.value) == f"{option} has {len(text)} characters: outbox.add takes at most 200"
         options = {option: "é" * 200}
         outbox.add(connection, REPORT, {"month": 1}, **options)
     assert [row[option] for row in _rows(connection)] == ["é" * 200]
