@@ -1,1 +1,1 @@
-"""What every process needs to run: settings, start and stop, logs, and connections to Postgres and Redis."""
+"""The runtime of every process: settings, start and stop, logs, and connections to Postgres and Redis."""

@@ -1,4 +1,4 @@
-"""Telling two installations apart that use the same Redis database by mistake."""
+"""Detects two installations that use the same Redis database by mistake."""
 
 import math
 import time
@@ -14,65 +14,65 @@ from outbox.runtime.postgres import Connection
 KEY = "outbox:installation"
 
 LIFETIME = 30
-"""Seconds that an installation counts as there after its last process has announced it."""
+"""Seconds for which an announcement in Redis counts."""
 
 MAX_BYTES = 200
-"""Bytes of another's id that are read: more than ours has."""
+"""Bytes that are read of another installation's id: more than an id of ours has."""
 
 LOG_INTERVAL = 60.0
-"""Seconds between two log lines about another installation that is there."""
+"""Seconds between two log lines about another installation."""
 
 
 class Installation:
-    """The Postgres database and its outbox, as all processes on it announce themselves in Redis.
+    """A Postgres database and its outbox, which each of its processes announces in Redis.
 
-    Each has its own rows, and the same ids for them: workers of one would take the other's jobs and drop them, and the
-    sweep would hand them over again. Nothing is lost by that, and hardly anything gets done. So a process does not
-    start beside another installation. One that runs goes on and says so: it may be the other that is there by mistake,
-    and got in while Redis was emptied. Nothing of this lasts in Redis, so that a Postgres that was restored or replaced
-    may use the same Redis half a minute after the old one's processes have stopped.
+    Two installations have different rows under the same ids: workers of one would take and drop the other's jobs, and
+    the sweep would hand them over again. Nothing would be lost, but hardly any work done. So a process does not start
+    beside another installation. A running process logs an error and goes on, because the other one may be the mistake:
+    it can get in while Redis is emptied. The announcement expires, so that a restored or replaced Postgres can use the
+    same Redis half a minute after the old one's processes have stopped.
     """
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._id: str | None = None
-        self._is_in = False
-        self._told_at = -math.inf
+        self._has_announced = False
+        self._logged_at = -math.inf
 
     def identify(self, connection: Connection) -> None:
-        """Asks Postgres which installation this is; where it does not say, nothing is announced.
+        """Reads this installation's id from Postgres; if Postgres does not give one, nothing is announced.
 
         Raises:
             psycopg.OperationalError: Postgres is away.
         """
         try:
-            found = connection.execute(query("installation_id")).fetchone()
-        except psycopg.ProgrammingError:  # a server that has no such function, or lets nobody use it
+            row = connection.execute(query("installation_id")).fetchone()
+        except psycopg.ProgrammingError:  # the server lacks the function, or our role may not call it
             return
-        assert found is not None
-        self._id = found["id"]
+        assert row is not None
+        self._id = row["id"]
 
     def announce(self) -> None:
-        """Says in Redis that this installation is there, and looks for another.
+        """Announces this installation in Redis, and looks for another one.
 
         Raises:
-            SharedRedisError: another is there, and this process has not begun its work yet.
+            SharedRedisError: another one is announced, and this process has not announced its own before.
             redis.RedisError: Redis is away.
         """
         if self._id is None:
             return
         own = self._id.encode()
         other = self._find_other(own)
-        if other and not self._is_in:
+        if other and not self._has_announced:
             raise SharedRedisError(
                 f"the Redis database of REDIS_URL is in use by another installation of this service, {other!r}:"
                 " give each one of its own, as in redis://host:6379/3."
                 f" If that one has been stopped, start this one {LIFETIME} s later"
             )
         self._client.set(KEY, own, ex=LIFETIME)
-        self._is_in = True
-        if other and time.monotonic() - self._told_at >= LOG_INTERVAL:
-            self._told_at = time.monotonic()
+        self._has_announced = True
+        if other and time.monotonic() - self._logged_at >= LOG_INTERVAL:
+            self._logged_at = time.monotonic()
             logs.get().error(
                 "another installation uses this Redis database",
                 other=repr(other),
@@ -81,9 +81,9 @@ class Installation:
             )
 
     def _find_other(self, own: bytes) -> bytes | None:
-        """Returns the id of another installation that is there.
+        """Returns the id of another announced installation.
 
-        A key that stays for longer than any of ours is no installation's.
+        A key that expires later than ours would, or never, was not written by an installation.
         """
         with self._client.pipeline() as pipeline:
             pipeline.getrange(KEY, 0, MAX_BYTES - 1)

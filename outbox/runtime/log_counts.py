@@ -13,33 +13,33 @@ from structlog.typing import EventDict, WrappedLogger
 FLOODING = frozenset({"deleted key", "dropped job", "ignored an RQ command"})
 """Events that any client of Redis can cause in any number, one for a few bytes."""
 MAX_FLOOD_LINES = 100
-"""Lines of one of these that are logged in `FLOOD_TIME`."""
+"""Upper bound of lines per event of `FLOODING` and `FLOOD_TIME`."""
 FLOOD_TIME = 60.0
-"""Seconds."""
+"""Seconds in which `MAX_FLOOD_LINES` are counted."""
 
 
 class Counts:
     """Numbers the warnings and errors of a process by kind, and adds the totals to its last line.
 
     Args:
-        lost_lines: returns the lines that were dropped because the output was not read.
+        lost_lines: returns the number of lines dropped because the output was not read.
     """
 
     def __init__(self, lost_lines: Callable[[], int]) -> None:
         self._lost_lines = lost_lines
         self._logged: Counter[str] = Counter()
         self._floods: dict[str, tuple[float, int]] = {}
-        """By event: when its last `FLOOD_TIME` began, and how many there had been."""
+        """By event: when the current `FLOOD_TIME` began, and the count of the event before it."""
         self._lock = Lock()
 
     def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
-        """Counts one event, as a processor of structlog.
+        """Counts one event; a structlog processor.
 
         Raises:
-            structlog.DropEvent: a flood has reached its limit of lines.
+            structlog.DropEvent: the event has reached `MAX_FLOOD_LINES`.
         """
         if event["level"] in ("warning", "error", "critical"):
-            # A library's lines by what they are made from: their text may name an object, and never come again.
+            # A library's line is counted by its format string: the text may name an object and never repeat.
             record: logging.LogRecord | None = event.get("_record")
             kind = event["event"] if record is None else str(record.msg)
             with self._lock:

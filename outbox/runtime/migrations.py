@@ -1,8 +1,8 @@
-"""Applies `sql/migrations`: each one and its record in one transaction, one process at a time.
+"""Applies `sql/migrations`: each migration with its record in one transaction, one process at a time.
 
-The records are in the tables of yoyo, which applied them before. It wrote a migration and its record in two
-transactions and looked up names of host and user in between: a run that was killed there left a database that no later
-run could migrate. Earlier versions can still read these tables, and be used again.
+The records are in the tables of yoyo, which earlier versions used. It wrote a migration and its record in two
+transactions and looked up the names of host and user in between: a run killed there left a database that no later run
+could migrate. Earlier versions can still read these tables, so that a rollback works.
 """
 
 import time
@@ -19,33 +19,31 @@ from outbox.runtime import logs, postgres
 from outbox.runtime.postgres import Connection
 
 LOCK_TIMEOUT = 3.0
-"""Seconds that a migration waits for a lock, and with it all who want its table afterwards. Longer than Postgres'
+"""Seconds that a migration waits for a lock; sessions that want the table later wait behind it. Longer than Postgres'
 `deadlock_timeout` (1 s), after which an autovacuum gives way."""
 
 TRIES = 5
-"""How often a migration that cannot have its lock is tried."""
+"""How often a migration that does not get its lock is tried."""
 
 PAUSE = 5.0
-"""Seconds between two tries, in which those go on who have waited behind it."""
+"""Seconds between two tries, in which the sessions that waited behind it run."""
 
 PATIENCE = 10.0
-"""Seconds between two log lines of a process that waits for another one to finish its migration."""
+"""Seconds between two log lines of a process that waits for another process to migrate."""
 
 
 def migrate(database_url: str) -> list[str]:
-    """Applies the migrations that the database lacks, each in its own transaction, while others use the database.
-
-    Args:
-        database_url: the database.
+    """Applies the migrations that the database lacks, each in its own transaction, while the processes run.
 
     Returns:
-        The ids of the migrations applied now, in order; empty where there were none to apply.
+        The ids of the migrations applied now, in order.
 
     Raises:
         UnsupportedDatabaseError: the database is not in UTF-8.
-        RightsError: the database lacks migrations, and the role may create no tables; or a table by a name of ours,
-            or the schema by our role's name, belongs to another role.
-        LockedError: others held a table for too long; the migrations before this one are applied, and nothing of it.
+        RightsError: the database lacks migrations, and the role may not create tables; or another role owns a table
+            by a name of ours, or the schema by our role's name.
+        LockedError: other sessions held a table for too long; the migrations before this one are applied, and nothing
+            of this one.
         psycopg.OperationalError: Postgres is away.
     """
     applied: list[str] = []
@@ -54,55 +52,55 @@ def migrate(database_url: str) -> list[str]:
         _check_owners(connection)
         if _may_create(connection):
             try:
-                _when_free("records", _create_records, connection)
-            except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable):  # another process did so meanwhile
-                _when_free("records", _create_records, connection)
-            applied = [name for name in postgres.migrations() if _when_free(name, _apply, connection)]
+                _retry_locked("records", _create_records, connection)
+            except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable):  # another process created them
+                _retry_locked("records", _create_records, connection)
+            applied = [name for name in postgres.migrations() if _retry_locked(name, _apply, connection)]
     logs.get().info("db migrated", applied=applied)
     return applied
 
 
 def _connect(database_url: str) -> Connection:
-    """Opens a connection that a pooler may stand in, and whose statements may take any time."""
+    """Opens a connection without a limit for statements; it may lead through a pooler."""
     connection = psycopg.connect(database_url, row_factory=dict_row, **postgres.options("outbox migrate", pooled=True))
-    # After a wait for another process, the statements must see what that one has applied.
+    # After a wait for another process, statements must see what that process applied.
     connection.isolation_level = IsolationLevel.READ_COMMITTED
     return connection
 
 
 def _check_owners(connection: Connection) -> None:
-    """Checks that no other role has planted a schema or a table where ours are, or where they would be.
+    """Checks that no other role owns a schema or table that our names lead to.
 
     Raises:
-        RightsError: one has.
+        RightsError: another role does.
     """
-    for found in connection.execute(query("foreign_schema")):
+    for schema in connection.execute(query("foreign_schema")):
         raise RightsError(
-            f"the schema {found['name']}, which search_path finds because it has our role's name, belongs to the role"
-            f" {found['owner']}: drop it, REVOKE CREATE ON DATABASE from that role, and run {found['statement']}"
+            f"the schema {schema['name']}, which search_path finds because it has our role's name, belongs to the role"
+            f" {schema['owner']}: drop it, REVOKE CREATE ON DATABASE from that role, and run {schema['statement']}"
         )
-    for found in connection.execute(query("foreign_tables")):
+    for table in connection.execute(query("foreign_tables")):
         raise RightsError(
-            f"the table {found['name']} belongs to the role {found['owner']}, and the schema to another: migrate as"
-            f" {found['owner']} if you trust it; else drop that table, and REVOKE CREATE ON SCHEMA from all other roles"
+            f"the table {table['name']} belongs to the role {table['owner']}, and the schema to another: migrate as"
+            f" {table['owner']} if you trust it; else drop that table, and REVOKE CREATE ON SCHEMA from all other roles"
         )
 
 
 def _create_records(connection: Connection, name: str) -> bool:
-    """Makes the tables in which migrations are recorded, where they are not there."""
+    """Creates the tables that record migrations, if they do not exist."""
     with connection.transaction():
         connection.execute(query("unlimit_transaction"))
-        # A role that may create in our schema could hold one of these names in a transaction that never ends.
+        # A role that may create in our schema can hold one of these names in a transaction that never ends.
         connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
         connection.execute((sql_folder() / f"{name}.sql").read_bytes())
-        _check_owners(connection)  # again: one that was planted meanwhile is visible now that the names are taken
+        _check_owners(connection)  # again: a table planted since the first check is visible once our tables exist
         connection.execute(query("record_version"))
     return True
 
 
 @contextmanager
-def _alone(connection: Connection) -> Iterator[None]:
-    """Runs a block in a transaction, when no other process migrates."""
+def _locked(connection: Connection) -> Iterator[None]:
+    """Runs the block in a transaction while no other process migrates."""
     with connection.transaction():
         while not _lock(connection):
             logs.get().warning("migration waits for another process that migrates")
@@ -111,7 +109,7 @@ def _alone(connection: Connection) -> Iterator[None]:
 
 
 def _lock(connection: Connection) -> bool:
-    """Takes the lock for this transaction and returns whether it could be had within `PATIENCE`."""
+    """Takes the lock for this transaction; returns whether that succeeded within `PATIENCE`."""
     try:
         with connection.transaction():
             connection.execute(query("limit_migration"), {"lock_timeout": PATIENCE})
@@ -122,10 +120,10 @@ def _lock(connection: Connection) -> bool:
 
 
 def _may_create(connection: Connection) -> bool:
-    """Returns whether the role may create tables; one that may not need not where everything is applied.
+    """Returns whether the role may create tables.
 
     Raises:
-        RightsError: it may not, and need be.
+        RightsError: it may not, and the database lacks migrations.
     """
     right = connection.execute(query("right_to_create")).fetchone()
     assert right is not None
@@ -146,21 +144,24 @@ def _may_create(connection: Connection) -> bool:
     return False
 
 
-def _when_free(name: str, apply: Callable[[Connection, str], bool], connection: Connection) -> bool:
-    """Applies a migration, or the records, as soon as the tables are free, and returns whether it had to be applied.
+def _retry_locked(name: str, apply: Callable[[Connection, str], bool], connection: Connection) -> bool:
+    """Applies a migration or creates the records, and tries again while tables are locked.
+
+    Returns:
+        Whether it was applied now.
 
     Raises:
-        LockedError: they were not, at any of `TRIES` tries.
+        LockedError: a table was locked at each of `TRIES` tries.
     """
-    for left in reversed(range(TRIES)):
+    for tries_left in reversed(range(TRIES)):
         try:
             return apply(connection, name)
         except psycopg.errors.LockNotAvailable as error:
-            if not left:
+            if not tries_left:
                 raise LockedError(
-                    f"migration {name} is not applied: others, such as a dump or a long transaction, held a table"
-                    f" that it changes, at each of {TRIES} tries. Nothing of it was done:"
-                    " run 'outbox migrate' again when they have ended (pg_stat_activity shows them)"
+                    f"migration {name} is not applied: another session, such as a dump or a long transaction, held a"
+                    f" table that it changes at each of {TRIES} tries. Nothing of it was done:"
+                    " run 'outbox migrate' again when that session has ended (pg_stat_activity shows it)"
                 ) from error
         logs.get().warning("migration waits for a lock", migration=name, next_try=PAUSE)
         time.sleep(PAUSE)
@@ -168,8 +169,8 @@ def _when_free(name: str, apply: Callable[[Connection, str], bool], connection: 
 
 
 def _apply(connection: Connection, name: str) -> bool:
-    """Applies and records a migration, unless it is recorded, and returns whether it was not."""
-    with _alone(connection):
+    """Applies and records a migration unless it is recorded; returns whether it was applied now."""
+    with _locked(connection):
         if name in {row["migration_id"] for row in connection.execute(query("applied_migrations"))}:
             return False
         connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
@@ -185,10 +186,10 @@ def _apply(connection: Connection, name: str) -> bool:
 
 
 def _is_left_unrecorded(connection: Connection) -> bool:
-    """Returns whether the first migration is applied, though it is not recorded.
+    """Returns whether the first migration is applied although it is not recorded.
 
-    The others of the versions that could leave one unrecorded may be applied twice.
+    The later migrations of the versions that could leave one unrecorded need no such check: they may be applied twice.
     """
-    found = connection.execute(query("first_migration")).fetchone()
-    assert found is not None
-    return bool(found["is_applied"])
+    row = connection.execute(query("first_migration")).fetchone()
+    assert row is not None
+    return bool(row["is_applied"])

@@ -1,4 +1,4 @@
-"""A server that goes away and comes back: one log line each, and backoff between."""
+"""Outages of a server: one log line at the start and one at the end, with backoff in between."""
 
 import time
 from threading import Lock
@@ -9,7 +9,7 @@ from outbox.runtime.redaction import one_line
 
 
 class Outage:
-    """What a process knows of one server's absence. Safe to share between threads."""
+    """The state of one server as a process sees it: away or not. Safe to share between threads."""
 
     def __init__(self, server: str) -> None:
         self._server = server
@@ -18,7 +18,7 @@ class Outage:
         self._lock = Lock()
 
     def away(self, error: Exception) -> float:
-        """Takes note of a failure, logs the first of a row, and returns the seconds to wait before the next try."""
+        """Records a failure; logs the first one of an outage. Returns the seconds until the next try."""
         with self._lock:
             self._failures += 1
             if self._failures == 1:
@@ -27,7 +27,7 @@ class Outage:
             return reconnect_delay(self._failures)
 
     def back(self) -> bool:
-        """Takes note of a success, logs the first after a failure, and returns whether it was one."""
+        """Records a success; logs the one that ends an outage, and returns whether it did."""
         if not self._failures:
             return False
         with self._lock:

@@ -1,4 +1,4 @@
-"""Whether a connection pooler stands before Postgres, and what its sessions lack."""
+"""Detects a connection pooler in front of Postgres, and settings that its sessions lack."""
 
 import psycopg
 
@@ -9,13 +9,13 @@ from outbox.runtime.postgres import Connection
 
 
 def connect_checked(database_url: str, name: str, *, pooled: bool) -> Connection:
-    """Opens the first of a process' connections, as `postgres.connect` does, if the settings are right about poolers.
+    """Opens a process' first connection as `postgres.connect` does, and checks `pooled`.
 
-    Behind a pooler in transaction mode, what one process has prepared in a session is what another executes there, and
-    its settings are the other's. So nothing is left in the session until it is known to be ours alone.
+    Behind a pooler in transaction mode, processes share sessions, and with them prepared statements and settings. So
+    this leaves nothing in the session before it knows that the session is ours alone.
 
     Raises:
-        SettingsError: a pooler in transaction mode stands between, and `pooled` is false.
+        SettingsError: the URL leads through a pooler in transaction mode, and `pooled` is false.
         psycopg.OperationalError: Postgres is away or refuses.
     """
     connection = postgres.connect_unlimited(database_url, name, pooled=pooled)
@@ -31,22 +31,22 @@ def connect_checked(database_url: str, name: str, *, pooled: bool) -> Connection
 
 
 def _check_unpooled(connection: Connection, database_url: str) -> None:
-    """Checks that a session is ours alone, where that can be found out.
+    """Checks that a session is ours alone.
 
-    It nearly always can: of two connections that are open at once, both have the same session.
+    Behind a pooler in transaction mode, two idle connections nearly always get the same session.
     """
     if _session(connection) == connection.info.backend_pid:
-        return  # no pooler at all: one gives its clients numbers of its own
+        return  # no pooler: a pooler gives its clients process ids of its own
     try:
-        with postgres.connect(database_url, "outbox check", pooled=True) as another:
-            # Once may be chance: on a busy pool the two are given different sessions.
-            is_shared = any(_session(another) == _session(connection) for _ in range(20))
+        with postgres.connect(database_url, "outbox check", pooled=True) as second:
+            # Asked several times: in a busy pool the two may get different sessions.
+            is_shared = any(_session(second) == _session(connection) for _ in range(20))
     except psycopg.OperationalError:
-        return  # in session mode, a pool may have none to spare
+        return  # in session mode, the pool may have no second session
     if is_shared:
         raise SettingsError(
             "DATABASE_URL leads through a connection pooler in transaction mode:"
-            " set OUTBOX_TRANSACTION_POOLING=true, or name Postgres itself"
+            " set OUTBOX_TRANSACTION_POOLING=true, or connect to Postgres directly"
         )
 
 
@@ -57,7 +57,7 @@ def _session(connection: Connection) -> int:
 
 
 def warn_about_missing_settings(connection: Connection) -> None:
-    """Logs a warning if the sessions behind a pooler lack settings that we would give them, and what does.
+    """Warns if sessions behind a pooler lack settings that we would set, with the statements that add them.
 
     Raises:
         psycopg.OperationalError: Postgres is away.

@@ -1,4 +1,4 @@
-"""Connections to Postgres, and whether its schema is the one that this version needs."""
+"""Connections to Postgres, and checks of its encoding and schema."""
 
 import select
 from contextlib import suppress
@@ -22,19 +22,19 @@ AWAY = (
     psycopg.errors.IdleInTransactionSessionTimeout,
     psycopg.errors.TransactionTimeout,
 )
-"""The classes of errors that are not the fault of what a statement writes, so that a later try may succeed: outages,
-and the refusals that come from locks, time limits and a full disk. `is_outage` tells them apart."""
+"""Errors that are not caused by what a statement writes, so that a later try may succeed: outages, and refusals because
+of locks, time limits or a full disk. `is_outage` distinguishes the two."""
 
 _OUTAGES = ("08", "57P", "25006", "25P03", "25P04")
-"""How the states begin of errors that say that the connection is lost, that the server shuts down, starts or is a
-standby, or that it has ended the session because a transaction idled or took too long."""
+"""Prefixes of SQLSTATEs that mean: the connection is lost, the server shuts down, starts or is a standby, or it ended
+the session because a transaction idled or took too long."""
 
 
 def is_outage(error: BaseException) -> bool:
-    """Returns whether an error says that Postgres cannot be reached, takes no writes, or has ended the session.
+    """Returns whether an error means that Postgres cannot be reached, accepts no writes, or ended the session.
 
     Any other error of Postgres refuses one statement: it was cancelled, met a lock or a deadlock, a trigger raised, or
-    there was no room. The statement is undone, and its connection goes on.
+    there was no room. The statement is rolled back, and its connection can be used again.
     """
     if not isinstance(error, psycopg.Error):
         return False
@@ -58,34 +58,34 @@ LIMITS: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
-"""libpq's limits (seconds; the last in ms), so that a peer that vanished without a word is noticed."""
+"""libpq's limits (seconds; the last in ms), so that a peer that vanished silently is noticed."""
 
 RECONNECT_TIMEOUT = 1.0
-"""Seconds of psycopg_pool's own backoff, which doubles: left at its 300, a pool sleeps for up to 2 minutes after
-Postgres is back. When it gives up, the next request for a connection makes it try again."""
+"""Seconds for which psycopg_pool retries, with a doubling backoff: with its default of 300, a pool sleeps for up to 2
+minutes after Postgres is back. When the pool gives up, the next request for a connection makes it try again."""
 
 
 ANSWER_LIMIT = 20.0
-"""Seconds that a statement of ours may take. A Postgres that hangs (its disk stalls, its host is paused) keeps its
-connections open, so that libpq's limits see nothing. Longer than the limit for a lock, which is a better answer."""
+"""Time limit of a statement in seconds. A Postgres that hangs (its disk stalls, its host is paused) keeps connections
+open, so that libpq's limits do not apply. Longer than the limit for a lock, whose error says more."""
 
 
 CANCEL_LIMIT = 2.0
-"""Seconds that a request to cancel a statement may take: it needs a connection of its own, and an answer."""
+"""Time limit in seconds of a request to cancel a statement: it needs a connection of its own, and an answer."""
 
 
 class LimitedConnection(psycopg.Connection[dict[str, Any]]):
-    """A connection that is closed when Postgres does not answer in time: to its user, an outage like any other."""
+    """A connection that is closed when Postgres does not answer in time, which then looks like any other outage."""
 
     answer_limit: float | None = None
-    """Seconds, where not ANSWER_LIMIT."""
+    """Seconds; None means `ANSWER_LIMIT`."""
 
     @classmethod
     def connect(cls, *args: Any, **kwargs: Any) -> Self:
         """Opens a connection.
 
         Raises:
-            psycopg.OperationalError: Postgres is away or refuses, or this process is short of descriptors.
+            psycopg.OperationalError: Postgres is away or refuses, or this process has no descriptor left.
         """
         try:
             return super().connect(*args, **kwargs)
@@ -93,7 +93,7 @@ class LimitedConnection(psycopg.Connection[dict[str, Any]]):
             raise refused_by_system(error) from error
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Waits for an answer, `timeout` seconds or else the limit."""
+        """Waits for an answer for `timeout` seconds, or for `answer_limit`."""
         limit = self.answer_limit or ANSWER_LIMIT
         try:
             return super().wait(gen, interval, limit if timeout is None else timeout)
@@ -102,46 +102,49 @@ class LimitedConnection(psycopg.Connection[dict[str, Any]]):
             raise_hung(self, error)
             raise
         except OSError as error:
-            self.pgconn.finish()  # nobody knows what it still waits for
+            self.pgconn.finish()  # its state is unknown
             raise refused_by_system(error) from error
 
 
 def refused_by_system(error: OSError) -> psycopg.OperationalError:
     """Converts an OSError into the error of an outage.
 
-    psycopg lets the bare OSError through where this process is short of descriptors.
+    psycopg raises the bare OSError if this process has no descriptor left.
     """
-    return psycopg.OperationalError(f"the system refuses what a connection needs: {error.strerror or error}")
+    return psycopg.OperationalError(f"the system refuses a resource that a connection needs: {error.strerror or error}")
 
 
 def cancels(connection: psycopg.BaseConnection[Any]) -> bool:
     """Returns whether a connection waits for a statement that can be cancelled in bounded time.
 
-    A statement that is merely abandoned runs on at the server with its session and its locks, and some hundred of them
-    let nobody in. A commit that waits for a synchronous standby ends without the standby when it is cancelled: all see
-    it, and a fail-over may lose it. To us it has had no answer; and whatever is written after it, and has one, waited
-    until the standby had both.
+    An abandoned statement keeps running at the server with its session and its locks, and a hundred of them use up all
+    connections. Cancelling a commit that waits for a synchronous standby ends the wait: the commit is visible, and a
+    fail-over may lose it. To us it has had no answer; and a later write that does get one has waited until the standby
+    had both.
     """
-    # An older libpq can only cancel without a limit.
+    # An older libpq cannot limit the time of a cancellation.
     return connection.pgconn.transaction_status == TransactionStatus.ACTIVE and psycopg.capabilities.has_cancel_safe()
 
 
 def cancel(connection: psycopg.Connection[Any], limit: float = CANCEL_LIMIT) -> None:
-    """Cancels what a connection waits for, if anything, in `limit` seconds; from any thread. A failure is ignored."""
+    """Cancels the statement that a connection waits for, if any, within `limit` seconds. Any thread may call it.
+
+    Failures are ignored.
+    """
     if cancels(connection):
         with suppress(psycopg.Error, OSError):
             connection.cancel_safe(timeout=limit)
 
 
 class NoAnswerError(psycopg.OperationalError):
-    """A statement got no answer in time, and its connection is closed: to its user, an outage like any other."""
+    """A statement got no answer in time, and its connection was closed."""
 
 
 def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.OperationalError) -> None:
-    """Closes a connection that still waits for an answer, and raises what that means.
+    """Closes a connection that still waits for an answer, and raises the error for that.
 
     Raises:
-        psycopg.OperationalError: it did wait.
+        NoAnswerError: the connection was waiting.
     """
     if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
         connection.pgconn.finish()
@@ -149,14 +152,14 @@ def raise_hung(connection: psycopg.BaseConnection[Any], error: psycopg.Operation
 
 
 def options(name: str, *, pooled: bool) -> dict[str, Any]:
-    """Returns what every connection of ours is opened with: autocommit mode, LIMITS, and no more than can be had.
+    """Returns the parameters of every connection of ours: autocommit mode, `LIMITS`, and UTF-8.
 
-    It speaks UTF-8, whatever the URL, the role or the database says.
+    UTF-8 overrides the encoding of the URL, the role and the database.
 
     Args:
         name: shown by `pg_stat_activity` as the application's name.
-        pooled: whether the URL leads through a pooler in transaction mode. Each transaction may have another session
-            there, so nothing may be left in one: no prepared statements, and no settings of the session's own.
+        pooled: whether the URL leads through a pooler in transaction mode. Each transaction may get another session
+            there, so none may keep state: no prepared statements, and no settings of the session.
     """
     unprepared = {"prepare_threshold": None} if pooled else {}
     return {"autocommit": True, "application_name": name, "client_encoding": "utf8", **unprepared, **LIMITS}
@@ -167,13 +170,13 @@ def connect(
 ) -> LimitedConnection:
     """Opens a connection in autocommit mode whose rows are dictionaries.
 
-    A process' first one is for `pooler.connect_checked` to open.
+    A process opens its first connection with `pooler.connect_checked` instead.
 
     Args:
-        database_url: where to.
+        database_url: the database.
         name: shown by `pg_stat_activity` as the application's name.
-        pooled: whether that leads through a pooler in transaction mode.
-        answer_limit: seconds that a statement may take, where not `ANSWER_LIMIT`.
+        pooled: whether the URL leads through a pooler in transaction mode.
+        answer_limit: time limit of a statement in seconds; None means `ANSWER_LIMIT`.
 
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
@@ -186,20 +189,20 @@ def connect(
 
 
 def connect_unlimited(database_url: str, name: str, *, pooled: bool) -> LimitedConnection:
-    """Opens a connection as `connect` does, and leaves nothing in its session.
+    """Opens a connection as `connect` does, but does not change its session.
 
     Raises:
         psycopg.OperationalError: Postgres is away or refuses.
     """
     connection = LimitedConnection.connect(database_url, row_factory=dict_row, **options(name, pooled=pooled))
     if pooled:
-        # What is sent with each BEGIN is left in no session.
+        # Sent with each BEGIN, so no session keeps it.
         connection.isolation_level = IsolationLevel.READ_COMMITTED
     return connection
 
 
 def pin_session(connection: Connection) -> None:
-    """Gives a session, which must be ours alone, the settings that our statements rely on.
+    """Sets the settings that our statements rely on, in a session that must be ours alone.
 
     Raises:
         psycopg.OperationalError: Postgres is away.
@@ -208,7 +211,7 @@ def pin_session(connection: Connection) -> None:
 
 
 def read_only() -> psycopg.errors.ReadOnlySqlTransaction:
-    """Returns the error of a session that may not write, as Postgres raises it at the first try."""
+    """Returns the error that Postgres raises for a write in a read-only session."""
     return psycopg.errors.ReadOnlySqlTransaction(
         "the session is read-only: the server is a standby, or default_transaction_read_only is on"
     )
@@ -217,26 +220,27 @@ def read_only() -> psycopg.errors.ReadOnlySqlTransaction:
 def has_heard(connection: psycopg.BaseConnection[Any], timeout: float = 0.0) -> bool:
     """Returns whether anything arrives on an idle connection within `timeout` seconds.
 
-    It may be broken, and should be asked: who closes a connection says so, and to ask every time takes a round trip.
+    If so, the connection may be broken, and needs a statement to find out. A peer that closes a connection sends that,
+    so a healthy idle connection needs no round trip.
     """
-    arrivals = select.poll()
-    arrivals.register(connection.fileno(), select.POLLIN)
-    return bool(arrivals.poll(timeout * 1000))
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
 
 
 def migrations() -> list[str]:
-    """Returns the ids of the migrations that this version knows, in order."""
+    """Returns the ids of this version's migrations, in order."""
     return sorted(path.stem for path in (sql_folder() / "migrations").glob("*.sql"))
 
 
 def check_encoding(connection: psycopg.BaseConnection[Any]) -> None:
-    """Checks that a database can hold every name. Postgres says so when it connects: that takes no statement.
+    """Checks that a database is in UTF-8. Postgres reports its encoding at connect, so this takes no statement.
 
     Raises:
-        UnsupportedDatabaseError: it is not in UTF-8.
+        UnsupportedDatabaseError: it is not.
     """
     encoding = connection.info.parameter_status("server_encoding")
-    if encoding not in {"UTF8", None}:  # a pooler may leave it out
+    if encoding not in {"UTF8", None}:  # a pooler may not report it
         raise UnsupportedDatabaseError(
             f"the database {connection.info.dbname} is in {encoding}, not in UTF-8, and cannot hold every name: create"
             " one with ENCODING 'UTF8' TEMPLATE template0, and name it in DATABASE_URL"
@@ -244,7 +248,7 @@ def check_encoding(connection: psycopg.BaseConnection[Any]) -> None:
 
 
 def check_applied(applied: set[str]) -> None:
-    """Checks that the database has every migration that this version knows; it may have newer ones.
+    """Checks that the database has every migration of this version; it may have newer ones.
 
     Raises:
         NotMigratedError: it lacks some.
@@ -254,7 +258,7 @@ def check_applied(applied: set[str]) -> None:
 
 
 def check_migrated(connection: psycopg.Connection[Any]) -> None:
-    """Checks a database through an open connection.
+    """Checks a database's encoding and migrations.
 
     Raises:
         UnsupportedDatabaseError: it is not in UTF-8.

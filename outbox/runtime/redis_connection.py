@@ -11,34 +11,34 @@ from redis.retry import Retry
 from outbox.errors import SettingsError, UnsupportedRedisError
 
 AWAY = (redis.RedisError, OSError)
-"""What redis-py raises when Redis is away, loading, read-only or out of memory: all the same to us."""
+"""Errors of redis-py when Redis is away, loading, read-only or out of memory, which all count as an outage."""
 
 OLDEST = (6, 2)
 
 BLOCK = 1.0
-"""Seconds that a blocking command may block: also how long a signal may wait to be seen."""
+"""Seconds that a blocking command may block, and so the delay until a signal is noticed."""
 
 LIFETIME = 60.0
-"""Seconds after which a process connects anew even if nothing has failed: the address may lead to another server now,
+"""Seconds after which a process reconnects even if nothing has failed: the address may lead to another server by now,
 while the old one still answers on open connections."""
 
 
 LONGEST_ELEMENT = 16_000_000
-"""Upper bound of bytes of one element of a reply: an id has 30 at most, and Redis allows 512 MB."""
+"""Upper bound of bytes of one element of a reply: an id has at most 30, and Redis allows 512 MB."""
 
 
 class TooLongError(redis.InvalidResponse):
-    """A foreign client has written an element that is longer than `LONGEST_ELEMENT`, and the rest of it is unread."""
+    """A foreign client wrote an element longer than `LONGEST_ELEMENT`, whose rest is unread."""
 
 
 class _Parser(DefaultParser):  # type: ignore[misc, valid-type]  # redis-py chooses it by what is installed
-    """Reads replies as redis-py does, and refuses elements over `LONGEST_ELEMENT`."""
+    """redis-py's parser, which also refuses elements over `LONGEST_ELEMENT`."""
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:
-        """Reads what has arrived.
+        """Reads the bytes that have arrived.
 
         Raises:
-            TooLongError: what has arrived of one element is too long; redis-py closes the connection.
+            TooLongError: the unparsed bytes are too many; redis-py closes the connection.
         """
         has_read: bool = super().read_from_socket(*args, **kwargs)
         if self._reader is not None and self._reader.len() > LONGEST_ELEMENT:
@@ -47,13 +47,13 @@ class _Parser(DefaultParser):  # type: ignore[misc, valid-type]  # redis-py choo
 
 
 def connect(redis_url: str, name: str) -> redis.Redis:
-    """Makes a client; it connects at the first command.
+    """Returns a client, which connects at the first command.
 
-    One immediate retry, for connections that went stale while they were idle. What a retry does twice, the fence
-    makes harmless.
+    It retries once, immediately, because an idle connection may have gone stale. The fence makes a command that runs
+    twice harmless.
 
     Args:
-        redis_url: where to.
+        redis_url: the Redis database.
         name: shown by `CLIENT LIST`.
     """
     return redis.Redis.from_url(
@@ -94,11 +94,11 @@ def check_url(redis_url: str) -> None:
 
 
 def drop_connections(client: redis.Redis) -> None:
-    """Makes the next command connect anew: at every outage, whatever the error was, and at the end of a lifetime.
+    """Makes the next command reconnect: called after every outage, whatever the error was, and after `LIFETIME`.
 
-    After a fail-over the old primary may keep its connections and refuse to write, and redis-py keeps a connection that
-    has had an error for an answer. A connection that another thread uses at this moment, as to hear messages, is left
-    to that thread.
+    After a fail-over the old primary may keep its connections and refuse to write, and redis-py keeps a connection on
+    which the server answered with an error. A connection that another thread is using, to listen for example, stays
+    open.
     """
     client.connection_pool.disconnect(inuse_connections=False)
 
@@ -111,21 +111,21 @@ def check_supported(client: redis.Redis) -> None:
         redis.RedisError: it is away.
     """
     info = client.info()
-    mode = info.get("redis_mode") or info.get("server_mode", "standalone")  # Redis' word, and Valkey's
+    mode = info.get("redis_mode") or info.get("server_mode", "standalone")  # the names in Redis and in Valkey
     check_server(str(info.get("redis_version", "0")), str(mode))
 
 
 def check_server(version: str, mode: str) -> None:
-    """Checks the answer of a server to INFO.
+    """Checks fields of a server's answer to INFO.
 
     Args:
         version: `redis_version`.
         mode: `redis_mode`: `standalone`, `cluster` or `sentinel`.
 
     Raises:
-        UnsupportedRedisError: it is older than 6.2, or no single server.
+        UnsupportedRedisError: it is older than 6.2, or not a single server.
     """
     if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < OLDEST:
-        raise UnsupportedRedisError(f"Redis {version} is too old: REDIS_URL must name one of version 6.2 or newer")
+        raise UnsupportedRedisError(f"Redis {version} is too old: REDIS_URL must name version 6.2 or newer")
     if mode != "standalone":
-        raise UnsupportedRedisError(f"REDIS_URL names a Redis {mode}: RQ needs a single server, so name one of those")
+        raise UnsupportedRedisError(f"REDIS_URL names a Redis {mode}: name a single server, which RQ needs")

@@ -1,4 +1,4 @@
-"""What each process reads from its environment: once, at its edge, into one frozen object."""
+"""The settings of each process, read from the environment once, into one frozen object."""
 
 import re
 from typing import Annotated, Any, Literal, Self
@@ -24,7 +24,7 @@ def _queue_weights(value: object) -> object:
     for part in value.split(","):
         name, _, weight = (piece.strip() for piece in part.partition("="))
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", name) or not weight.isdecimal() or int(weight) < 1:
-            raise ValueError("must be names with weights from 1 on, as in critical=10,default=5")
+            raise ValueError("must be names with weights of at least 1, as in critical=10,default=5")
         if name in weights:
             raise ValueError(f"names queue {name} twice")
         weights[name] = int(weight)
@@ -39,18 +39,18 @@ def _modules(value: object) -> object:
 
 def _secret_key(value: str) -> str:
     if len(value) < 32:
-        raise ValueError("must have at least 32 characters; 'openssl rand -hex 32' prints a good one")
+        raise ValueError("must have at least 32 characters; 'openssl rand -hex 32' prints one")
     return value
 
 
 LONGEST_LEASE = 300.0
-"""Seconds that a lease may last. One that ends later was written before Postgres' clock was set back."""
+"""Upper bound of a lease in seconds. A lease that ends later was written before Postgres' clock was set back."""
 
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 365)]
 
 
 class _Environment(EnvSettingsSource):
-    """Reads the variables that are documented, and not `BATCH` or `LEASE`, which code may call the fields."""
+    """Reads only the documented variables, and not `BATCH` or `LEASE` after the names of fields."""
 
     def __init__(self, settings: type[BaseSettings]) -> None:
         super().__init__(settings)
@@ -70,7 +70,7 @@ class _Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _check_encoding(cls, value: object) -> object:
-        # Python reads bytes that are none as surrogates, which nothing that is sent can hold.
+        # Python decodes other bytes as surrogates, which cannot be encoded when they are sent.
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
             raise ValueError("is not in UTF-8")
         return value
@@ -84,7 +84,7 @@ class _Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Where settings come from: what code says, then the environment."""
+        """Returns the sources of settings: arguments, then the environment."""
         return init_settings, _Environment(settings_cls)
 
     @classmethod
@@ -92,7 +92,7 @@ class _Settings(BaseSettings):
         """Reads and checks the environment.
 
         Raises:
-            SettingsError: names every variable that is missing or wrong, a line each, and never its value.
+            SettingsError: names every variable that is missing or wrong, one per line, without its value.
         """
         try:
             return cls()
@@ -118,12 +118,12 @@ _MISSING = {
     "SMTP_URL": "set it to the mail server, as in smtp+starttls://user:password@host:587",
     "MAIL_FROM": "set it to the sender of mails, as in 'Sign-up <no-reply@example.com>'",
     "PUBLIC_URL": "set it to where users reach the service, as in https://example.com; links in mails start with it",
-    "SECRET_KEY": "set it to a secret of at least 32 characters; 'openssl rand -hex 32' prints a good one",
+    "SECRET_KEY": "set it to a secret of at least 32 characters; 'openssl rand -hex 32' prints one",
 }
 
 
 class DatabaseSettings(_Settings):
-    """What everything that opens the database needs."""
+    """Settings of everything that opens the database."""
 
     database_url: Annotated[str, AfterValidator(endpoints.postgres_url)] = Field(
         validation_alias="DATABASE_URL", repr=False

@@ -1,4 +1,4 @@
-"""Where a password may cross a network in clear, a process says so when it starts."""
+"""Warnings at the start of a process about passwords that may cross the network unencrypted."""
 
 import pytest
 from structlog.testing import capture_logs
@@ -8,7 +8,7 @@ from outbox.runtime.endpoints import SmtpServer
 
 
 @pytest.mark.parametrize(
-    ("url", "is_told"),
+    ("url", "is_warned"),
     [
         ("postgresql://u:p@db/outbox", True),
         ("postgresql://u:p@db/outbox?sslmode=prefer", True),
@@ -25,18 +25,18 @@ from outbox.runtime.endpoints import SmtpServer
         ("postgresql:///outbox", False),
     ],
 )
-def test_postgres(url: str, *, is_told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another machine, unless no connection without TLS is made; whoever is asked, the password is not said."""
+def test_postgres(url: str, *, is_warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It warns about another machine unless TLS is enforced, and never shows the password."""
     for name in ("PGSSLMODE", "PGHOST"):
         monkeypatch.delenv(name, raising=False)
     with capture_logs() as lines:
         warn_about_plain_text(url)
-    assert [line["setting"] for line in lines] == ["DATABASE_URL"] * is_told
+    assert [line["setting"] for line in lines] == ["DATABASE_URL"] * is_warned
     assert all("u:p" not in str(line) for line in lines)
 
 
-def test_what_the_environment_says_of_postgres(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library reads it, so it counts."""
+def test_libpqs_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PGSSLMODE and PGHOST fill what the URL leaves out."""
     monkeypatch.setenv("PGSSLMODE", "verify-full")
     with capture_logs() as lines:
         warn_about_plain_text("postgresql://u:p@db/outbox")
@@ -49,7 +49,7 @@ def test_what_the_environment_says_of_postgres(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("url", "is_told"),
+    ("url", "is_warned"),
     [
         ("redis://:secret@cache:6379/0", True),
         ("redis://cache:6379/0", False),
@@ -58,15 +58,15 @@ def test_what_the_environment_says_of_postgres(monkeypatch: pytest.MonkeyPatch) 
         ("unix://:secret@/run/redis.sock", False),
     ],
 )
-def test_redis(url: str, *, is_told: bool) -> None:
-    """Without a password there is nothing to read: Redis holds ids alone."""
+def test_redis(url: str, *, is_warned: bool) -> None:
+    """Without a password there is nothing to protect: Redis holds only ids."""
     with capture_logs() as lines:
         warn_about_plain_text("postgresql:///outbox", redis_url=url)
-    assert [line["setting"] for line in lines] == ["REDIS_URL"] * is_told
+    assert [line["setting"] for line in lines] == ["REDIS_URL"] * is_warned
 
 
 @pytest.mark.parametrize(
-    ("server", "is_told"),
+    ("server", "is_warned"),
     [
         (SmtpServer("mail", 25, "none", "user", "secret"), True),
         (SmtpServer("mail", 25, "none", None), False),
@@ -74,8 +74,8 @@ def test_redis(url: str, *, is_told: bool) -> None:
         (SmtpServer("127.0.0.1", 25, "none", "user", "secret"), False),
     ],
 )
-def test_the_mail_server(server: SmtpServer, *, is_told: bool) -> None:
-    """Where it is told the password; smtp+starttls:// sends none before TLS."""
+def test_the_mail_server(server: SmtpServer, *, is_warned: bool) -> None:
+    """It warns if the password is sent in clear; smtp+starttls:// sends it only after TLS has started."""
     with capture_logs() as lines:
         warn_about_plain_text("postgresql:///outbox", smtp_server=server)
-    assert [line["setting"] for line in lines] == ["SMTP_URL"] * is_told
+    assert [line["setting"] for line in lines] == ["SMTP_URL"] * is_warned

@@ -9,14 +9,14 @@ from outbox.queries import query
 from tests.support.statements import NAMES, TEXT
 
 
-def test_every_statement_has_a_name_of_its_own() -> None:
-    """A second block of a name would silently replace the first."""
+def test_names_of_statements_are_unique() -> None:
+    """A second block with the same name would silently replace the first."""
     assert len(NAMES) == len(set(NAMES)) > 15
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_statement_says_what_it_is_for(name: str) -> None:
-    """A line of purpose stands under the name; it does not go to Postgres, nor does a second statement."""
+def test_every_statement_states_its_purpose(name: str) -> None:
+    """A comment under the name does. It is not sent to Postgres, and neither is a second statement."""
     assert re.search(rf"^-- name: {name}\n-- \S", TEXT, re.MULTILINE)
     text = query(name)
     assert text
@@ -25,7 +25,7 @@ def test_every_statement_says_what_it_is_for(name: str) -> None:
 
 
 def test_every_statement_is_used() -> None:
-    """No statement is left behind by code that has gone."""
+    """No statement has lost its caller."""
     code = "".join(
         path.read_text(encoding="utf-8")
         for folder in ("outbox", "service", "relay", "worker")
@@ -35,6 +35,6 @@ def test_every_statement_is_used() -> None:
 
 
 def test_an_unknown_name_is_an_error() -> None:
-    """A typing mistake is found by the first test that runs the code, not by Postgres."""
+    """The first test that runs the code finds a typing error."""
     with pytest.raises(KeyError, match="no_such_statement"):
         query("no_such_statement")

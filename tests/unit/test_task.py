@@ -1,4 +1,4 @@
-"""The task registry: what a task is, and how handlers are found."""
+"""Tasks, their payloads, and how a worker finds their handlers."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from outbox_worker.registry import load_registry
 
 
 class Greeting(BaseModel):
-    """A payload."""
+    """The payload of `greet`."""
 
     name: str
     times: int = Field(default=1, ge=1)
@@ -28,7 +28,7 @@ GREET = Task("greet", Greeting)
 
 @handler(GREET)
 def greet(payload: Greeting, context: Context) -> None:
-    """A handler."""
+    """Does nothing."""
 
 
 def _module(**members: object) -> ModuleType:
@@ -38,20 +38,20 @@ def _module(**members: object) -> ModuleType:
 
 
 def test_a_second_task_is_one_definition_and_one_function() -> None:
-    """The registry finds a new task's handler beside the first one's, with nothing else to be told."""
+    """The registry finds the handler of a new task; nothing else registers it."""
     registry = load_registry([__name__], own=[Handler(SEND_VERIFY_EMAIL, lambda *_: None)])
     assert set(registry) == {"send_verify_email", "greet"}
     assert registry["greet"] is greet
     assert registry["greet"].task is GREET
 
 
-def test_a_handler_is_given_no_setting() -> None:
-    """Neither the secret key nor the password of a server is anything that a task needs."""
+def test_a_handler_gets_no_settings() -> None:
+    """No task needs the secret key or a server's password."""
     assert {field.name for field in fields(Context)} == {"row_id", "attempt", "deadline", "database", "send"}
 
 
-def test_a_handler_may_be_seen_twice() -> None:
-    """A handler that is imported into another module, or has two names, is still one."""
+def test_a_handler_may_be_found_twice() -> None:
+    """A handler that is imported into another module, or has two names, counts once."""
     assert load_registry([_module(a=greet, b=greet), _module(c=greet, other=42)]) == {"greet": greet}
 
 
@@ -63,15 +63,17 @@ def test_two_handlers_for_one_task_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["no_such_module", "outbox.no_such_module", ".relative", "a..b", ""])
-def test_a_module_that_is_not_there_is_a_sentence(name: str) -> None:
-    """What OUTBOX_HANDLERS names wrongly is named in the error."""
+def test_a_missing_module_is_a_sentence(name: str) -> None:
+    """The error names the module that OUTBOX_HANDLERS names."""
     with pytest.raises(TaskError, match=f"the module {name} with handlers cannot be imported"):
         load_registry([name])
 
 
 @pytest.mark.parametrize("source", ["def", "1 / 0", "import no_such_module", "from outbox import Task; Task('', 1)"])
-def test_a_module_that_breaks_is_a_sentence(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importing runs the module's code, which may fail in any way."""
+def test_a_module_that_cannot_be_imported_is_a_sentence(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing a module runs its code, which may raise anything."""
     (tmp_path / "broken_handlers.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(TaskError, match="the module broken_handlers with handlers cannot be imported: "):
@@ -95,13 +97,13 @@ def test_a_module_that_breaks_is_a_sentence(source: str, tmp_path: Path, monkeyp
     ],
 )
 def test_a_task_that_the_table_would_refuse_cannot_be_defined(options: dict[str, Any]) -> None:
-    """Limits of the table are limits of the definition, so that a mistake shows at import and not at run time."""
+    """The definition has the table's limits, so that a mistake shows at import and not later."""
     with pytest.raises(TaskError):
         Task(**{"name": "greet", "payload": Greeting, **options})
 
 
-def test_the_verification_mail_is_the_contract() -> None:
-    """Name, queue, retries, delay and timeout are what outside things depend on; other tasks have other defaults."""
+def test_the_options_of_the_verification_mail() -> None:
+    """Stored rows and the documentation depend on its name and options; other tasks have other defaults."""
     task = SEND_VERIFY_EMAIL
     assert (task.name, task.queue, task.max_retries, task.delay, task.timeout) == (
         "send_verify_email",
@@ -113,8 +115,8 @@ def test_the_verification_mail_is_the_contract() -> None:
     assert (GREET.queue, GREET.max_retries, GREET.delay) == ("default", 25, 0)
 
 
-def test_a_misfit_names_every_field_and_no_value() -> None:
-    """All violations at once; the values stay out, as they may be secrets."""
+def test_a_payload_error_names_every_field_and_no_value() -> None:
+    """It lists all violations, without the values, which may be secrets."""
     with pytest.raises(PayloadError) as caught:
         GREET.dump({"name": 12345, "times": 0})
     text = str(caught.value)
@@ -124,8 +126,8 @@ def test_a_misfit_names_every_field_and_no_value() -> None:
     assert "12345" not in text
 
 
-def test_a_stored_payload_that_does_not_fit_is_told_by_fields_alone() -> None:
-    """What an application's own validator says may quote the value; it goes into logs and the row."""
+def test_the_error_of_a_stored_payload_names_only_fields() -> None:
+    """The message of an application's validator may quote the value, and the error goes into logs and the row."""
 
     class Picky(BaseModel):
         name: str
@@ -140,7 +142,7 @@ def test_a_stored_payload_that_does_not_fit_is_told_by_fields_alone() -> None:
 
 
 def test_a_model_is_checked_like_a_mapping() -> None:
-    """A model that was made unchecked, or changed since, does not slip through."""
+    """A model that was made without validation, or changed since, is refused."""
     changed = SendVerifyEmail(username="alice")
     changed.username = None  # type: ignore[assignment]
     unchecked = SendVerifyEmail.model_construct(username=7)  # type: ignore[arg-type]
@@ -151,8 +153,8 @@ def test_a_model_is_checked_like_a_mapping() -> None:
 
 
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", ["x", "\0"], {"\0": 1}, float("nan"), [float("-inf")]])
-def test_what_postgres_cannot_store_is_refused_here(value: object) -> None:
-    """NUL, lone surrogates and NaN pass through pydantic's Any and would break the caller's transaction."""
+def test_a_value_that_postgres_cannot_store_is_refused(value: object) -> None:
+    """NUL, lone surrogates and NaN pass pydantic's Any and would break the caller's transaction."""
 
     class Anything(BaseModel):
         model_config = ConfigDict(ser_json_inf_nan="constants")
@@ -164,13 +166,13 @@ def test_what_postgres_cannot_store_is_refused_here(value: object) -> None:
 
 
 def test_a_payload_is_an_object() -> None:
-    """A model whose JSON is a list is refused here, and not by the table."""
+    """A model whose JSON is a list is refused before the table would refuse it."""
     with pytest.raises(PayloadError, match="payload: must be an object"):
         Task("numbers", RootModel[list[int]]).dump(RootModel([1]))
 
 
-def test_what_is_stored_can_be_read() -> None:
-    """Models with aliases, strict types and times survive the way through JSON."""
+def test_a_stored_payload_can_be_parsed() -> None:
+    """Models with aliases, strict types and times survive the conversion to JSON."""
 
     class Reminder(BaseModel):
         model_config = ConfigDict(strict=True)
