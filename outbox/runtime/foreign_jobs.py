@@ -1,9 +1,9 @@
-"""Jobs of another application in our Redis database: what becomes of them, and what the log says."""
+"""Jobs of another application in our Redis database: where they are kept, and how they are logged."""
 
 from outbox.runtime import logs
 
-KEPT = 100_000
-"""Foreign jobs that are kept aside per key at most: at 36 bytes of an id, some 10 MB."""
+MAX_KEPT = 100_000
+"""Upper bound of foreign jobs kept aside per key: some 10 MB, at 36 bytes per id."""
 
 REMEDY = (
     "let no other application use this Redis database: give this service one of its own (REDIS_URL);"
@@ -12,35 +12,35 @@ REMEDY = (
 
 
 def aside_key(key: str) -> str:
-    """Returns where the foreign jobs are kept that were found under one of RQ's keys."""
+    """Returns the key that keeps foreign jobs found under one of RQ's keys."""
     return f"outbox:foreign:{key}"
 
 
 class ForeignJobs:
     """Logs foreign jobs: once per process and key, with the remedy.
 
-    A job is foreign if its id is not of our form and a hash of its own shows that it is a job of RQ's. An id without
-    such a hash means nothing to RQ either, and is dropped.
+    A job is foreign if its id does not have our form and RQ has a hash for it. An id without a hash is no job for RQ
+    either, and is dropped.
     """
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str]] = set()
 
-    def put_aside(self, job: bytes, key: str) -> None:
-        """Tells that a job was taken out of `key` and is kept."""
-        self._tell("foreign job put aside", job, key, kept_in=aside_key(key))
+    def log_put_aside(self, job: bytes, key: str) -> None:
+        """Logs that a job was moved out of `key` and is kept."""
+        self._log_once("foreign job put aside", job, key, kept_in=aside_key(key))
 
-    def left_alone(self, job: bytes, key: str) -> None:
-        """Tells that a job stays where it is."""
-        self._tell("foreign job left alone", job, key)
+    def log_left_alone(self, job: bytes, key: str) -> None:
+        """Logs that a job stays under `key`."""
+        self._log_once("foreign job left alone", job, key)
 
-    def _tell(self, event: str, job: bytes, key: str, **fields: str) -> None:
-        if (event, key) not in self._told:
-            self._told.add((event, key))
+    def _log_once(self, event: str, job: bytes, key: str, **fields: str) -> None:
+        if (event, key) not in self._logged:
+            self._logged.add((event, key))
             logs.get().error(event, job=repr(job), key=key, **fields, remedy=REMEDY)
 
     @staticmethod
-    def dropped(job: bytes, *, is_job: bool, key: str) -> None:
-        """Tells that a job could not be kept, or an id was no job at all."""
+    def log_dropped(job: bytes, *, is_job: bool, key: str) -> None:
+        """Logs that a job could not be kept, or that an id was no job."""
         why = f"{aside_key(key)} is full" if is_job else "no job of ours has this id"
         logs.get().warning("dropped job", job=repr(job), why=why)

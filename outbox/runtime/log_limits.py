@@ -1,26 +1,26 @@
-"""Limits of a log line's length: fields come from rows, from Redis and from requests, and may be of any length."""
+"""Limits of a log line: its fields come from rows, Redis and requests, and may have any length."""
 
 from pydantic_core import to_json
 from structlog.typing import EventDict
 
 FIELD_LIMIT = 2_000
-"""Characters of a field that a long line shows."""
+"""Characters that a long line shows of each field."""
 
 LINE_LIMIT = 4_000
-"""Characters of a line at which its fields are cut."""
+"""Characters of a line above which its fields are cut."""
 
 LONGEST_LINE = 100_000
-"""Characters of a line whose fields were cut: a traceback that is escaped from end to end has 60,000."""
+"""Upper bound of characters of a line with cut fields: a traceback in which every character is escaped has 60,000."""
 
 
-def cut(event: EventDict) -> EventDict:
-    """Returns a line's fields, each cut to `FIELD_LIMIT` characters; a traceback has its own limit."""
-    short: EventDict = {}
+def cut_fields(event: EventDict) -> EventDict:
+    """Returns an event with each field cut to `FIELD_LIMIT` characters; a traceback has its own limit."""
+    cut_event: EventDict = {}
     for name, value in event.items():
         text = value if isinstance(value, str) else _text(value)
-        is_short = name == "exception" or len(text) <= FIELD_LIMIT
-        short[name] = value if is_short else text[:FIELD_LIMIT]
-    return short
+        is_whole = name == "exception" or len(text) <= FIELD_LIMIT
+        cut_event[name] = value if is_whole else text[:FIELD_LIMIT]
+    return cut_event
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The thread that writes log lines: it alone blocks where the output is not read."""
+"""The thread that writes log lines: only this thread blocks if the output is not read."""
 
 import atexit
 import io
@@ -11,18 +11,18 @@ from threading import Event, Lock, Thread
 from typing import TextIO
 
 MAX_LINES = 10_000
-"""Lines that wait to be written; of more, the oldest are dropped."""
+"""Upper bound of lines that wait to be written; beyond it, the oldest are dropped."""
 DRAINING_TIME = 2.0
-"""Seconds that a process waits at its end for its last lines to be written."""
+"""Seconds that an exiting process waits for its last lines to be written."""
 
 
 class LogWriter(io.TextIOBase):
-    """Buffers lines, which one thread writes in batches. Logging never blocks, unless no thread can be started."""
+    """Buffers lines that one thread writes in batches. Logging never blocks unless the thread cannot be started."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Takes the stream: its descriptor, where it has one.
+        """Takes the stream, and writes to its descriptor if it has one.
 
-        Past its buffer: the interpreter flushes that as it ends, and would wait for a write that nobody reads.
+        That bypasses the stream's buffer, which the interpreter flushes at exit: it would block if no one reads.
         """
         self._stream = stream
         self._descriptor = _descriptor(stream)
@@ -30,16 +30,16 @@ class LogWriter(io.TextIOBase):
         self._arrived = Event()
         self._is_writing = False
         self._is_stuck = False
-        """Whether a drain has timed out, and nothing was written since."""
+        """Whether `wait_until_written` timed out, and nothing was written since."""
         self.lost = 0
         """Lines that were dropped because too many were waiting."""
         self._starting = Lock()
         self._thread: Thread | None = None
-        atexit.register(self.drain)
-        os.register_at_fork(after_in_child=self._begin_anew)
+        atexit.register(self.wait_until_written)
+        os.register_at_fork(after_in_child=self._reset_after_fork)
 
     def write(self, text: str) -> int:
-        """Takes a line, or several."""
+        """Queues one or more lines."""
         if len(self._lines) == MAX_LINES:
             self.lost += 1
         self._lines.append(text)
@@ -50,18 +50,18 @@ class LogWriter(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Does nothing: to wait for each line is what this is there to avoid; see `drain`."""
+        """Does nothing: logging must not wait for the output; see `wait_until_written`."""
 
-    def drain(self, seconds: float = DRAINING_TIME) -> None:
-        """Waits up to `seconds` until all lines are written; not if the last wait was in vain and none was since."""
+    def wait_until_written(self, seconds: float = DRAINING_TIME) -> None:
+        """Waits up to `seconds` until all lines are written; not if nothing was written since a wait timed out."""
         limit = time.monotonic() + seconds
         while (self._lines or self._is_writing) and not self._is_stuck:
             if time.monotonic() > limit:
                 self._is_stuck = True
             time.sleep(0.001)
 
-    def _begin_anew(self) -> None:
-        """Leaves the lines of the process that was forked to that process, and its thread and locks as well."""
+    def _reset_after_fork(self) -> None:
+        """Drops the parent's lines, which the parent writes, and replaces its thread and locks."""
         self._lines.clear()
         self._arrived = Event()
         self._is_writing = self._is_stuck = False
@@ -81,7 +81,7 @@ class LogWriter(io.TextIOBase):
 
     def _run(self) -> None:
         while True:
-            with suppress(Exception):  # such as a shortage of memory: goes on with the next lines
+            with suppress(Exception):  # out of memory, for example: the next lines may succeed
                 self._arrived.wait()
                 self._arrived.clear()
                 self._write_lines()
@@ -93,16 +93,16 @@ class LogWriter(io.TextIOBase):
             with suppress(IndexError):
                 while True:
                     lines.append(self._lines.popleft())
-            with suppress(OSError, ValueError):  # a line that cannot be written is lost, and no work with it
-                self._pass_on("".join(lines))
+            with suppress(OSError, ValueError):  # lines that cannot be written are lost
+                self._output("".join(lines))
         finally:
             self._is_writing = self._is_stuck = False
 
-    def _pass_on(self, text: str) -> None:
+    def _output(self, text: str) -> None:
         if self._descriptor is None:
             self._stream.write(text)
             return
-        # An unencodable character would fail the whole batch.
+        # An unencodable character must not fail the whole batch.
         left = text.encode(self._stream.encoding or "utf-8", errors="backslashreplace")
         while left:
             try:

@@ -1,4 +1,4 @@
-"""Logging: one line per event, readable on a terminal and JSON elsewhere, for our own events and libraries' alike."""
+"""Logging: one line per event, of ours or of a library, in text on a terminal and in JSON elsewhere."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from pydantic_core import from_json, to_json
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
 from outbox.runtime.log_counts import Counts
-from outbox.runtime.log_limits import FIELD_LIMIT, LINE_LIMIT, LONGEST_LINE, cut
+from outbox.runtime.log_limits import FIELD_LIMIT, LINE_LIMIT, LONGEST_LINE, cut_fields
 from outbox.runtime.log_writer import LogWriter
 from outbox.runtime.printable import printable
 from outbox.runtime.redaction import hide_rows, masked
@@ -22,13 +22,13 @@ Logger = FilteringBoundLogger
 
 _LIBRARIES = {
     **dict.fromkeys(("httpx", "litestar", "mail.log", "rq", "rq_scheduler"), logging.WARNING),
-    "uvicorn": logging.ERROR,  # it warns of every client that does not speak HTTP
-    "psycopg": logging.ERROR,  # it warns of every connection and every try of an outage, which we log once
+    "uvicorn": logging.ERROR,  # it warns about every client that does not speak HTTP
+    "psycopg": logging.ERROR,  # it warns about each connection and try of an outage, which we log once
 }
 
 
 class _Lines:
-    """What structlog writes to."""
+    """The logger that structlog writes to."""
 
     def __init__(self, output: LogWriter) -> None:
         self._output = output
@@ -40,7 +40,7 @@ class _Lines:
 
 
 class _Handler(logging.Handler):
-    """Where the lines of libraries go, which use `logging`."""
+    """Writes the lines of libraries, which use `logging`."""
 
     def __init__(self, output: LogWriter) -> None:
         super().__init__()
@@ -50,18 +50,18 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._output.write(self.format(record) + "\n")
-        except Exception:  # noqa: BLE001 - what a library logs must not end what it does
+        except Exception:  # noqa: BLE001 - a log call must not fail the library's work
             self.handleError(record)
 
     def flush(self) -> None:  # called by logging.shutdown() alone
-        self._output.drain()
+        self._output.wait_until_written()
 
 
 def configure(process: str, level: str, log_format: Literal["console", "json"] | None) -> None:
     """Sets up logging for one process, to standard output.
 
     Args:
-        process: `service`, `relay`, `worker` or `outbox`; goes along in every line.
+        process: `service`, `relay`, `worker` or `outbox`; a field of every line.
         level: the lowest level that is printed.
         log_format: None chooses `console` on a terminal and `json` elsewhere.
     """
@@ -74,7 +74,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
 
     shared: list[Processor] = [
         _add_bound,
-        structlog.contextvars.merge_contextvars,  # what handlers from elsewhere bind
+        structlog.contextvars.merge_contextvars,  # for handlers that use structlog's own binding
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         add_process,
@@ -89,7 +89,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         renderer = structlog.processors.JSONRenderer(_to_json)
     final: list[Processor] = [structlog.processors.format_exc_info, _shorten_traceback, _never_failing(renderer)]
 
-    drain()
+    flush()
     output = LogWriter(sys.stdout)
     structlog.configure(
         processors=[*counted, hide_rows, _forward_to_trackers, *final],
@@ -98,7 +98,7 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
         cache_logger_on_first_use=True,
     )
 
-    _configured[:] = [structlog.get_logger()]
+    _loggers[:] = [structlog.get_logger()]
     _writers[:] = [output]
 
     handler = _Handler(output)
@@ -119,8 +119,8 @@ def configure(process: str, level: str, log_format: Literal["console", "json"] |
 
 
 _FAILURES = logging.getLogger("outbox")
-"""Gets each event that comes with an error, in the standard library's own way, so that error trackers see it. It is not
-printed: the event's line is."""
+"""Gets each event with an exception as a record of the standard library, so that error trackers see it. The record is
+not printed, because the event's line is."""
 
 
 def _forward_to_trackers(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -138,7 +138,7 @@ def _forward_to_trackers(_: WrappedLogger, __: str, event: EventDict) -> EventDi
 
 
 TRACEBACK_LIMIT = 10_000
-"""Characters of a traceback that a log line shows: the last ones."""
+"""Characters of a traceback that a log line shows, counted from its end."""
 
 
 def _shorten_traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -148,7 +148,7 @@ def _shorten_traceback(_: WrappedLogger, __: str, event: EventDict) -> EventDict
 
 
 def _escaping(render: Processor) -> Processor:
-    """Returns a renderer that escapes what a terminal would obey: paths, ids and names of tasks are others' text."""
+    """Returns a renderer that escapes control characters: paths, ids and task names may come from others."""
 
     def rendered(logger: WrappedLogger, method: str, event: EventDict) -> Any:
         escaped: EventDict = {}
@@ -167,8 +167,8 @@ def _escaping(render: Processor) -> Processor:
 def _never_failing(render: Processor) -> Processor:
     """Returns a renderer that never raises, and whose lines have a limit.
 
-    Where a field cannot be rendered, or the fields are too many, it renders the known ones alone. It looks at a line
-    once that is rendered: nearly all are short, and to look at each field first would take longer.
+    If a field cannot be rendered, or there are too many fields, it renders only the known ones. It checks the rendered
+    line, because nearly all lines are short and checking each field first would take longer.
     """
 
     def rendered(logger: WrappedLogger, method: str, event: EventDict) -> Any:
@@ -176,32 +176,32 @@ def _never_failing(render: Processor) -> Processor:
             line = render(logger, method, event)
             if len(line) <= LINE_LIMIT:
                 return line
-            line = render(logger, method, cut(event))
+            line = render(logger, method, cut_fields(event))
             if len(line) <= LONGEST_LINE:
                 return line
             why = "too long"
         except Exception as error:  # noqa: BLE001 - a field's __str__ may raise anything
             why = type(error).__name__
         known = ("event", "level", "timestamp", "process", "type", "row", "delivery")
-        return render(logger, method, cut({**{name: event.get(name) for name in known}, "fields_error": why}))
+        return render(logger, method, cut_fields({**{name: event.get(name) for name in known}, "fields_error": why}))
 
     return rendered
 
 
-_configured: list[Logger] = []
-"""One for all, once it is known where lines go: to make one takes as long as to write a line."""
+_loggers: list[Logger] = []
+"""The one logger, once `configure` was called: making one takes as long as writing a line."""
 _writers: list[LogWriter] = []
-"""What writes its lines."""
+"""Its writer."""
 
 
-def bind(**fields: object) -> None:
-    """Adds fields to every line that is logged in the current context from now on."""
+def bind_fields(**fields: object) -> None:
+    """Adds fields to all later lines of this thread or task."""
     _bound.set({**_bound.get(), **fields})
 
 
 @contextmanager
-def bound(**fields: object) -> Iterator[None]:
-    """Adds fields to every line that this thread or task logs inside the block."""
+def bound_fields(**fields: object) -> Iterator[None]:
+    """Adds fields to the lines of this thread or task inside the block."""
     token = _bound.set({**_bound.get(), **fields})
     try:
         yield
@@ -215,38 +215,38 @@ def _add_bound(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
-# One variable for all fields: structlog's own, one for each, take longer than all else that an attempt costs.
-_bound: ContextVar[Mapping[str, object]] = ContextVar("_bound", default={})  # noqa: B039 - nobody writes into it
+# One variable for all fields: structlog's variable per field takes longer than the rest of an attempt.
+_bound: ContextVar[Mapping[str, object]] = ContextVar("_bound", default={})  # noqa: B039 - never changed in place
 
 
 PAYLOAD_LIMIT = FIELD_LIMIT
-"""Characters of a payload that a log line shows."""
+"""Characters that a log line shows of a payload."""
 
 
-def stored(payload: str) -> object:
-    """Returns a row's payload as a log line shows it: what the JSON says, or its text where Python cannot read that.
+def payload_field(payload: str) -> object:
+    """Returns a stored payload as a field of a log line: its parsed JSON, or its text if Python cannot parse it.
 
-    Of one that is over `PAYLOAD_LIMIT`, or was cut there, it is the beginning of the text.
+    A payload longer than `PAYLOAD_LIMIT`, or cut there, is shown as the beginning of its text.
     """
     if len(payload) > PAYLOAD_LIMIT:
         return payload[:PAYLOAD_LIMIT]
     try:
         return from_json(payload)
-    except ValueError:  # cut, or nested too deep for Python
+    except ValueError:  # cut, or nested too deeply for Python
         return payload
 
 
-def drain() -> None:
-    """Waits a moment for the lines that were logged so far to be written."""
+def flush() -> None:
+    """Waits up to `DRAINING_TIME` until the lines logged so far are written."""
     for writer in _writers:
-        writer.drain()
+        writer.wait_until_written()
 
 
-def reset() -> None:
-    """Undoes `configure`, for tests that go on in the same process."""
-    drain()
+def unconfigure() -> None:
+    """Undoes `configure`, for tests, which share a process."""
+    flush()
     structlog.reset_defaults()
-    _configured.clear()
+    _loggers.clear()
     _writers.clear()
 
 
@@ -256,10 +256,10 @@ def _to_json(event: EventDict, **_: object) -> str:
         if text.isascii():
             return text.decode()
         event = json.loads(text)
-    return json.dumps(event, default=str, separators=(",", ":"))  # escapes whatever else a terminal might obey
+    return json.dumps(event, default=str, separators=(",", ":"))  # escapes control characters too
 
 
 def get() -> Logger:
     """Returns the logger, whose methods take an event and its fields."""
-    logger: Logger = _configured[0] if _configured else structlog.get_logger()
+    logger: Logger = _loggers[0] if _loggers else structlog.get_logger()
     return logger

@@ -1,4 +1,4 @@
-"""The limit of open files, which include connections."""
+"""The limit of open files, which connections count towards."""
 
 import resource
 from contextlib import suppress
@@ -6,29 +6,29 @@ from contextlib import suppress
 from outbox.runtime import logs
 
 
-def provide(wanted: int, reserve: int, settings: str) -> int:
-    """Raises this process' limit of open files as far as needed and allowed, and warns if that is not enough.
+def raise_limit(connections: int, reserve: int, settings: str) -> int:
+    """Raises this process' limit of open files as far as needed and allowed; warns if that is not enough.
 
     Only the soft limit can be raised. It is low by default for programs that call `select`.
 
     Args:
-        wanted: connections that the settings allow for.
+        connections: upper bound of connections, from the settings.
         reserve: descriptors that the process needs for everything else.
-        settings: the variables that set `wanted`, for the warning.
+        settings: the variables that set `connections`, for the warning.
 
     Returns:
-        How many of the wanted connections there are descriptors for, 1 at least.
+        The number of those connections that the limit allows, at least 1.
     """
-    needed = wanted + reserve
+    needed = connections + reserve
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        with suppress(OSError, ValueError):  # macOS has a limit of its own besides
+        with suppress(OSError, ValueError):  # macOS has another limit
             resource.setrlimit(
                 resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
             )
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return wanted
+        return connections
     room = max(1, soft - reserve)
     logs.get().warning(
         "too few open files",

@@ -56,7 +56,7 @@ def run_process(name: str, arguments: Sequence[str] = ()) -> None:
 
 def fail(sentence: str, code: int) -> None:
     """Writes a sentence to stderr, after the lines logged so far, and exits."""
-    logs.drain()
+    logs.flush()
     write_to_stderr(f"{sentence}\n")
     sys.exit(code)
 
@@ -65,4 +65,4 @@ def write_to_stderr(text: str) -> None:
     """Writes a text to stderr, and gives up if it is not read for as long as the log would wait."""
     writer = LogWriter(sys.stderr)
     writer.write(text)
-    writer.drain()
+    writer.wait_until_written()

@@ -13,7 +13,7 @@ process."""
 
 
 class Stop:
-    """Whether a stop is requested, and whether to hurry. Safe to share between threads.
+    """A request to stop, and then to hurry. Safe to share between threads.
 
     A stop may be requested before anything waits for it, more than once, and during a wait.
     """
@@ -23,32 +23,32 @@ class Stop:
         self._hurried = Event()
         self._signalled_at: float | None = None
         self.requested_at: float | None = None
-        """When a stop was first requested, by the monotonic clock."""
+        """Time of the first request, in seconds of the monotonic clock."""
 
     def request(self) -> None:
-        """Requests a stop: the process takes no new work and ends what runs."""
+        """Requests a stop: the process takes no new work and finishes what runs."""
         if self.requested_at is None:
             self.requested_at = time.monotonic()
         self._requested.set()
 
     def hurry(self) -> None:
-        """Requests not to wait for what runs."""
+        """Requests not to wait for running work."""
         self._hurried.set()
 
     def is_requested(self) -> bool:
-        """Whether a stop was requested."""
+        """Returns whether a stop was requested."""
         return self._requested.is_set()
 
     def is_hurried(self) -> bool:
-        """Whether not to wait for what runs."""
+        """Returns whether not to wait for running work."""
         return self._hurried.is_set()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Waits until a stop is requested, up to `seconds` if given, and returns whether it is."""
+        """Waits until a stop is requested, for at most `seconds` if given; returns whether it is."""
         return self._requested.wait(seconds)
 
-    def signalled(self) -> None:
-        """Records a signal: the first requests a stop, one more than `AGAIN` seconds later hurries."""
+    def record_signal(self) -> None:
+        """Records a signal: the first requests a stop, another more than `AGAIN` seconds later hurries."""
         now = time.monotonic()
         if self._signalled_at is None:
             self._signalled_at = now
@@ -57,13 +57,13 @@ class Stop:
         self.request()
 
     def listen(self, then: Callable[[], object] = lambda: None, *, signals: Iterable[signal.Signals] = SIGNALS) -> None:
-        """Installs signal handlers that request a stop and call `then`. To be called in the main thread.
+        """Installs signal handlers that request a stop and call `then`. Call this in the main thread.
 
-        Each signal gets a thread: the main thread may hold, when it is interrupted, the lock that the request needs.
+        Each signal gets a thread, because the interrupted main thread may hold the lock that the request needs.
         """
 
         def request() -> None:
-            self.signalled()
+            self.record_signal()
             then()
 
         def handle(*_: object) -> None:
@@ -79,7 +79,7 @@ class Stop:
 def ignore_signals() -> None:
     """Ignores SIGTERM and SIGINT from now on.
 
-    They would kill a process whose interpreter shuts down, and its exit code would be that of a failure.
+    While the interpreter shuts down, they would kill the process, which would then exit with a failure.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -147,7 +147,7 @@ def _log(rows: list[Published]) -> None:
             type=row.task,
             queue=row.queue,
             max_retry=row.max_retries,
-            payload=logs.stored(row.payload),
+            payload=logs.payload_field(row.payload),
             row=row.id,
             delivery=row.delivery,
             request_id=row.request_id,

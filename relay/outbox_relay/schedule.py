@@ -6,7 +6,7 @@ from rq.queue import Queue
 from rq_scheduler import Scheduler
 
 from outbox.rq_jobs import IS_JOB_ID
-from outbox.runtime.foreign_jobs import KEPT, ForeignJobs, aside_key
+from outbox.runtime.foreign_jobs import MAX_KEPT, ForeignJobs, aside_key
 
 SCHEDULED_JOBS: str = Scheduler.scheduled_jobs_key
 """The key of rq-scheduler's sorted set, scored by the time when a job is due."""
@@ -81,14 +81,14 @@ class Schedule:
         prefixes = [Job.redis_job_namespace_prefix, Queue.redis_queue_namespace_prefix]
         left = 0
         while True:
-            arguments: list[str | int | float] = [now, _BATCH, left, *prefixes, KEPT, LEFT, *self._queues]
+            arguments: list[str | int | float] = [now, _BATCH, left, *prefixes, MAX_KEPT, LEFT, *self._queues]
             moved, stayed, foreign, aside, dropped, upcoming = self._move(keys=keys, args=arguments)
             for member in foreign:
-                self._foreign.left_alone(member, SCHEDULED_JOBS)
+                self._foreign.log_left_alone(member, SCHEDULED_JOBS)
             for member, _ in aside:
-                self._foreign.put_aside(member, SCHEDULED_JOBS)
+                self._foreign.log_put_aside(member, SCHEDULED_JOBS)
             for member, is_job in dropped:
-                self._foreign.dropped(member, is_job=is_job, key=SCHEDULED_JOBS)
+                self._foreign.log_dropped(member, is_job=is_job, key=SCHEDULED_JOBS)
             if moved + stayed + len(aside) + len(dropped) < _BATCH:
                 return float(upcoming) if upcoming else None
             left += stayed

@@ -59,7 +59,7 @@ class RequestLog:
                 message["headers"] = [*message["headers"], (HEADER, request_id.encode())]
             await send(message)
 
-        with logs.bound(request_id=request_id):
+        with logs.bound_fields(request_id=request_id):
             try:
                 await self._app(scope, receive_and_watch, send_with_id)
             except asyncio.CancelledError:

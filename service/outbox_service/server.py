@@ -54,7 +54,7 @@ def create_server(settings: ServiceSettings, outage: Outage | None = None) -> Se
         outage: the state of Postgres as the start found it.
     """
     reserve = _RESERVE + _PER_CONNECTION * settings.pool_size
-    limit = open_files.provide(settings.http_connections, reserve, "OUTBOX_HTTP_CONNECTIONS")
+    limit = open_files.raise_limit(settings.http_connections, reserve, "OUTBOX_HTTP_CONNECTIONS")
     return Server(
         uvicorn.Config(
             RequestLog(create_app(settings, outage)),

@@ -38,7 +38,7 @@ def test_fields_that_a_handler_binds_end_with_its_attempt(context: Context, caps
         try_once(bind, context)
         try_once(lambda *_: None, context)
     finally:
-        logs.reset()
+        logs.unconfigure()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["event"], line.get("customer")) for line in lines] == [
         ("inside", "alice"),
@@ -66,7 +66,7 @@ def test_a_handlers_error_is_logged_with_its_traceback(context: Context, capsys:
         try_once(fail_here, context)
         try_once(raising(SkipRetry("the user is gone")), context)
     finally:
-        logs.reset()
+        logs.unconfigure()
     failed, dead = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "in fail_here" in failed["exception"]
     assert "0123456789abcdef" not in failed["exception"]
@@ -89,7 +89,7 @@ def test_error_trackers_see_a_handlers_error(context: Context) -> None:
         try_once(raising(ValueError("no luck")), context, attempt=4)
     finally:
         logging.getLogger().removeHandler(tracker)
-        logs.reset()
+        logs.unconfigure()
     assert [(record.getMessage(), record.levelname) for record in seen] == [
         ("process task failed", "WARNING"),
         ("process task failed", "ERROR"),
@@ -119,7 +119,7 @@ def test_a_bound_object_that_cannot_be_shown_does_not_change_the_outcome(
         try:
             assert try_once(bind, context).error == "ValueError: no luck"
         finally:
-            logs.reset()
+            logs.unconfigure()
         line = capsys.readouterr().out
         assert "process task failed" in line
         assert "ZeroDivisionError" in line

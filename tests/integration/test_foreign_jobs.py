@@ -93,7 +93,7 @@ def test_the_number_of_kept_jobs_is_limited(
     redis_client: redis.Redis, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first jobs are kept, and each job that is lost is logged."""
-    monkeypatch.setattr("outbox_worker.queues.KEPT", 3)
+    monkeypatch.setattr("outbox_worker.queues.MAX_KEPT", 3)
     theirs = enqueue(redis_client, 5)
     with capture_logs() as lines:
         queues.take(10)

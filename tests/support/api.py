@@ -37,7 +37,7 @@ class Api:
         deadline = time.monotonic() + 1
         while self._server.server_state.tasks and time.monotonic() < deadline:
             time.sleep(0.005)
-        logs.drain()
+        logs.flush()
         return self._log
 
     def create(self, name: str = "alice", path: str = "/v1/users", **changes: object) -> httpx.Response:
@@ -88,7 +88,7 @@ def serve(settings: ServiceSettings) -> Iterator[Api]:
         listener.close()
         root.handlers = handlers
         root.setLevel(level)
-        logs.reset()
+        logs.unconfigure()
 
 
 def is_problem(response: httpx.Response, status: int) -> bool:

@@ -1,4 +1,4 @@
-"""Log lines: what they hold, what they never hold, and what happens when nobody takes them."""
+"""Log lines: their content, their limits, and output that is not read."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ def _run(code: str, log_format: str = "json") -> subprocess.CompletedProcess[str
 
 
 def test_libraries_log_as_we_do() -> None:
-    """Our events and a library's warnings are JSON lines of one form; a library's chatter is left out."""
+    """Our events and a library's warnings are JSON lines of the same form; a library's info lines are left out."""
     done = _run(
         "import logging; logs.get().info('ours', row=1); logging.getLogger('rq.worker').info('chatter');"
         "logging.getLogger('rq.worker').warning('theirs')"
@@ -28,7 +28,7 @@ def test_libraries_log_as_we_do() -> None:
 
 
 def test_warnings_are_counted() -> None:
-    """Each says how many of its kind there have been in this process, and the last line names all."""
+    """Each carries the count of its kind in this process, and the last line has all counts."""
     done = _run(
         "log = logs.get(); log.warning('dropped job', job=1); log.warning('dropped job', job=2); log.error('bad');"
         "log.info('fine'); import logging; logging.getLogger('rq.worker').warning('theirs'); log.info('stopped')"
@@ -38,8 +38,8 @@ def test_warnings_are_counted() -> None:
     assert lines[-1]["warnings"] == {"dropped job": 2, "bad": 1, "theirs": 1}
 
 
-def test_what_others_cause_by_the_thousand_floods_no_log() -> None:
-    """A hundred lines a minute of each such event; `nth` and the last line count all. Other events are all logged."""
+def test_events_that_others_cause_cannot_flood_the_log() -> None:
+    """100 lines a minute of each are logged; `nth` and the last line count all. Other events are not limited."""
     done = _run(
         "from outbox.runtime import log_counts, logs; log = logs.get();"
         "[log.warning('dropped job', job=n) for n in range(5000)];"
@@ -53,8 +53,8 @@ def test_what_others_cause_by_the_thousand_floods_no_log() -> None:
     assert lines[-1]["warnings"]["dropped job"] == 5001
 
 
-def test_warnings_of_libraries_are_counted_by_their_kind() -> None:
-    """Not by their text, which may hold an address or a name: the counts would grow without end."""
+def test_warnings_of_libraries_are_counted_by_format_string() -> None:
+    """Their text may hold an address or a name, and the counts would grow without limit."""
     done = _run(
         "import logging; library = logging.getLogger('rq.worker');"
         "[library.warning('%r went wrong', object()) for _ in range(3)]; logs.get().info('stopped')"
@@ -64,8 +64,8 @@ def test_warnings_of_libraries_are_counted_by_their_kind() -> None:
     assert lines[-1]["warnings"] == {"%r went wrong": 3}
 
 
-def test_what_psycopg_ignores_in_an_outage_is_not_logged() -> None:
-    """Each connection that breaks in a transaction would be a line beside ours of the outage."""
+def test_warnings_of_psycopg_are_not_logged() -> None:
+    """In an outage, each connection that breaks in a transaction would add a line to ours."""
     done = _run(
         "import logging; logging.getLogger('psycopg').warning('error ignored in rollback'); logs.get().info('ours')"
     )
@@ -73,7 +73,7 @@ def test_what_psycopg_ignores_in_an_outage_is_not_logged() -> None:
 
 
 def test_a_traceback_shows_no_local_variable() -> None:
-    """A password may be in one, on the console as well as in JSON."""
+    """A local variable may hold a password. On the console and in JSON."""
     code = (
         "\ndef fail(password):\n    raise ValueError('no')\n"
         "try:\n    fail('open' + '-sesame')\nexcept ValueError:\n    logs.get().error('failed', exc_info=True)"
@@ -84,8 +84,8 @@ def test_a_traceback_shows_no_local_variable() -> None:
         assert "open-sesame" not in done.stdout
 
 
-def test_work_goes_on_when_nobody_takes_the_lines() -> None:
-    """With standard output closed at the other end, a log line is lost and nothing else."""
+def test_closed_output_loses_only_lines() -> None:
+    """If the reader has closed standard output, log lines are lost and work goes on."""
     code = (
         "import os, sys; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r);"
         "logs.get().info('lost'); logs.get().info('lost again');"
@@ -95,8 +95,8 @@ def test_work_goes_on_when_nobody_takes_the_lines() -> None:
     assert (done.stderr, done.returncode) == ("went on", 0)
 
 
-def test_what_no_terminal_can_show_takes_no_other_line_along() -> None:
-    """Half of a surrogate pair, from a client's mistake, in one of two lines that are written at once."""
+def test_an_unencodable_character_loses_no_other_line() -> None:
+    """Half of a surrogate pair in one of two lines that are written in one batch."""
     code = (
         "import threading; go = threading.Barrier(2);"
         "write = lambda text: (go.wait(), [logs.get().info(text, row=row) for row in range(200)]);"
@@ -108,26 +108,29 @@ def test_what_no_terminal_can_show_takes_no_other_line_along() -> None:
     assert sum("half \\ud800" in line for line in lines) == 200
 
 
-def test_a_number_that_is_too_large_leaves_the_line_json() -> None:
-    """A payload may hold one that no program can read; whoever reads logs strictly can read its line."""
-    code = "[logs.get().info(text, payload=logs.stored('{\"n\": ' + '1' * 400 + '.5}')) for text in ('plain', 'h\xe9')]"
+def test_a_line_with_a_huge_number_is_valid_json() -> None:
+    """A payload may hold a number that overflows a float; a strict parser can still read the line."""
+    code = (
+        "payload = logs.payload_field('{\"n\": ' + '1' * 400 + '.5}');"
+        "[logs.get().info(text, payload=payload) for text in ('plain', 'h\xe9')]"
+    )
     for line in _run(code).stdout.splitlines():
         assert json.loads(line, parse_constant=pytest.fail)["payload"] == {"n": "Infinity"}
 
 
-def test_what_a_foreign_handler_binds_is_in_its_lines() -> None:
-    """With structlog's own means, as with ours; a line's own fields win."""
+def test_fields_bound_with_structlog_are_logged() -> None:
+    """An application's handler may use structlog's binding or ours; a line's own fields win."""
     code = (
         "import structlog; structlog.contextvars.bind_contextvars(tenant=7)\n"
-        "with logs.bound(row=1, tenant=8): logs.get().info('x', row=2)\n"
+        "with logs.bound_fields(row=1, tenant=8): logs.get().info('x', row=2)\n"
         "logs.get().info('y')"
     )
     first, second = map(json.loads, _run(code).stdout.splitlines())
     assert (first["row"], first["tenant"], second["tenant"], "row" in second) == (2, 8, 7, False)
 
 
-def test_output_that_nobody_reads_blocks_nobody() -> None:
-    """With the pipe full, threads go on; what does not fit is lost, and the process ends in time."""
+def test_unread_output_does_not_block() -> None:
+    """If the pipe is full, threads go on, lines are dropped, and the process exits in time."""
     code = (
         "import os, sys, time; r, w = os.pipe(); os.dup2(w, 1); begun = time.monotonic()\n"
         "for row in range(20_000): logs.get().info('x' * 100, row=row)\n"
@@ -139,8 +142,8 @@ def test_output_that_nobody_reads_blocks_nobody() -> None:
     assert (done.stderr, done.returncode) == ("went on True", 0)
 
 
-def test_lines_that_were_lost_are_counted() -> None:
-    """Once somebody reads again, the last line says how many are missing."""
+def test_lost_lines_are_counted() -> None:
+    """Once the output is read again, the last line has the number of lost lines."""
     code = (
         "import json, os, sys; r, w = os.pipe(); os.dup2(w, 1)\n"
         "for row in range(20_000): logs.get().info('x' * 100, row=row)\n"
@@ -157,14 +160,14 @@ def test_lines_that_were_lost_are_counted() -> None:
     assert written + lost in (20_000, 20_001), "the last line may have taken the place of one more"
 
 
-def test_the_last_lines_are_written_before_the_end() -> None:
-    """However many there are, and whatever writes them."""
+def test_the_last_lines_are_written_before_the_exit() -> None:
+    """However many there are."""
     code = "[logs.get().info('line', row=row) for row in range(5000)]"
     assert len(_run(code).stdout.splitlines()) == 5000
 
 
 def test_a_forked_child_logs_and_ends() -> None:
-    """It has no thread of its parent's; what the parent has not written yet is the parent's to write."""
+    """It starts its own thread, and leaves unwritten lines of the parent to the parent."""
     code = (
         "import os; logs.get().info('parent'); child = os.fork()\n"
         "logs.get().info('forked', child=not child)\n"
@@ -175,14 +178,14 @@ def test_a_forked_child_logs_and_ends() -> None:
     assert sorted(line["child"] for line in lines if line["event"] == "forked") == [False, True]
 
 
-def test_output_that_does_not_block_loses_no_line() -> None:
-    """A parent may have made the pipe so: what it does not take at once it takes later."""
+def test_nonblocking_output_loses_no_line() -> None:
+    """A parent may have set the pipe to non-blocking: lines that do not fit are written later."""
     code = "import os; os.set_blocking(1, False); [logs.get().info('x' * 100, row=row) for row in range(3000)]"
     assert len(_run(code).stdout.splitlines()) == 3000
 
 
-def test_a_terminal_obeys_nothing_that_is_logged() -> None:
-    """Paths, ids and names of tasks are others' text, wherever in a line they are; a traceback keeps its lines."""
+def test_control_characters_are_escaped_on_a_terminal() -> None:
+    """In every field, because paths, ids and task names may come from others; a traceback keeps its lines."""
     hostile = "\\x1b[2J\\x07\\u202e\\nforged \\x9b"
     code = (
         f"text = '{hostile}'; logs.get().info(text, path=text, many=[text], by={{text: text}}, raw=text.encode());"
@@ -209,10 +212,10 @@ LONG_FIELDS = {
 @pytest.mark.parametrize("log_format", ["console", "json"])
 @pytest.mark.parametrize("value", LONG_FIELDS.values(), ids=LONG_FIELDS)
 def test_no_field_makes_a_line_long(log_format: str, value: str) -> None:
-    """Of a long one the beginning is logged, wherever it comes from; the other fields are whole."""
+    """A long field is cut to its beginning, wherever it comes from; the other fields are whole."""
     code = (
         f"value = {value}; logs.get().warning('ours', request_id=value, row=1, payload={{'a': [1, 2]}});"
-        "logs.bind(request_id=value); logs.get().warning('bound', row=1, payload={'a': [1, 2]});"
+        "logs.bind_fields(request_id=value); logs.get().warning('bound', row=1, payload={'a': [1, 2]});"
         "import logging; logging.getLogger('rq.worker').warning('theirs %s', value)"
     )
     lines = _run(code, log_format).stdout.splitlines()
@@ -229,7 +232,7 @@ def test_no_field_makes_a_line_long(log_format: str, value: str) -> None:
     "fields", ["{f'field_{n}': 'x' * 2000 for n in range(1000)}", "{'x' * 200_000: 1}", "{'n': 10 ** 4000}"]
 )
 def test_no_number_of_fields_makes_a_line_long(log_format: str, fields: str) -> None:
-    """A handler's may be thousands, with any names: then the line has those alone that say what it is about."""
+    """A handler may return thousands, with any names: then the line has only the known fields."""
     code = f"logs.get().info('processed task', **{{**{fields}, 'row': 7}})"
     (line,) = _run(code, log_format).stdout.splitlines()
     assert len(line) < 30_000
@@ -238,12 +241,12 @@ def test_no_number_of_fields_makes_a_line_long(log_format: str, fields: str) -> 
 
 
 def test_a_traceback_and_a_payload_keep_their_own_limits() -> None:
-    """Beside a long field the payload stays an object, and the traceback has its last 10,000 characters."""
+    """In a line with a long field, the payload stays an object and the traceback has its last 10,000 characters."""
     code = (
         "\ndef fail(n): raise ValueError('x' * 20_000)\n"
         "try: fail(1)\n"
         "except ValueError as error:\n"
-        '    payload = logs.stored(\'{"a": "\\u00e9"}\')\n'
+        '    payload = logs.payload_field(\'{"a": "\\u00e9"}\')\n'
         "    logs.get().error('failed', exc_info=error, request_id='y' * 5000, payload=payload)"
     )
     (line,) = map(json.loads, _run(code).stdout.splitlines())

@@ -1,4 +1,4 @@
-"""One way to stop: asked for early, twice, and by a storm of signals, it is the same request."""
+"""Requests to stop: early, repeated, and from a burst of signals."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ from outbox.runtime.stop import Stop, ignore_signals
 stop = Stop()
 stop.listen()
 print("listens", flush=True)
-while not stop.is_requested():  # takes the locks that a request takes, most of the time
+while not stop.is_requested():  # nearly always holds the locks that a request takes
     stop.wait(0.0001)
     stop.is_hurried()
 while {more}:
@@ -30,8 +30,8 @@ for _ in range(200_000):
 
 @pytest.mark.parametrize("more", ["not stop.is_hurried()", "False"], ids=["until it hurries", "at the first"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_storm_of_signals_ends_a_process_in_order(more: str, number: signal.Signals) -> None:
-    """It neither deadlocks nor dies of a signal that strikes at any moment of a wait, a request or its end."""
+def test_a_burst_of_signals_stops_a_process_cleanly(more: str, number: signal.Signals) -> None:
+    """A signal during a wait, a request or the shutdown of the interpreter neither deadlocks nor kills it."""
     command = [sys.executable, "-c", LOOP.format(more=more)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -45,8 +45,8 @@ def test_a_storm_of_signals_ends_a_process_in_order(more: str, number: signal.Si
         assert process.returncode == 0
 
 
-def test_a_request_may_come_first_and_twice() -> None:
-    """Whoever waits afterwards does not wait, and the first request is the one that counts."""
+def test_a_stop_may_be_requested_before_a_wait_and_twice() -> None:
+    """A later wait returns at once, and the first request counts."""
     stop = Stop()
     assert not stop.wait(0)
     stop.request()
@@ -58,28 +58,28 @@ def test_a_request_may_come_first_and_twice() -> None:
 
 
 def test_a_second_signal_hurries_unless_it_is_the_same_keystroke(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One Ctrl-C may arrive twice. A request that was no signal does not make the first signal the second."""
+    """One Ctrl-C may arrive twice. A request without a signal does not count as the first signal."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stop = Stop()
     stop.request()
     now[0] += 10
-    stop.signalled()
+    stop.record_signal()
     now[0] += AGAIN
-    stop.signalled()
+    stop.record_signal()
     assert not stop.is_hurried()
     now[0] += 0.1
-    stop.signalled()
+    stop.record_signal()
     assert stop.is_hurried()
 
 
-def test_signals_call_what_is_to_follow() -> None:
-    """As the service does, whose loop has a flag of its own."""
-    stop, seen = Stop(), list[bool]()
+def test_a_signal_calls_the_callback() -> None:
+    """The callback runs after the stop is requested."""
+    stop, calls = Stop(), list[bool]()
     before = signal.getsignal(signal.SIGUSR1)
     try:
-        stop.listen(lambda: seen.append(stop.is_requested()), signals=[signal.SIGUSR1])
+        stop.listen(lambda: calls.append(stop.is_requested()), signals=[signal.SIGUSR1])
         signal.raise_signal(signal.SIGUSR1)
-        eventually(lambda: seen == [True], 5)
+        eventually(lambda: calls == [True], 5)
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -60,7 +60,9 @@ def attempt(claim: Claim, registry: Registry, context: Context, unhandled_grace:
 
 
 def _attempt(claim: Claim, registry: Registry, context: Context, unhandled_grace: float) -> Attempted:
-    logs.bind(type=claim.task, row=claim.delivery.row_id, delivery=claim.delivery.number, request_id=claim.request_id)
+    logs.bind_fields(
+        type=claim.task, row=claim.delivery.row_id, delivery=claim.delivery.number, request_id=claim.request_id
+    )
     deadline.limit(context.deadline)
     started = time.monotonic()
     try:
@@ -128,7 +130,7 @@ def _not_handled(claim: Claim, error: _NotHandledError, grace: float) -> Attempt
 
 def _report_done(claim: Claim, fields: Mapping[str, object] | None, duration: float) -> None:
     log = logs.get()
-    own = {"payload": logs.stored(claim.payload), "duration": duration}
+    own = {"payload": logs.payload_field(claim.payload), "duration": duration}
     try:
         further = {name: value for name, value in (fields or {}).items() if name != "event"}
         log.info("processed task", **{**further, **own})

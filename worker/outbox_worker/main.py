@@ -27,7 +27,7 @@ def main() -> None:
         handlers = registry(settings)
     except TaskError as error:
         raise SettingsError(f"OUTBOX_HANDLERS is wrong: {error}") from error
-    open_files.provide(
+    open_files.raise_limit(
         # Cancelling a handler's statement takes a second connection.
         2 * settings.handler_connections + settings.mail_connections,
         _RESERVE,

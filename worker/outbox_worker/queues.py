@@ -11,7 +11,7 @@ from rq.suspension import WORKERS_SUSPENDED
 
 from outbox.rq_jobs import IS_JOB_ID, Delivery, queue_key
 from outbox.runtime import logs, redis_connection
-from outbox.runtime.foreign_jobs import KEPT, ForeignJobs, aside_key
+from outbox.runtime.foreign_jobs import MAX_KEPT, ForeignJobs, aside_key
 from outbox.runtime.redis_connection import BLOCK, TooLongError
 
 # One round trip for any number of jobs. Each queue first gives up to its share; then the rest of the room is filled in
@@ -88,16 +88,16 @@ class Queues:
         shares = shares_of(count, weights)
         suspended, job_ids, deleted, put_aside, dropped = self._take(
             keys=[WORKERS_SUSPENDED, *map(queue_key, order)],
-            args=[count, Job.redis_job_namespace_prefix, aside_key(""), KEPT, *(shares[name] for name in order)],
+            args=[count, Job.redis_job_namespace_prefix, aside_key(""), MAX_KEPT, *(shares[name] for name in order)],
         )
         if suspended:
             raise Suspended
         for key in deleted:
             logs.get().warning("deleted key", key=key.decode(), why="it was no list")
         for key, job_id, _ in put_aside:
-            self._foreign.put_aside(job_id, key.decode())
+            self._foreign.log_put_aside(job_id, key.decode())
         for key, job_id, is_job in dropped:
-            self._foreign.dropped(job_id, is_job=is_job, key=key.decode())
+            self._foreign.log_dropped(job_id, is_job=is_job, key=key.decode())
         return _parse(job_ids)
 
     def wait(self, names: Collection[str] | None = None) -> list[Delivery]:
