@@ -1,13 +1,13 @@
--- Every statement that runs in production. One block per statement: its name, a line on what it is for, its text.
--- Parameters are psycopg's %(name)s; intervals are passed as seconds.
+-- Every statement that runs in production. One block per statement: its name, a line on its purpose, its text.
+-- Parameters are psycopg's %(name)s; intervals are passed in seconds.
 -- Functions are named with their schema, and operators get exactly the types that they are defined for. Otherwise another
 -- role that may create functions in a schema of our search_path could define one that matches better, and it would run
--- with our rights. Names of types cannot be hidden so: pg_catalog is looked into first. Neither can `unnest` of several
--- arrays, which Postgres' parser itself makes calls of pg_catalog.unnest of; with its schema it would be another function.
+-- with our rights. Type names cannot be shadowed, because pg_catalog is searched first. Neither can `unnest` of several
+-- arrays, which the parser turns into calls of pg_catalog.unnest; with its schema it would be another function.
 
 
 -- name: add_row
--- Adds an outbox row in the caller's own transaction; returns no row where its unique key is taken.
+-- Adds an outbox row in the caller's transaction; returns no row if its unique key is taken.
 INSERT INTO outbox (task, payload, queue, run_at, max_retries, timeout, unique_key, request_id)
 VALUES (%(task)s, %(payload)s, %(queue)s, pg_catalog.now() + %(delay)s::float8 * interval '1 s',
         %(max_retries)s, %(timeout)s, %(unique_key)s, %(request_id)s)
@@ -16,26 +16,26 @@ RETURNING id;
 
 
 -- name: notify_relays
--- Tells the relays that there are rows to hand over. A hint that may get lost, sent after the commit and never inside
--- it: a NOTIFY in the writing transaction would make all writers commit one after the other.
+-- Sends the relays a hint, which may get lost, that there are rows to hand over. It is sent after the commit: a NOTIFY in
+-- the writing transaction would make all writers commit one after the other.
 SELECT pg_catalog.pg_notify('outbox', '');
 
 
 -- name: listen
--- Subscribes a relay's connection to that hint.
+-- Subscribes a relay's connection to the hints.
 LISTEN outbox;
 
 
 -- name: pin_session
--- Gives a session the settings that our statements rely on, whatever the database, the role or the environment says; not
--- for handlers' sessions, whose statements are not ours. Those that a version of Postgres does not know are left out.
--- A client that vanishes in the middle of a transaction must not hold its locks until TCP notices, and others must not
--- wait for them for ever. No other limit may end a session of ours; a statement may take longer than we wait for it.
--- A claim must see what the transaction that it has waited for has committed.
--- Times are read and shown in one format; a float has all its digits, and a null in an array is no text.
--- A plan that is kept, made for a table of a few pages, reads all of it for each id after a bulk insert, until the next
--- ANALYZE: a batch of outcomes took 7 s. Compiling a plan takes longer than any statement of ours.
--- A 201, a claim and an outcome must outlive a crash of Postgres; how far replicas are waited for is left as it is.
+-- Sets the settings that our statements rely on, over those of the database, the role and the environment. Handlers'
+-- sessions do not get them, because their statements are not ours. Settings that this Postgres lacks are left out.
+-- If a client vanishes in a transaction, its locks must not stay until TCP notices, and others must not wait for them
+-- without limit. No other limit may end a session of ours; statement_timeout is longer than we wait for an answer.
+-- A claim must see what the transaction that it waited for has committed.
+-- Times are read and shown in one format; a float has all its digits, and a null in an array is not text.
+-- A cached plan, made for a table of a few pages, scans all of it for each id after a bulk insert until the next ANALYZE:
+-- a batch of outcomes took 7 s. Compiling a plan takes longer than any of our statements.
+-- A 201, a claim and an outcome must survive a crash of Postgres; whether a commit waits for replicas is not changed.
 SELECT pg_catalog.set_config(name, value, false)
 FROM (VALUES ('idle_in_transaction_session_timeout', '30s'),
              ('lock_timeout', '10s'),
@@ -56,37 +56,37 @@ WHERE pg_catalog.current_setting(name, true) IS NOT NULL;
 
 
 -- name: limit_handler_session
--- What the server may do to a handler's session: the first two of these limits.
+-- Limits a handler's session in a transaction: the first two settings of pin_session.
 SELECT pg_catalog.set_config('idle_in_transaction_session_timeout', '30s', false),
        pg_catalog.set_config('lock_timeout', '10s', false);
 
 
 -- name: is_read_only
--- Whether a session may not write: at a standby, or where an operator keeps writes out with default_transaction_read_only.
+-- Whether a session is read-only: on a standby, or because an operator has set default_transaction_read_only.
 SELECT pg_catalog.current_setting('transaction_read_only')::boolean AS is_read_only;
 
 
 -- name: limit_session_lock_wait
--- A session in which a worker claims or completes waits for a lock less long, because all that the worker does waits with it.
--- A claim waits for a relay that is about to commit.
+-- Shortens the wait for a lock in a session that claims or completes, because the whole worker waits with it. It is
+-- not shorter, because a claim waits for a relay that is about to commit.
 SELECT pg_catalog.set_config('lock_timeout', '1s', false);
 
 
 -- name: backend_pid
--- Which of the server's sessions this is.
+-- The server's process id of this session.
 SELECT pg_catalog.pg_backend_pid() AS session;
 
 
 -- name: installation_id
--- Which installation this is, to tell apart two that use the same Redis database: the server's number, which its standbys
--- share and a dump that was restored elsewhere does not, the database, and the table, as each schema may have its own.
+-- Identifies this installation, to detect two that use the same Redis database: the server's system identifier, which its
+-- standbys share and a dump restored elsewhere does not, the database, and the table, as each schema may have its own.
 SELECT system_identifier::text || '/' || pg_catalog.current_database()::text || '/' || 'outbox'::regclass::oid::text AS id
 FROM pg_catalog.pg_control_system();
 
 
 -- name: missing_settings
--- What gives our role those settings that it lacks: behind a pooler no session is ours, and they must be the role's. Not
--- those that a transaction of ours can do without there, such as a format of times.
+-- Statements that give our role the settings that it lacks: behind a pooler no session is ours, so they must be the
+-- role's. Settings that our transactions can do without there, such as the format of times, are not listed.
 SELECT 'ALTER ROLE ' || pg_catalog.quote_ident(session_user) || ' SET ' || name || ' = ' || pg_catalog.quote_literal(value)
            AS statement
 FROM (VALUES ('idle_in_transaction_session_timeout', '30s', '[1-9]'),
@@ -101,8 +101,8 @@ WHERE pg_catalog.current_setting(name, true) !~ good;
 
 
 -- name: unlimit_transaction
--- Lifts all time limits, should they be the role's, from a transaction that waits for others who migrate, and migrates.
--- Postgres 17 brought the last.
+-- Lifts all time limits, which the role may have, for a transaction that waits for another migration and then migrates.
+-- transaction_timeout is new in Postgres 17.
 SELECT pg_catalog.set_config(name, '0', true)
 FROM (VALUES ('idle_in_transaction_session_timeout'), ('lock_timeout'), ('statement_timeout'), ('transaction_timeout'))
          AS limits (name)
@@ -110,18 +110,18 @@ WHERE pg_catalog.current_setting(name, true) IS NOT NULL;
 
 
 -- name: limit_migration
--- How long a migration, in its transaction, waits for a lock: who comes after it waits behind it, even to add a row.
+-- Limits how long a migration waits for a lock: later sessions wait behind it, even to add a row.
 SELECT pg_catalog.set_config('lock_timeout', %(lock_timeout)s::float8::text || 's', true);
 
 
 -- name: applied_migrations
--- What `outbox migrate` has applied to this database.
+-- The migrations that `outbox migrate` has applied to this database.
 SELECT migration_id FROM _yoyo_migration;
 
 
 -- name: first_migration
--- Whether the tables of the first migration are there, each known by a rule that hardly any other has. The columns of
--- information_schema have types of its own, which no operator of Postgres' is made for.
+-- Whether the tables of the first migration exist, each recognized by a constraint that hardly any other table has. The
+-- columns of information_schema have types of their own, which Postgres' operators are not defined for.
 SELECT pg_catalog.count(*) = 3 AS is_applied
 FROM information_schema.table_constraints
 WHERE table_schema::name = pg_catalog.current_schema()
@@ -131,25 +131,26 @@ WHERE table_schema::name = pg_catalog.current_schema()
 
 
 -- name: record_migration
--- Notes in a migration's own transaction that it is applied, under the hash by which earlier versions find it.
+-- Records a migration in its own transaction, under the hash by which earlier versions find it.
 INSERT INTO _yoyo_migration (migration_hash, migration_id, applied_at_utc)
 VALUES (pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to(%(migration)s, 'UTF8')), 'hex'), %(migration)s,
         pg_catalog.now() AT TIME ZONE 'UTC');
 
 
 -- name: right_to_create
--- Whether our role may create tables in the schema that they would go to, and what gives it the right. No schema, no right.
+-- Whether our role may create tables in the current schema, and the statement that grants it. Without a schema it may not.
 SELECT current_user AS role, coalesce(pg_catalog.has_schema_privilege(pg_catalog.current_schema(), 'CREATE'), false) AS has,
        'GRANT CREATE ON SCHEMA ' || pg_catalog.quote_ident(pg_catalog.current_schema()) || ' TO '
            || pg_catalog.quote_ident(current_user) AS statement;
 
 
 -- name: foreign_tables
--- What a statement of ours would find by the name of one of our tables, though it belongs to a role that we have no reason
--- to trust: one that may create in our schema, and could plant a table there before the first migration. Its triggers would
--- run with our rights. A superuser is a member of every role, so that membership tells nothing there.
--- And by the name of the constraint that tells the service which usernames are taken: Postgres would choose another.
--- In further schemas such a table may be another application's: ours are made in the first, if we may, and are found there.
+-- Relations that our statements would find under our tables' names but that an untrusted role owns: a role that may create
+-- in our schema can plant a table there before the first migration, and its triggers would run with our rights. A
+-- superuser is a member of every role, so membership proves nothing there.
+-- users_pkey is the constraint by which the service recognizes a taken username: if the name is in use, Postgres chooses
+-- another. In later schemas of search_path such a table may be another application's: if we may create in the first one,
+-- our tables are there.
 SELECT found.relname::text AS name, owner.rolname::text AS owner
 FROM (VALUES ('users'), ('verify_emails'), ('outbox'), ('_yoyo_migration'), ('_yoyo_log'), ('_yoyo_version'),
              ('users_pkey')) AS ours (name)
@@ -166,8 +167,8 @@ WHERE (schema.nspname = pg_catalog.current_schema()
 
 
 -- name: foreign_schema
--- The schema that "$user" in our search_path leads to, where it belongs to a role that we have no reason to trust: one that
--- may create schemas in this database can make one by the name of our role, with any table of ours in it.
+-- The schema that "$user" in our search_path leads to, if an untrusted role owns it: a role that may create schemas
+-- in this database can create one with the name of our role, and tables with our names in it.
 SELECT schema.nspname::text AS name, owner.rolname::text AS owner,
        'ALTER ROLE ' || pg_catalog.quote_ident(current_user) || ' IN DATABASE '
            || pg_catalog.quote_ident(pg_catalog.current_database()) || ' SET search_path = public' AS statement
@@ -183,14 +184,14 @@ WHERE schema.nspname = own.rolname AND schema.nspname = ANY (pg_catalog.current_
 
 
 -- name: record_version
--- Notes for yoyo that its tables are of its second version.
+-- Records for yoyo that its tables have its second version.
 INSERT INTO _yoyo_version
 SELECT 2, pg_catalog.now() AT TIME ZONE 'UTC' WHERE NOT EXISTS (SELECT FROM _yoyo_version);
 
 
 -- name: lock_migrations
--- One `outbox migrate` at a time; released by the end of the transaction, however that comes. Only a role that may write
--- to the table can take a lock that keeps this one waiting. Those who read it, such as the processes, go on.
+-- Lets one `outbox migrate` run at a time; the end of the transaction releases the lock. Only a role that may write to the
+-- table can take a lock that blocks this one. Readers, such as the processes, are not blocked.
 LOCK TABLE _yoyo_migration IN SHARE UPDATE EXCLUSIVE MODE;
 
 
@@ -202,20 +203,20 @@ RETURNING username, full_name, email, is_email_verified, password_changed_at, cr
 
 
 -- name: window_room
--- How many more rows of a queue Redis may hold.
+-- How many more rows of a queue fit into its window.
 SELECT greatest(0, %(window)s - pg_catalog.count(*)) AS rows
 FROM outbox WHERE status = 'enqueued' AND queue = %(queue)s;
 
 
 -- name: publish
--- Claims due (or soon due) rows of one queue for Redis, as far as its window has room, and marks them enqueued.
--- Rows whose time has not come get no more than about half of the window: they must not keep due ones waiting.
--- It is committed only after Redis has taken the jobs. Relays side by side skip each other's rows.
--- Of a payload it returns what is logged, and of a large one its size alone: to cut one to a length, Postgres would read
--- and print all of it. What is stored in few bytes may be longer when it is printed, but not without bound.
--- To count is slow where Redis holds many, so the room may be given by who has counted a moment ago.
--- The ids go into an array because a join would scan the table where the backlog is long. What is due is decided by
--- the clock: a row that was added after this transaction began has a time that its now() has not reached.
+-- Marks due (or soon due) rows of one queue enqueued, as far as its window has room.
+-- Rows that are not yet due get at most about half of the window, so that they do not keep due rows waiting.
+-- The transaction commits only after Redis has the jobs. Concurrent relays skip each other's rows.
+-- It returns the part of a payload that is logged, and of a large one only its size: to cut it, Postgres would read and
+-- print all of it. A payload stored in few bytes may be longer when printed, but its length is bounded.
+-- Counting is slow if Redis holds many rows, so the caller may pass a room that it counted shortly before.
+-- The ids go into an array because a join would scan the table if the backlog is long. `scheduled` compares with the
+-- clock, because the time of a row that was added after this transaction began is later than its now().
 WITH room AS (
     SELECT coalesce(
         %(room)s::bigint,
@@ -246,7 +247,7 @@ RETURNING id, delivery, task, queue, max_retries, timeout, request_id,
 
 
 -- name: first_pending
--- The row that a batch of one takes, locked for it, so that it can be left out if it is refused.
+-- Locks and returns the row that a batch of one takes, so that it can be left out if it is refused.
 SELECT id
 FROM outbox
 WHERE status = 'pending' AND queue = %(queue)s
@@ -258,10 +259,10 @@ FOR NO KEY UPDATE SKIP LOCKED;
 
 
 -- name: find_work
--- What there is to do for a relay, so that one statement is all that an idle one asks: queues that have rows to hand
--- over, whether Redis should hold any job, and one that no worker has claimed for longer than a grace, and whether a
--- lease has passed. It counts nothing and stops at the first row of each. And Postgres' time, which is everybody's.
--- Times that lie further ahead than any process writes were written before the server's clock was set back.
+-- The work that there is for a relay, so that an idle relay runs a single statement: queues with rows to hand over, whether
+-- Redis should hold any job, whether a job is unclaimed after the grace, and whether a lease has passed. It counts nothing
+-- and stops at the first row of each. Also Postgres' time, which all processes use.
+-- A time further ahead than any process writes was written before the server's clock was set back.
 SELECT extract(epoch FROM pg_catalog.now())::float8 AS now,
        ARRAY(
            SELECT name
@@ -284,8 +285,8 @@ SELECT extract(epoch FROM pg_catalog.now())::float8 AS now,
 
 
 -- name: unclaimed_rows
--- Rows that were handed over longer than a grace ago and that no worker has claimed; those that were handed over in the
--- future among them: the server's clock was set back since.
+-- Rows that were handed over longer than the grace ago and that no worker has claimed, and those handed over in the
+-- future: the server's clock was set back since.
 SELECT id, delivery, queue, extract(epoch FROM run_at)::float8 AS run_at,
        extract(epoch FROM pg_catalog.now() - run_at)::float8 AS overdue,
        extract(epoch FROM pg_catalog.now() - enqueued_at)::float8 AS age
@@ -296,8 +297,8 @@ WHERE status = 'enqueued'
 
 
 -- name: sweep
--- Takes back rows whose job Redis no longer holds. The delivery is the one that was looked for in Redis:
--- a row that was claimed or handed over meanwhile is left alone.
+-- Takes back rows whose job Redis no longer holds. The delivery is the one that the sweep looked for in Redis: a row that
+-- has been claimed or handed over since is left alone.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, status FROM outbox WHERE id = ANY (%(ids)s) FOR NO KEY UPDATE SKIP LOCKED
 )
@@ -312,14 +313,14 @@ RETURNING id, delivery, task, queue, request_id;
 
 
 -- name: limit_transaction_lock_wait
--- How long the statements of a rescue, or of a deletion, wait for a lock in its transaction: while a rescue waits, workers'
--- renewals do too, and all else that the relay does waits with either.
+-- Limits how long the transaction of a rescue or a deletion waits for a lock: while a rescue waits, so do the workers'
+-- renewals, and all other duties of the relay wait for both.
 SELECT pg_catalog.set_config('lock_timeout', '100ms', true);
 
 
 -- name: expired_leases
--- Rows whose lease has passed, locked until the end of the rescue's transaction. A row that is being renewed or completed
--- at this moment, or that another session has locked, is passed over, as are those that Postgres has refused lately.
+-- Locks rows whose lease has passed until the end of the rescue's transaction. It skips rows that another session has
+-- locked, for example to renew or complete them, and rows that Postgres has refused recently.
 SELECT id, delivery, task, queue, worker, attempts, max_retries, request_id
 FROM outbox
 WHERE status = 'running'
@@ -331,7 +332,7 @@ FOR NO KEY UPDATE SKIP LOCKED;
 
 
 -- name: touch_leases
--- Writes expired rows as they are: where this fails, a worker could not have renewed their leases either.
+-- Writes expired rows unchanged: if this fails, a worker could not have renewed their leases either.
 UPDATE outbox SET lease_until = lease_until WHERE id = ANY (%(ids)s);
 
 
@@ -348,7 +349,7 @@ WHERE outbox.id = rescued.id AND outbox.id = ANY (%(ids)s);
 
 
 -- name: rows_past_retention
--- Done rows whose retention time is over, locked to be deleted.
+-- Locks done rows whose retention is over, so that they can be deleted.
 SELECT id
 FROM outbox
 WHERE status = 'done' AND done_at < pg_catalog.now() - %(retention)s::float8 * interval '1 s'
@@ -359,20 +360,20 @@ FOR UPDATE SKIP LOCKED;
 
 
 -- name: delete_rows
--- Deletes these rows, and with them what others' foreign keys say.
+-- Deletes rows, and what foreign keys of other tables cascade to.
 DELETE FROM outbox WHERE id = ANY (%(ids)s);
 
 
 -- name: has_index_of_unverified
--- Whether there is the index without which the next statement would read all users.
+-- Whether the index exists without which the next statement would read all users.
 SELECT EXISTS (
     SELECT FROM pg_catalog.pg_index WHERE indexrelid = pg_catalog.to_regclass('users_unverified')::oid AND indisvalid
 ) AS has;
 
 
 -- name: unverified_users
--- The next users, by age, who have not verified their address in time, locked to be judged. One that is locked already,
--- as to verify an address or to send a mail, is passed over until the next round.
+-- Locks the next users, oldest first, whose time to verify their address is over. A user that another session has locked,
+-- to verify the address or send a mail for example, is skipped until the next round.
 SELECT username, created_at::text AS signed_up_at
 FROM users
 WHERE NOT is_email_verified
@@ -385,11 +386,11 @@ FOR UPDATE SKIP LOCKED;
 
 
 -- name: delete_expired_users
--- Deletes those of these users, locked before, whose mail is out and whose links are over, and with them what others'
--- foreign keys say; returns the rows of their mails. A mail is out if a verification was opened for it and its row is
--- done, or gone since: an operator may have discarded it. What another user's row has been given a verification's id for
--- is not this user's.
--- OFFSET 0 has verifications and rows looked up one by one.
+-- Deletes those of these locked users whose mail was sent and whose links have expired, and what foreign keys cascade to;
+-- returns the rows of their mails. A mail was sent if a verification was opened for it and its row is done or no longer
+-- exists, as an operator may have discarded it. If ids repeat, a verification may have the id of another user's row, which
+-- does not count.
+-- OFFSET 0 makes the planner look up verifications and rows one by one.
 WITH verification AS MATERIALIZED (
     SELECT name.username, verification.expired_at, mail.id, mail.status
     FROM pg_catalog.unnest(%(usernames)s::text[]) AS name (username),
@@ -411,9 +412,9 @@ SELECT rows FROM deleted JOIN expired USING (username);
 
 
 -- name: unserved_queues
--- Queues that hold work and that these settings do not name: no relay hands over their pending rows, and no worker takes
--- the jobs of their enqueued ones. Of either kind it finds the queues one by one, each by a look into the index that begins
--- behind the one before, and counts rows up to a limit: what it costs does not grow with the backlog.
+-- Queues with work that the settings do not name: no relay hands over their pending rows, and no worker takes the jobs of
+-- their enqueued ones. For each status it finds the queues one by one, with an index lookup that starts after the previous
+-- queue, and counts rows up to a limit, so that its cost does not grow with the backlog.
 WITH RECURSIVE pending (queue) AS (
     (SELECT queue FROM outbox WHERE status = 'pending' ORDER BY queue LIMIT 1)
     UNION ALL
@@ -446,13 +447,13 @@ GROUP BY queue;
 -- name: claim
 -- The worker's claim: locks first and judges after, in one statement. The lock waits for a relay that has published but
 -- not yet committed, and then sees the newest version of the row; an UPDATE … WHERE status = 'enqueued' would not see it
--- and lose the job. The lease counts from the update: the statement may have waited for a lock since its now().
--- A row that already runs in this worker's name was claimed by an earlier try whose answer was lost: it is claimed once
--- more, without another attempt. The worker asks for no row that it knows to hold.
--- No lock of these statements is one that a foreign key to the outbox would wait for, or they for it.
--- It waits for a lock for a second, which is set before the first one is asked for and holds for this transaction: behind
--- a pooler the session's own limit is the role's, and everything that the worker does waits with a claim.
--- It takes rows until their payloads, as they are stored, have so many bytes; the others are put off to another claim.
+-- and lose the job. The lease counts from the update, because the statement may have waited for a lock since its now().
+-- A row that already runs under this worker's name was claimed by an earlier try whose answer was lost: it is claimed
+-- again, without counting another attempt. The worker does not ask for rows that it knows it holds.
+-- No lock of these statements conflicts with those of a foreign key to the outbox.
+-- It waits for a lock for one second. The limit is set before the first lock and for this transaction, because behind a
+-- pooler the session's limit is the role's, and the whole worker waits with a claim.
+-- It claims rows until their stored payloads exceed a number of bytes; the others wait for another claim.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, task, payload, queue, status, max_retries, timeout, request_id, unhandled_since,
            status = 'enqueued' AND run_at <= pg_catalog.now() OR status = 'running' AND worker = %(worker)s AS free
@@ -486,16 +487,16 @@ FROM locked LEFT JOIN claimed USING (id);
 
 
 -- name: lock_available_rows
--- Locks those rows that no other session has locked, until the end of the transaction: a claim that was refused is repeated
--- with these.
+-- Locks the rows that no other session has locked, until the end of the transaction: a refused claim is repeated with
+-- these.
 SELECT id FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED;
 
 
 -- name: renew_leases
--- Keeps the leases of all that a worker runs. As in every statement that is given ids, the rows are found by their ids
--- alone and judged once they are locked: a planner that believes that hardly any row is running would else read all
--- running rows for every id. A row that another session has locked waits for the next time, and holds up no other.
--- The delivery alone does not name an attempt: after a restore of the table it comes again, in another worker.
+-- Renews the leases of all rows that a worker runs. As in every statement that gets ids, rows are found by id alone and
+-- judged once they are locked: a planner that expects hardly any running rows would otherwise read all of them for each
+-- id. A row that another session has locked is left to the next renewal and does not hold up the others.
+-- The delivery alone does not identify an attempt: after a restore of the table it repeats, in another worker.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, status, worker FROM outbox WHERE id = ANY (%(ids)s) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 )
@@ -510,8 +511,8 @@ RETURNING id AS row_id, delivery AS number;
 
 
 -- name: complete
--- Writes the outcomes of a batch of attempts; returns the rows that were still this worker's to write, under this
--- delivery, and that no other session had locked.
+-- Writes the outcomes of a batch of attempts; returns the rows that this worker still held under this delivery and that no
+-- other session had locked.
 WITH locked AS MATERIALIZED (
     SELECT id, delivery, status AS before, worker
     FROM outbox
@@ -541,8 +542,8 @@ RETURNING outbox.id AS row_id, outbox.delivery AS number;
 
 
 -- name: not_completed
--- The status of rows that `complete` did not write, as far as this worker was the last to claim them: `running` where another
--- session has them locked, and the outcome itself where an earlier statement has written it and the answer was lost.
+-- The status of rows that `complete` did not write and that this worker was the last to claim: `running` if another
+-- session has locked them, or the outcome itself if an earlier statement wrote it and its answer was lost.
 WITH found AS MATERIALIZED (
     SELECT id, delivery, status, worker FROM outbox WHERE id = ANY (%(ids)s)
 )
@@ -559,7 +560,7 @@ WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
 
 
 -- name: list_dead
--- The newest dead rows for an operator's table; of a payload only its beginning.
+-- The newest dead rows for an operator's table, with the beginning of their payloads.
 SELECT id, task, attempts, max_retries, extract(epoch FROM pg_catalog.now() - started_at)::float8 AS age, last_error,
        pg_catalog.left(payload::text, %(payload_limit)s::integer) AS payload
 FROM outbox
@@ -569,7 +570,7 @@ LIMIT %(limit)s;
 
 
 -- name: list_dead_json
--- The same rows whole, for programs. Postgres writes the JSON, so that no number in a payload is rounded.
+-- The same rows in full, for programs. Postgres writes the JSON, so that no number in a payload is rounded.
 SELECT pg_catalog.to_json(outbox)::text AS document
 FROM outbox
 WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s)
@@ -578,12 +579,12 @@ LIMIT %(limit)s;
 
 
 -- name: show_utc
--- Has the rest of a transaction show times in UTC, and as ISO 8601 has them.
+-- Makes the rest of a transaction show times in UTC and ISO 8601.
 SELECT pg_catalog.set_config('TimeZone', 'UTC', true), pg_catalog.set_config('DateStyle', 'ISO', true);
 
 
 -- name: show_row
--- All of one row, for an operator and for programs.
+-- One row in full, for an operator and for programs.
 SELECT status, task, queue, attempts, max_retries, last_error, worker, unique_key, request_id,
        pg_catalog.date_trunc('second', created_at)::text AS created_at,
        pg_catalog.date_trunc('second', started_at)::text AS started_at,
@@ -593,16 +594,16 @@ WHERE id = %(id)s;
 
 
 -- name: dead_ids
--- Every row that is dead now, of one task or of all: what a command that takes all of them works off in batches.
+-- The ids of all dead rows, of one task or of all: a command that takes all of them works through these in batches.
 SELECT coalesce(pg_catalog.array_agg(id ORDER BY id), '{}') AS ids
 FROM outbox
 WHERE status = 'dead' AND (%(task)s::text IS NULL OR task = %(task)s);
 
 
 -- name: retry_dead
--- Gives dead rows all their attempts again, from now on, or from when their worker has exited with the handler that it
--- could not end, some seconds after the row's death. Their delivery goes on counting: it is the fence.
--- Of two operators who retry a row at the same moment, the second waits and then finds it dead no more.
+-- Gives dead rows all their attempts again, from now on, or from the time when their worker has exited, some seconds after
+-- the row died, if it could not end the handler. Their delivery keeps counting, because it is the fence.
+-- If two operators retry a row at the same moment, the second one waits and then finds it no longer dead.
 WITH dead AS (
     SELECT id FROM outbox WHERE id = ANY (%(ids)s) AND status = 'dead' ORDER BY id FOR NO KEY UPDATE
 )
@@ -623,7 +624,7 @@ DELETE FROM outbox WHERE id = ANY (ARRAY(SELECT id FROM dead)) RETURNING id;
 
 
 -- name: unhandled_ids
--- Every row that workers give back because they cannot handle it, of one task or of all.
+-- The ids of all rows that workers give back because they cannot handle them, of one task or of all.
 SELECT coalesce(pg_catalog.array_agg(id ORDER BY id), '{}') AS ids
 FROM (
     SELECT id, task FROM outbox WHERE status = 'pending' AND unhandled_since IS NOT NULL
@@ -634,7 +635,7 @@ WHERE %(task)s::text IS NULL OR task = %(task)s;
 
 
 -- name: give_up_unhandled
--- Gives such rows up; one that a worker holds at this moment is left to it.
+-- Makes such rows dead, except those that a worker holds now.
 WITH unhandled AS (
     SELECT id
     FROM outbox
@@ -646,18 +647,18 @@ UPDATE outbox SET status = 'dead', unhandled_since = NULL WHERE id = ANY (ARRAY(
 
 
 -- name: row_statuses
--- What rows are, to tell an operator who took them for dead.
+-- The status of rows, for an operator who took them for dead.
 SELECT id, status FROM outbox WHERE id = ANY (%(ids)s);
 
 
 -- name: open_verifications
--- The recipients of verification mails, and the verification of each outbox row unless its user needs none any more: the same
--- one at every attempt, open for its full time from the latest. And Postgres' time, which the mails bear.
--- Ids of outbox rows come again, after a restore for one: a verification that is found under one is taken only if it is
--- this user's, for the address that the user has now, and not used. Else the row gets none here.
--- OFFSET 0 has each user looked up by name: for some hundred names, the planner would read all users.
--- A user that another transaction has locked is found without an email, and waits for another time: the foreign key's check would
--- wait for this lock, and all others' mails with it. Other locks are waited for no longer than a quarter of a second.
+-- The recipients of verification mails, and each row's verification, unless its user no longer needs one: the same one at
+-- every attempt, valid for its full time from the latest. Also Postgres' time, which the mails carry.
+-- Ids of outbox rows repeat, for example after a restore: a verification found under an id is used only if it is this
+-- user's, for the user's current address, and not used. Otherwise the row gets none here.
+-- OFFSET 0 makes the planner look up each user by name: for a few hundred names it would read all users.
+-- A user that another transaction has locked is returned without an email and put off: the foreign key's check would wait
+-- for this lock, and all other mails with it. The wait for any other lock is limited to a quarter of a second.
 WITH recipient AS MATERIALIZED (
     SELECT outbox_id, username, full_name, email, is_email_verified
     FROM unnest(%(outbox_ids)s::bigint[], %(usernames)s::text[]) AS row (outbox_id, username)
@@ -684,8 +685,8 @@ FROM recipient LEFT JOIN opened USING (outbox_id);
 
 
 -- name: detach_verifications
--- Frees outbox ids from verifications that are not these rows': another user's, for another address, or used. Their
--- links stay what they were.
+-- Detaches verifications that do not belong to these rows: another user's, for another address, or used. Their links stay
+-- as they are.
 WITH stale AS (
     SELECT verification.id
     FROM unnest(%(outbox_ids)s::bigint[], %(usernames)s::text[]) AS row (outbox_id, username)
@@ -699,7 +700,7 @@ UPDATE verify_emails SET outbox_id = NULL WHERE id = ANY (ARRAY(SELECT id FROM s
 
 
 -- name: find_verification
--- The verification whose link was opened; and whether it is for the address that its user has. It locks nothing: any
+-- The verification of an opened link, and whether it is for its user's current address. It locks nothing, because any
 -- client may ask for any id.
 SELECT verification.id, username, verification.email, is_used, expired_at <= pg_catalog.now() AS is_expired,
        verification.email = users.email AS is_current
@@ -708,11 +709,11 @@ WHERE verification.id = %(id)s;
 
 
 -- name: verify_user
--- Marks an address as verified, if it still is its user's. It runs before the link is spent, so that both tables are locked
--- in the order in which the deletion of a user locks them.
+-- Marks an address as verified if it is still its user's. It runs before the link is marked as used, so that both tables
+-- are locked in the order in which the deletion of a user locks them.
 UPDATE users SET is_email_verified = true WHERE username = %(username)s AND email = %(email)s;
 
 
 -- name: use_verification
--- Spends the link that has verified an address, unless it was spent or has expired meanwhile.
+-- Marks the link that verified an address as used, unless it has been used or has expired since.
 UPDATE verify_emails SET is_used = true WHERE id = %(id)s AND NOT is_used AND expired_at > pg_catalog.now();

@@ -1,4 +1,4 @@
--- The tables in which `outbox migrate` records what it has applied, as yoyo makes them: earlier versions read them.
+-- The tables in which `outbox migrate` records applied migrations, in yoyo's format, which earlier versions read.
 
 CREATE TABLE IF NOT EXISTS _yoyo_migration (
     migration_hash varchar(64) PRIMARY KEY,

@@ -93,7 +93,7 @@ COMMENT ON COLUMN outbox.enqueued_at IS 'When it was last handed over to Redis.'
 COMMENT ON COLUMN outbox.started_at  IS 'When it was last claimed.';
 COMMENT ON COLUMN outbox.done_at     IS 'When it was done; retention counts from here.';
 
--- One partial index per state that somebody looks for. Done rows are in none but their own, so that
+-- One partial index per status that a statement looks for. Done rows are only in their own index, so that
 -- no statement of the relay or the worker gets slower with history.
 CREATE INDEX outbox_pending  ON outbox (queue, run_at, id)  WHERE status = 'pending';
 CREATE INDEX outbox_enqueued ON outbox (queue, enqueued_at) WHERE status = 'enqueued';

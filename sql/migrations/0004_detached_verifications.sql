@@ -1,8 +1,8 @@
--- verifications that outlive the outbox row whose id they bear
+-- verifications that outlive their outbox row's id
 -- depends: 0003_earlier_vacuum
 
--- Ids of outbox rows come again, after a restore that leaves the sequence behind for one. A verification of another user,
--- or for an address that was changed, then gives its outbox_id up to the new row's; its link stays valid.
+-- Ids of outbox rows repeat, for example after a restore that does not restore the sequence. A verification of another
+-- user, or for an address that was changed, then gives up its outbox_id to the new row's; its link stays valid.
 ALTER TABLE verify_emails ALTER COLUMN outbox_id DROP NOT NULL;
 
 COMMENT ON COLUMN verify_emails.outbox_id IS

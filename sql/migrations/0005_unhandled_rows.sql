@@ -1,7 +1,7 @@
--- since when a row has met no worker that can handle it
+-- the time since which no worker could handle a row
 -- depends: 0004_detached_verifications
 
--- Without a default, so that the table is not rewritten.
+-- No default, so that the table is not rewritten.
 ALTER TABLE outbox ADD COLUMN IF NOT EXISTS unhandled_since timestamptz;
 
 COMMENT ON COLUMN outbox.unhandled_since IS

@@ -1,7 +1,7 @@
--- the ids of requests in earlier rows, cut to the limit
+-- request ids of earlier rows, cut to the limit
 -- depends: 0006_limited_request_ids
 
--- An update of a longer one is refused from the migration before on, and it can be neither handed over nor marked. In a
--- transaction of its own, because it lets everybody read and write meanwhile.
+-- Since the previous migration, an update of a row with a longer id is refused, so it can be neither handed over nor
+-- completed. In a transaction of its own, because it does not block readers and writers.
 UPDATE outbox SET request_id = pg_catalog.left(request_id, 200) WHERE pg_catalog.char_length(request_id) > 200;
 ALTER TABLE outbox VALIDATE CONSTRAINT outbox_request_id_valid;
