@@ -1,6 +1,6 @@
 """Fixtures of several integration tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -57,3 +57,15 @@ def noted_stack(stack: Stack) -> Stack:
     """A stack whose workers handle the task `noted`, with leases of one second."""
     stack.environment |= {"OUTBOX_HANDLERS": "tests.support.tasks", "OUTBOX_LEASE": "1"}
     return stack
+
+
+@pytest.fixture
+def empty_url(create_database: Callable[[str | None], str]) -> str:
+    """A database without tables."""
+    return create_database(None)
+
+
+@pytest.fixture(scope="module")
+def shared_url(create_database: Callable[[str | None], str], template: str) -> str:
+    """A migrated database for all tests of a module."""
+    return create_database(template)

@@ -1,11 +1,9 @@
-"""Sessions whose database has settings that change what statements do, or for how long they may."""
+"""Databases with settings that change what statements do, or how long they may take."""
 
 import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import LiteralString
 
@@ -24,7 +22,6 @@ from outbox.runtime import pooler, postgres
 from outbox.runtime.migrations import migrate
 from outbox.runtime.outage import Outage
 from outbox.runtime.settings import RelaySettings, ServiceSettings, WorkerSettings
-from outbox.signup.send_verify_email import SendVerifyEmail
 from outbox_relay.publish import publish
 from outbox_service.pool import create_pool
 from outbox_worker.attempt import attempt
@@ -32,15 +29,13 @@ from outbox_worker.claim import claim
 from outbox_worker.complete import Completer
 from outbox_worker.database import HandlerPool
 from outbox_worker.handlers import registry
-from outbox_worker.handlers.send_verify_email import verification_mail
 from outbox_worker.in_flight import InFlight
 from outbox_worker.mail import Mailer
 from outbox_worker.outcome import Outcome
 from tests.conftest import Connection
 from tests.support.api import Api, is_problem, serve
-from tests.support.links import JSON, PATH, mailed
 from tests.support.mailbox import Mailbox, link_in
-from tests.support.waiting import eventually
+from tests.support.session_settings import set_for_database
 
 pytestmark = pytest.mark.once
 
@@ -71,40 +66,19 @@ HOSTILE = [
     ("exit_on_error", "on"),
     ("synchronous_commit", "off"),
 ]
-"""Settings that a database, a role or the environment may bring, with values that another application may want."""
-
-
-@pytest.fixture(scope="module")
-def shared_url(create_database: Callable[[str | None], str], template: str) -> str:
-    """A migrated database."""
-    return create_database(template)
+"""Settings that a database, a role or the environment may have, with values that another application may need."""
 
 
 @pytest.fixture(params=HOSTILE, ids=lambda setting: f"{setting[0]}={setting[1]}")
 def hostile_url(shared_url: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The same, whose new sessions begin with one hostile setting."""
+    """A migrated database whose new sessions start with one hostile setting."""
     with set_for_database(shared_url, *request.param):
         yield shared_url
 
 
-@contextmanager
-def set_for_database(url: str, name: str, value: str) -> Iterator[None]:
-    """Gives new sessions of a database a setting; skips the test where this Postgres has none of that name."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        database = psycopg.sql.Identifier(str(conninfo_to_dict(url)["dbname"]))
-        setting = psycopg.sql.Identifier(name)
-        if connection.execute("SELECT current_setting(%s, true)", [name]).fetchone() == (None,):
-            pytest.skip(f"this Postgres has no {name}")
-        connection.execute(
-            psycopg.sql.SQL("ALTER DATABASE {} SET {} = {}").format(database, setting, psycopg.sql.Literal(value))
-        )
-        yield
-        connection.execute(psycopg.sql.SQL("ALTER DATABASE {} RESET {}").format(database, setting))
-
-
 @pytest.fixture
 def api(hostile_url: str, service_settings: ServiceSettings) -> Iterator[Api]:
-    """A service on it."""
+    """A service on that database."""
     with serve(service_settings.model_copy(update={"database_url": hostile_url})) as served:
         yield served
 
@@ -117,7 +91,7 @@ def test_a_user_signs_up_and_verifies(  # noqa: PLR0917 - fixtures
     worker_settings: WorkerSettings,
     mailbox: Mailbox,
 ) -> None:
-    """Whatever the setting: sign-up, hand-over, claim, mail, mark and verification go as ever, with times in UTC."""
+    """With each setting, sign-up, hand-over, claim, mail, completion and verification work, with times in UTC."""
     with postgres.connect(hostile_url, "test") as connection:
         connection.execute("DELETE FROM outbox")
         connection.execute("DELETE FROM users")
@@ -155,28 +129,28 @@ def test_a_user_signs_up_and_verifies(  # noqa: PLR0917 - fixtures
 
 
 def is_now(text: str) -> bool:
-    """Whether an ISO time says that it is in UTC, and is about the present."""
+    """Returns whether an ISO time is in UTC and close to the present."""
     return text.endswith("Z") and abs(datetime.fromisoformat(text) - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 def test_an_operator_reads_times_in_utc(hostile_url: str) -> None:
-    """A dead row, as JSON and as text, also behind a pooler, where the session cannot be given a setting."""
+    """In JSON and in text, also behind a pooler, whose sessions cannot get settings."""
     for pooled in (False, True):
         with postgres.connect(hostile_url, "test", pooled=pooled) as connection:
             (row,) = connection.execute(
                 "INSERT INTO outbox (task, payload, status) VALUES ('t', '{}', 'dead') RETURNING id"
             ).fetchall()
-            found = dead_letters.read(connection, row["id"])
+            row_shown = dead_letters.read(connection, row["id"])
             (document,) = dead_letters.newest_json(connection, "t", 1)
             dead_letters.discard(connection, [row["id"]])
-        assert found is not None
-        assert abs(datetime.fromisoformat(found.created_at) - datetime.now(UTC)) < timedelta(minutes=1)
-        assert found.created_at.endswith("+00")
+        assert row_shown is not None
+        assert abs(datetime.fromisoformat(row_shown.created_at) - datetime.now(UTC)) < timedelta(minutes=1)
+        assert row_shown.created_at.endswith("+00")
         assert json.loads(document)["created_at"].endswith("+00:00")
 
 
 def test_a_sign_up_behind_a_pooler(hostile_url: str, service_settings: ServiceSettings) -> None:
-    """Where sessions cannot be given settings, the answer does not depend on them."""
+    """Sessions of a pooler cannot get settings, and the answer does not depend on them."""
     pooled = service_settings.model_copy(update={"database_url": hostile_url, "transaction_pooling": True})
     with serve(pooled) as api:
         with psycopg.connect(hostile_url, autocommit=True) as connection:
@@ -193,14 +167,14 @@ LIMITS = {
     "statement_timeout": "30s",
     "transaction_timeout": "0",
 }
-"""The limits that sessions of ours have."""
+"""The time limits of our sessions."""
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_limits_of_a_session_are_ours(
     shared_url: str, service_settings: ServiceSettings, name: LiteralString
 ) -> None:
-    """Whatever the role's are, be they longer or shorter: those of the service, as well as of relay and worker."""
+    """They override the role's limits, in the service as well as in relay and worker."""
     show: LiteralString = f"SHOW {name}"
 
     async def lent() -> object:
@@ -214,8 +188,8 @@ def test_the_limits_of_a_session_are_ours(
         assert asyncio.run(lent()) == {name: LIMITS[name]}
 
 
-def test_the_environment_has_no_say(shared_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What libpq reads there is for other programs."""
+def test_libpqs_variables_do_not_change_sessions(shared_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PGOPTIONS and the like are meant for other programs."""
     monkeypatch.setenv("PGDATESTYLE", "German")
     monkeypatch.setenv("PGTZ", "Asia/Kolkata")
     monkeypatch.setenv("PGOPTIONS", "-c default_transaction_isolation=serializable -c statement_timeout=1h")
@@ -238,8 +212,8 @@ def test_the_environment_has_no_say(shared_url: str, monkeypatch: pytest.MonkeyP
         ("synchronous_commit", "off", "on"),
     ],
 )
-def test_behind_a_pooler_the_remedy_is_told(shared_url: str, name: str, hostile: str, good: str) -> None:
-    """No session is ours there: a warning has the statement that gives the role a setting that code relies on."""
+def test_settings_that_pooled_sessions_lack_are_logged(shared_url: str, name: str, hostile: str, good: str) -> None:
+    """The warning has the statement that gives the role a setting that our code relies on."""
     with (
         set_for_database(shared_url, name, hostile),
         postgres.connect(shared_url, "test", pooled=True) as connection,
@@ -253,7 +227,7 @@ def test_behind_a_pooler_the_remedy_is_told(shared_url: str, name: str, hostile:
 
 
 def test_a_transaction_that_took_too_long_is_an_outage(connection: Connection, database_url: str) -> None:
-    """Behind a pooler whose role has such a limit: it is tried again, and ends no process."""
+    """Behind a pooler, the role may have such a limit: the statement is tried again, and no process ends."""
     if connection.info.server_version < 170_000:
         pytest.skip("this Postgres has no transaction_timeout")
     with postgres.connect(database_url, "test", pooled=True) as limited:
@@ -267,7 +241,7 @@ def test_a_transaction_that_took_too_long_is_an_outage(connection: Connection, d
 def test_search_path_chooses_the_schema(
     create_database: Callable[[str | None], str], service_settings: ServiceSettings, schema: str
 ) -> None:
-    """It is left as it is: the schema that it names first gets the tables, and `public` none."""
+    """It is not changed: the schema that it names first gets the tables, and `public` none."""
     url = create_database(None)
     name = psycopg.sql.Identifier(schema)
     with psycopg.connect(url, autocommit=True) as connection:
@@ -286,104 +260,9 @@ def test_search_path_chooses_the_schema(
         assert connection.execute("SELECT FROM pg_tables WHERE schemaname = 'public'").fetchall() == []
 
 
-@pytest.mark.parametrize("pooling", [False, True])
-def test_transactions_of_relays_and_workers_see_what_others_commit(shared_url: str, *, pooling: bool) -> None:
-    """Their isolation level is ours, also behind a pooler."""
-    with (
-        set_for_database(shared_url, "default_transaction_isolation", "serializable"),
-        postgres.connect(shared_url, "test", pooled=pooling) as connection,
-        connection.transaction(),
-    ):
-        assert connection.execute("SHOW transaction_isolation").fetchone() == {
-            "transaction_isolation": "read committed"
-        }
-
-
-@pytest.mark.parametrize("pooling", [False, True])
-@pytest.mark.parametrize("isolation", ["serializable", "repeatable read"])
-def test_a_link_that_is_opened_twice_at_once(
-    shared_url: str, service_settings: ServiceSettings, isolation: str, *, pooling: bool
-) -> None:
-    """Whoever waits for the other sees what that one did, also behind a pooler: it is used, and no outage."""
-    settings = service_settings.model_copy(update={"database_url": shared_url, "transaction_pooling": pooling})
-    with (
-        set_for_database(shared_url, "default_transaction_isolation", isolation),
-        serve(settings) as api,
-        postgres.connect(shared_url, "other") as other,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        other.execute("DELETE FROM users")
-        link = mailed(other)
-        with other.transaction():
-            other.execute("UPDATE verify_emails SET is_used = true")
-            waiting = thread.submit(api.client.get, PATH, params=link.query, headers=JSON)
-            eventually(lambda: lock_waits(shared_url), 10, "it waits for the other")
-        assert is_problem(waiting.result(10), 410)
-
-
-@pytest.mark.parametrize("isolation", ["serializable", "repeatable read"])
-def test_a_claim_sees_what_it_has_waited_for(
-    shared_url: str, redis_client: redis.Redis, relay_settings: RelaySettings, isolation: str
-) -> None:
-    """A job that is popped before its relay has committed is claimed then, and is no conflict."""
-    with (
-        set_for_database(shared_url, "default_transaction_isolation", isolation),
-        postgres.connect(shared_url, "relay") as relaying,
-        postgres.connect(shared_url, "worker") as claiming,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        relaying.execute("DELETE FROM outbox")
-        (row,) = relaying.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}') RETURNING id").fetchall()
-        with relaying.transaction():
-            assert publish(relaying, redis_client, "default", relay_settings) == 1
-            waiting = thread.submit(claim, claiming, [Delivery(row["id"], 1)], "me", 15)
-            eventually(lambda: lock_waits(shared_url), 10, "the claim waits for the relay")
-        assert [claimed.delivery.row_id for claimed in waiting.result(10)] == [row["id"]]
-
-
-def lock_waits(url: str) -> int:
-    """Returns how many sessions of the database wait for a lock."""
-    with psycopg.connect(url) as connection:
-        return connection.execute(
-            "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        ).rowcount
-
-
-def test_conflicts_of_a_serializable_handler_are_no_failure(shared_url: str, worker_settings: WorkerSettings) -> None:
-    """Its session is as the database says; our own statement is tried again until nobody comes in between."""
-    with (
-        set_for_database(shared_url, "default_transaction_isolation", "serializable"),
-        psycopg.connect(shared_url) as first,
-        postgres.connect(shared_url, "second") as second,
-        HandlerPool(shared_url) as pool,
-        ThreadPoolExecutor(2) as threads,
-    ):
-        first.execute("DELETE FROM users")
-        sent: list[object] = []
-        first.execute("INSERT INTO users VALUES ('alice', 'none', 'Alice', 'alice@example.com')")
-        first.execute(
-            "INSERT INTO verify_emails (outbox_id, username, email, expired_at)"
-            " VALUES (1, 'alice', 'alice@example.com', now())"
-        )
-        first.commit()
-        context = Context(row_id=1, attempt=1, deadline=time.monotonic() + 60, database=pool, send=sent.append)
-        first.execute("UPDATE verify_emails SET expired_at = now()")
-        handle = verification_mail(worker_settings)
-        opening = threads.submit(handle, SendVerifyEmail(username="alice"), context)
-        eventually(lambda: lock_waits(shared_url) == 1, 10, "it waits for the first")
-        with second.transaction():
-            updating = threads.submit(second.execute, "UPDATE verify_emails SET expired_at = now()")
-            eventually(lambda: lock_waits(shared_url) == 2, 10, "the second waits behind it")
-            first.commit()
-            updating.result(10)
-            eventually(lambda: lock_waits(shared_url) == 1 or opening.done(), 10, "it waits for the second")
-        assert opening.result(10) == {"email": "alice@example.com"}
-        assert len(sent) == 1
-
-
 @pytest.mark.parametrize(("name", "value"), HOSTILE)
 def test_a_database_is_migrated(create_database: Callable[[str | None], str], name: str, value: str) -> None:
-    """Whatever the setting, migrations are applied, each once."""
+    """With each setting, migrations are applied once."""
     url = create_database(None)
     with set_for_database(url, name, value):
         assert migrate(url) == postgres.migrations()
