@@ -1,4 +1,4 @@
-"""Each process with a role that may do what the docs grant, and no more."""
+"""Each process with a role that has only the grants in the documentation."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ DOCS = Path("docs/deploy.md")
 
 @pytest.fixture(scope="module")
 def url_of(file_postgres: EmbeddedServer) -> Callable[[str], str]:
-    """Leads to a database as a role that was granted what the docs say."""
+    """Returns a database's URL for a role with the documented grants."""
     (granted,) = re.findall(r"```sql\n(GRANT USAGE.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     with psycopg.connect(file_postgres.url, autocommit=True) as connection:
         for role in ROLES:
@@ -27,8 +27,10 @@ def url_of(file_postgres: EmbeddedServer) -> Callable[[str], str]:
     return lambda role: file_postgres.url.replace("outbox@", f"{role}@")
 
 
-def test_all_three_work_with_what_the_docs_grant(url_of: Callable[[str], str], stack: Stack, mailbox: Mailbox) -> None:
-    """Sign-up, hand-over, mail and verification; and no warning of anything that is refused."""
+def test_all_three_work_with_the_documented_grants(
+    url_of: Callable[[str], str], stack: Stack, mailbox: Mailbox
+) -> None:
+    """Sign-up, hand-over, mail and verification work, and no log line says that a right is missing."""
     processes = [stack.run(role.removeprefix("outbox_"), DATABASE_URL=url_of(role)) for role in ROLES]
 
     assert stack.create_user("alice")[0] == 201
@@ -57,7 +59,7 @@ def test_all_three_work_with_what_the_docs_grant(url_of: Callable[[str], str], s
         ("outbox_worker", "CREATE TABLE mine ()"),
     ],
 )
-def test_what_a_role_may_not(url_of: Callable[[str], str], role: str, statement: str) -> None:
-    """An attacker who controls a process can do no more than its role."""
+def test_a_role_may_do_nothing_else(url_of: Callable[[str], str], role: str, statement: str) -> None:
+    """An attacker who controls a process has only the rights of its role."""
     with psycopg.connect(url_of(role)) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
         connection.execute(statement.encode())

@@ -1,4 +1,4 @@
-"""Postgres by way of PgBouncer in transaction mode, where each transaction may have another session."""
+"""Postgres behind PgBouncer in transaction mode, where each transaction may get another session."""
 
 import os
 import signal
@@ -34,19 +34,19 @@ POOLED = {"OUTBOX_TRANSACTION_POOLING": "true"}
 
 @pytest.fixture(scope="module")
 def bouncer(server_url: str) -> Iterator[Callable[[str], str]]:
-    """Returns a database's URL by way of a PgBouncer that has four connections to it."""
+    """Returns a database's URL through a PgBouncer with four connections to it."""
     with short_folder() as folder, pgbouncer(folder, server_url) as url:
         yield lambda direct: with_database(url, _name(direct))
 
 
 @pytest.fixture
 def pooled_url(bouncer: Callable[[str], str], database_url: str) -> str:
-    """The test's database by way of PgBouncer."""
+    """The URL of the test's database through PgBouncer."""
     return bouncer(database_url)
 
 
 def test_all_three_work_through_it(stack: Stack, connection: Connection, mailbox: Mailbox, pooled_url: str) -> None:
-    """On four sessions that all share, users get their mails, many at once; each relay says once that it polls."""
+    """With four shared sessions, users get their mails, many at once; each relay logs once that it polls."""
     stack.environment |= {"DATABASE_URL": pooled_url, **POOLED, "OUTBOX_CONCURRENCY": "8"}
     processes = stack.run_all("service", "relay", "relay", "worker")
     created = [f"created{n}" for n in range(8)]
@@ -68,15 +68,15 @@ def test_all_three_work_through_it(stack: Stack, connection: Connection, mailbox
         assert "prepared statement" not in process.text()
         assert not process.events("Postgres is away")
         assert not process.events("writing outcomes failed")
-    said = [line for process in processes for line in process.events("polling without LISTEN")]
-    assert [(line["process"], line["level"], line["why"]) for line in said] == [
+    polling = [line for process in processes for line in process.events("polling without LISTEN")]
+    assert [(line["process"], line["level"], line["why"]) for line in polling] == [
         ("relay", "info", "OUTBOX_TRANSACTION_POOLING is set")
     ] * 2
 
 
 @pytest.mark.parametrize("module", ["service", "relay", "worker"])
 def test_without_the_setting_a_sentence_says_what_to_set(stack: Stack, pooled_url: str, module: str) -> None:
-    """Sharing sessions unawares, one process would execute what another has prepared: none starts like that."""
+    """Otherwise processes would share sessions unknowingly, and execute each other's prepared statements."""
     process = stack.start(module, DATABASE_URL=pooled_url)
     assert process.wait() == 2
     assert "set OUTBOX_TRANSACTION_POOLING=true" in process.text().splitlines()[-1]
@@ -84,15 +84,15 @@ def test_without_the_setting_a_sentence_says_what_to_set(stack: Stack, pooled_ur
 
 
 @pytest.mark.parametrize("module", ["service", "relay", "worker"])
-def test_who_is_refused_leaves_no_limits_behind(stack: Stack, pooled_url: str, module: str) -> None:
-    """No transaction of others ends by the limits of a process that was never let in."""
+def test_a_refused_process_leaves_no_limits_behind(stack: Stack, pooled_url: str, module: str) -> None:
+    """Its limits must not end transactions of others."""
     assert _limits(pooled_url) == {("0", "0")}
     assert stack.start(module, DATABASE_URL=pooled_url).wait() == 2
     assert _limits(pooled_url) == {("0", "0")}
 
 
-def test_an_operator_is_told_what_to_set(pooled_url: str) -> None:
-    """As the processes are, and with as little left behind; with it, the same command works."""
+def test_the_command_says_what_to_set(pooled_url: str) -> None:
+    """`outbox dead` also leaves no limits behind, and works once the setting is set."""
     command = [sys.executable, "-m", "outbox", "dead", "list"]
     environment = {**os.environ, "DATABASE_URL": pooled_url}
     refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -104,11 +104,11 @@ def test_an_operator_is_told_what_to_set(pooled_url: str) -> None:
     assert "no dead rows" in listed.stdout
 
 
-def test_in_session_mode_nothing_need_be_set(server_url: str, database_url: str) -> None:
-    """There a client has its session for itself, with its limits, hints and prepared statements."""
+def test_session_mode_needs_no_setting(server_url: str, database_url: str) -> None:
+    """A client has its own session there, with its limits, hints and prepared statements."""
     with short_folder() as folder, pgbouncer(folder, server_url, "session") as url:
-        by_way_of_it = with_database(url, _name(database_url))
-        with pooler.connect_checked(by_way_of_it, "test", pooled=False) as connection:
+        bounced_url = with_database(url, _name(database_url))
+        with pooler.connect_checked(bounced_url, "test", pooled=False) as connection:
             assert connection.execute(query("backend_pid")).fetchone() != {"session": connection.info.backend_pid}
             assert _show(connection, "lock_timeout") == "10s"
 
@@ -116,18 +116,18 @@ def test_in_session_mode_nothing_need_be_set(server_url: str, database_url: str)
 def test_in_session_mode_one_session_is_enough(
     server_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the pool has no second one to spare, nothing can be found out, and the work is done all the same."""
+    """If the pool has no second session, the mode cannot be detected, and the connection works anyway."""
     monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
     with short_folder() as folder, pgbouncer(folder, server_url, "session") as url, ExitStack() as stack:
-        by_way_of_it = with_database(url, _name(database_url))
+        bounced_url = with_database(url, _name(database_url))
         for _ in range(3):
-            stack.enter_context(postgres.connect(by_way_of_it, "test"))
-        last = stack.enter_context(pooler.connect_checked(by_way_of_it, "test", pooled=False))
+            stack.enter_context(postgres.connect(bounced_url, "test"))
+        last = stack.enter_context(pooler.connect_checked(bounced_url, "test", pooled=False))
         assert _show(last, "lock_timeout") == "10s"
 
 
-def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str], str], database_url: str) -> None:
-    """No limit and no prepared statement stays behind in a session that the next transaction may not have."""
+def test_shared_sessions_are_not_changed(bouncer: Callable[[str], str], database_url: str) -> None:
+    """No limit and no prepared statement stays in a session that the next transaction may not get."""
     with postgres.connect(bouncer(database_url), "test", pooled=True) as connection:
         for _ in range(10):
             connection.execute("SELECT %s::integer", [1])
@@ -135,8 +135,8 @@ def test_sessions_that_others_share_are_left_as_they_are(bouncer: Callable[[str]
         assert connection.execute("SHOW lock_timeout").fetchone() == {"lock_timeout": "0"}
 
 
-def test_the_limits_that_the_role_lacks_are_told(bouncer: Callable[[str], str], database_url: str) -> None:
-    """Until the role has the limits that sessions otherwise get, a warning says which statements give it them."""
+def test_limits_that_the_role_lacks_are_logged(bouncer: Callable[[str], str], database_url: str) -> None:
+    """A warning has the statements that give the role the limits that sessions otherwise get."""
     with postgres.connect(bouncer(database_url), "test", pooled=True) as connection, capture_logs() as lines:
         pooler.warn_about_missing_settings(connection)
     (line,) = lines
@@ -149,7 +149,7 @@ def test_the_limits_that_the_role_lacks_are_told(bouncer: Callable[[str], str], 
 def test_a_role_that_has_limits_may_migrate(
     bouncer: Callable[[str], str], create_database: Callable[[str | None], str]
 ) -> None:
-    """Limits short enough for requests do not end a migration that waits for another; it leaves none, none is told."""
+    """Short limits do not end a migration that waits for another; it changes no limits and reports none missing."""
     direct = create_database(None)
     with psycopg.connect(direct, autocommit=True) as connection:
         for limit in ("idle_in_transaction_session_timeout", "lock_timeout"):
@@ -173,7 +173,7 @@ def test_a_role_that_has_limits_may_migrate(
 
 
 def _limits(pooled_url: str) -> set[tuple[str, str]]:
-    """Returns the limits that PgBouncer's sessions have, all four of them: as many transactions are open at once."""
+    """Returns the limits of all four of PgBouncer's sessions, with as many transactions open at once."""
     with ExitStack() as stack:
         connections = [stack.enter_context(postgres.connect(pooled_url, "test", pooled=True)) for _ in range(4)]
         for connection in connections:

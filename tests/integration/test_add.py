@@ -1,4 +1,4 @@
-"""Adding a row to the outbox: in the caller's transaction, or not at all."""
+"""Adding a row to the outbox in the caller's transaction."""
 
 import asyncio
 import subprocess
@@ -22,7 +22,7 @@ _UNCHECKED = SendVerifyEmail.model_construct()  # type: ignore[call-arg]
 
 
 class Report(BaseModel):
-    """A payload of the tests' own task."""
+    """The payload of this module's task."""
 
     month: int
     notes: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def _add_user(connection: Connection) -> None:
 
 
 def test_a_row_commits_with_the_change_it_belongs_to(connection: Connection, database_url: str) -> None:
-    """Nobody sees the row before the caller's commit, and everybody after."""
+    """Other sessions see the row only after the caller's commit."""
     with psycopg.connect(database_url, autocommit=True, row_factory=dict_row) as other:
         with connection.transaction():
             _add_user(connection)
@@ -61,7 +61,7 @@ def test_a_row_commits_with_the_change_it_belongs_to(connection: Connection, dat
 
 
 def test_a_row_rolls_back_with_the_change_it_belongs_to(connection: Connection) -> None:
-    """A caller that fails after adding leaves neither the change nor the row."""
+    """If the caller fails after adding, neither the change nor the row remains."""
 
     def change() -> None:
         with connection.transaction():
@@ -75,8 +75,8 @@ def test_a_row_rolls_back_with_the_change_it_belongs_to(connection: Connection) 
     assert connection.execute("SELECT * FROM users").fetchall() == []
 
 
-def test_both_colours_of_connection_serve(connection: Connection, database_url: str) -> None:
-    """An asynchronous caller awaits what a synchronous one gets at once; commit and rollback are the same."""
+def test_both_kinds_of_connection_work(connection: Connection, database_url: str) -> None:
+    """An asynchronous caller awaits the result; commit and rollback work as for a synchronous one."""
 
     async def run() -> None:
         async with await psycopg.AsyncConnection.connect(database_url) as asynchronous:
@@ -102,7 +102,7 @@ def test_both_colours_of_connection_serve(connection: Connection, database_url: 
     ],
 )
 def test_a_payload_that_does_not_fit_is_refused(connection: Connection, payload: Any, field: str) -> None:
-    """The error names the field, nothing is written, and the caller's transaction can go on."""
+    """The error names the field, nothing is written, and the caller's transaction can continue."""
     with connection.transaction():
         with pytest.raises(outbox.PayloadError, match=f"{field}: "):
             outbox.add(connection, SEND_VERIFY_EMAIL, payload)
@@ -112,7 +112,7 @@ def test_a_payload_that_does_not_fit_is_refused(connection: Connection, payload:
 
 
 def test_options_override_the_tasks_defaults(connection: Connection) -> None:
-    """Each by itself; zero is a value too."""
+    """Each option alone; zero counts as a value."""
     outbox.add(connection, REPORT, {"month": 1})
     outbox.add(connection, REPORT, {"month": 2}, delay=0, queue="critical", max_retries=0, timeout=1)
     outbox.add(connection, REPORT, {"month": 3}, delay=timedelta(hours=1.5))
@@ -124,7 +124,7 @@ def test_options_override_the_tasks_defaults(connection: Connection) -> None:
 
 @pytest.mark.parametrize("options", [{"queue": "two words"}, {"max_retries": -1}, {"timeout": 0}, {"unique_key": ""}])
 def test_options_beyond_the_limits_are_refused(connection: Connection, options: dict[str, Any]) -> None:
-    """The table keeps its limits, whoever writes."""
+    """The table enforces its limits on every writer."""
     with pytest.raises(psycopg.errors.CheckViolation):
         outbox.add(connection, REPORT, {"month": 1}, **options)
     assert _rows(connection) == []
@@ -132,7 +132,7 @@ def test_options_beyond_the_limits_are_refused(connection: Connection, options: 
 
 @pytest.mark.parametrize("option", ["request_id", "unique_key"])
 def test_a_text_that_is_too_long_is_refused_before_it_is_sent(connection: Connection, option: str) -> None:
-    """The sentence names the option and the limit, and not the text; the caller's transaction can go on."""
+    """The sentence names the option and the limit, and not the text; the caller's transaction can continue."""
     with connection.transaction():
         for text in ("x" * 201, "é" * 3_000_000):
             options: Any = {option: text}
@@ -145,7 +145,7 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_sent(connection: Connec
 
 
 def test_a_misspelt_option_is_refused(connection: Connection) -> None:
-    """A typed dictionary is the type checker's business alone, and not every caller has one."""
+    """Only type checkers enforce a typed dictionary, and not every caller uses one."""
     options: Any = {"max_retry": 1, "dealy": 5}
     with pytest.raises(TypeError, match="dealy, max_retry"):
         outbox.add(connection, REPORT, {"month": 1}, **options)
@@ -153,7 +153,7 @@ def test_a_misspelt_option_is_refused(connection: Connection) -> None:
 
 
 def test_a_unique_key_is_taken_until_its_row_is_done(connection: Connection) -> None:
-    """A second row with the key is not written, while the first is pending, running or dead; done frees it."""
+    """No second row gets the key while the first is pending, enqueued, running or dead; `done` frees it."""
 
     def add() -> bool:
         return outbox.add(connection, REPORT, {"month": 1}, unique_key="month-1") is not None
@@ -175,7 +175,7 @@ def test_a_unique_key_is_taken_until_its_row_is_done(connection: Connection) -> 
 
 
 def test_rows_without_a_key_may_repeat(connection: Connection) -> None:
-    """Null is no key."""
+    """Null is not a key."""
     for _ in range(2):
         outbox.add(connection, REPORT, {"month": 1})
     assert len(_rows(connection)) == 2
@@ -196,27 +196,27 @@ async def order(connection: AsyncConnection, other: Connection) -> None:
 
 
 def test_type_checkers_report_a_forgotten_await(tmp_path: Path) -> None:
-    """By default, and nothing else in what an application writes."""
+    """By default, and they report nothing else in an application's code."""
     (tmp_path / "order.py").write_text(FORGOTTEN)
-    found = subprocess.run(
+    checked = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", tmp_path / "cache", tmp_path / "order.py"],
         capture_output=True,
         text=True,
         check=False,
         timeout=110,
     )
-    (line,) = [line for line in found.stdout.splitlines() if "error" in line and "Found" not in line]
+    (line,) = [line for line in checked.stdout.splitlines() if "error" in line and "Found" not in line]
     assert "order.py:11" in line
     assert "unused-coroutine" in line
 
 
 async def forget(connection: AsyncConnection[Any]) -> None:
-    """Adds nothing."""
+    """Forgets to await, and so adds nothing."""
     outbox.add(connection, SEND_VERIFY_EMAIL, ALICE)  # type: ignore[unused-coroutine]
 
 
 def test_python_reports_a_forgotten_await(connection: Connection, database_url: str) -> None:
-    """As it does of every coroutine; nothing is added, and a wrong payload is refused even so."""
+    """As for every coroutine. Nothing is added, and a wrong payload is still refused."""
 
     async def run() -> None:
         async with await psycopg.AsyncConnection.connect(database_url) as asynchronous:

@@ -1,4 +1,4 @@
-"""Functions and operators that somebody else has put into our search_path: no statement of ours calls one."""
+"""Functions and operators that another role put into our search_path: none of our statements calls one."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ from tests.support.parse_trees import inexact_operators, parse_trees
 from tests.support.statements import NAMES, STATEMENTS
 
 GRAMMAR = {"coalesce", "greatest", "least", "extract", "varchar"}
-"""What looks like a function, and is found by no name."""
+"""Keywords that look like functions and are not looked up by name."""
 
-# Each trap fits some types exactly, so that it beats a function that would have to convert them. Operators are tested
-# for all types further down.
+# Each trap fits some types exactly, so that Postgres prefers it to a function that needs a conversion. Operators are
+# tested for all types further down.
 TRAPS = """
 DO $$
 DECLARE
@@ -51,22 +51,22 @@ END $$;
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """Yields each file of SQL by its name, without comments and strings."""
+    """Yields the name and text of each SQL file, without comments and strings."""
     for path in sorted(sql_folder().rglob("*.sql")):
         text = re.sub(r"--[^\n]*", "", path.read_text(encoding="utf-8"))
         yield path.name, re.sub(r"'(?:[^']|'')*'", "''", text)
 
 
-def called() -> set[str]:
+def called_functions() -> set[str]:
     """Returns the names of all functions that our SQL calls."""
     return {name for _, text in texts() for name in re.findall(r"pg_catalog\.(\w+)\(", text)}
 
 
 @pytest.mark.parametrize(("name", "text"), list(texts()), ids=[name for name, _ in texts()])
 def test_functions_are_named_with_their_schema(name: str, text: str) -> None:
-    """Names alone are looked up in every schema of search_path. Keywords are written with a space before a bracket.
+    """A bare name is looked up in every schema of search_path. Keywords have a space before the bracket.
 
-    The parser itself makes `unnest` of several arrays calls of `pg_catalog.unnest`.
+    The parser turns `unnest` of several arrays into calls of `pg_catalog.unnest`.
     """
     text = re.sub(r"unnest\((?=(?:[^()]|\([^()]*\))*,)", "", text)
     assert set(re.findall(r"(?<![\w.])([a-z_]\w*)\(", text)) <= GRAMMAR, name
@@ -74,10 +74,10 @@ def test_functions_are_named_with_their_schema(name: str, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def trapped_url(create_database: Callable[[str | None], str]) -> str:
-    """A database that was migrated after somebody had put traps into its schema `public`."""
+    """A database that was migrated after another role had put traps into its schema `public`."""
     url = create_database(None)
     with psycopg.connect(url, autocommit=True) as connection:
-        names = psycopg.sql.Literal(sorted(called())).as_string(connection)
+        names = psycopg.sql.Literal(sorted(called_functions())).as_string(connection)
         connection.execute(TRAPS.replace("%(names)s", names).replace("%%", "%").encode())
     migrate(url)
     return url
@@ -88,15 +88,15 @@ def trapped_url(create_database: Callable[[str | None], str]) -> str:
     ["SELECT left('a'::text, %s)", "SELECT %s FROM information_schema.schemata WHERE schema_name = 'public'"],
     ids=["function", "operator"],
 )
-def test_a_trap_would_be_found(trapped_url: str, statement: LiteralString) -> None:
-    """By a name alone, as psycopg sends small numbers; by a type that Postgres has made no operator for."""
+def test_a_trap_works(trapped_url: str, statement: LiteralString) -> None:
+    """A bare name finds it if psycopg sends a small number; so does a type without operators of its own."""
     with psycopg.connect(trapped_url) as connection, pytest.raises(psycopg.errors.RaiseException, match="trap"):
         connection.execute(statement, [2000])
 
 
 @pytest.fixture(scope="module")
 def trapped(trapped_url: str) -> Iterator[Connection]:
-    """A connection to it, with a row in every state."""
+    """A connection to that database, with a row in every status."""
     with postgres.connect(trapped_url, "test") as connection:
         connection.execute(query("add_user"), USER)
         for status in ("pending", "enqueued", "running", "done", "dead", "pending"):
@@ -147,7 +147,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_statement_calls_a_trap(trapped: Connection, name: str) -> None:
-    """Whatever sizes numbers are sent in: small ones as psycopg sends them, and whole ones where fractions may be."""
+    """With numbers of any size, and with integers in place of floats, because psycopg sends the smallest type."""
     given = PARAMETERS.get(name, {})
     small = {key: int(value) if isinstance(value, float) else value for key, value in given.items()}
     for parameters in (given, small):
@@ -164,27 +164,27 @@ def clean(create_database: Callable[[str | None], str], template: str) -> Iterat
 
 
 def sized(value: Any, number: int) -> Any:
-    """Returns a parameter with this number instead of each of its own."""
+    """Returns a parameter with each of its numbers replaced."""
     if isinstance(value, list):
-        return [sized(one, number) for one in value]
+        return [sized(element, number) for element in value]
     return number if isinstance(value, int | float) else value
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_operators_are_made_for_the_types_that_they_get(clean: Connection, name: str) -> None:
-    """Then nobody can make one that fits better, whatever size psycopg sends a number in: it takes the smallest."""
+def test_operators_fit_their_types_exactly(clean: Connection, name: str) -> None:
+    """So no role can define one that fits better, whichever size psycopg sends a number in."""
     given = PARAMETERS.get(name, {})
     with parse_trees(clean) as trees:
         for number in (None, 1, 2**20, 2**40):
             parameters = {key: value if number is None else sized(value, number) for key, value in given.items()}
             with suppress(psycopg.DataError, psycopg.IntegrityError), clean.transaction(force_rollback=True):
                 clean.execute(query(name), parameters)
-    assert len(trees) >= 4 * 3, "a transaction's beginning, its statement and its end"
+    assert len(trees) >= 4 * 3, "the begin, statement and end of each transaction"
     assert [operator for tree in trees for operator in inexact_operators(clean, tree)] == []
 
 
-def test_what_migrations_leave_behind_has_such_operators_too(clean: Connection) -> None:
-    """The checks, defaults and indexes, which run at every write, and what records the migrations."""
+def test_operators_of_the_schema_fit_their_types_exactly(clean: Connection) -> None:
+    """Checks, defaults and indexes run at every write; the statements that record migrations are tested too."""
     stored = """
         SELECT conbin::text AS tree FROM pg_constraint WHERE connamespace = current_schema()::regnamespace
         UNION ALL SELECT adbin::text FROM pg_attrdef
@@ -210,8 +210,8 @@ def test_what_migrations_leave_behind_has_such_operators_too(clean: Connection) 
         ("'1' || 1", "||(text,anynonarray)"),
     ],
 )
-def test_a_looser_operator_would_be_found(clean: Connection, expression: LiteralString, operator: str) -> None:
-    """One that Postgres chooses though it has to convert an operand, or that takes operands of any type."""
+def test_an_inexact_operator_is_found(clean: Connection, expression: LiteralString, operator: str) -> None:
+    """An operator that needs a conversion of an operand, or that accepts operands of any type."""
     with parse_trees(clean) as trees:
         clean.execute(f"SELECT {expression}")
     assert operator in inexact_operators(clean, trees[0])

@@ -1,4 +1,4 @@
-"""Another role of the database server: what it may do to us without a right on our tables."""
+"""Another role of the database server that has no right on our tables."""
 
 import secrets
 import tracemalloc
@@ -28,17 +28,16 @@ Connect = Callable[[str], psycopg.Connection]
 
 
 @pytest.fixture
-def empty_url(create_database: Callable[[str | None], str]) -> str:
-    """A database without anything, in whose schema any role may create tables: Postgres 14's default."""
-    url = create_database(None)
-    with psycopg.connect(url) as connection:
+def empty_url(empty_url: str) -> str:
+    """A database without tables, in whose schema any role may create some, as by default in Postgres 14."""
+    with psycopg.connect(empty_url) as connection:
         connection.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
-    return url
+    return empty_url
 
 
 @pytest.fixture
 def as_neighbour(empty_url: str) -> Iterator[Connect]:
-    """Connects to a database as another role, which owns what it creates and has no other right."""
+    """Connects to a database as another role, which has no rights but on its own objects."""
     name = f"outbox_test_{secrets.token_hex(6)}"
     role = psycopg.sql.Identifier(name)
     opened: list[psycopg.Connection] = []
@@ -61,14 +60,14 @@ def _hold_advisory_locks(neighbour: psycopg.Connection) -> None:
         neighbour.execute("SELECT pg_advisory_lock(hashtext(%s))", [name])
 
 
-def test_an_advisory_lock_keeps_no_row_from_the_sweep(
+def test_an_advisory_lock_does_not_block_the_sweep(
     connection: Connection,
     database_url: str,
     redis_client: redis.Redis,
     relay_settings: RelaySettings,
     as_neighbour: Connect,
 ) -> None:
-    """After Redis was emptied, rows are swept although a neighbour holds every lock that earlier versions asked for."""
+    """After Redis was emptied, rows are swept although a neighbour holds every lock that earlier versions took."""
     _hold_advisory_locks(as_neighbour(database_url))
     settings = relay_settings.model_copy(update={"sweep_grace": 0.0})
     connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
@@ -80,8 +79,8 @@ def test_an_advisory_lock_keeps_no_row_from_the_sweep(
     assert connection.execute("SELECT status FROM outbox").fetchall() == [{"status": "pending"}]
 
 
-def test_an_advisory_lock_keeps_no_migration_waiting(empty_url: str, as_neighbour: Connect) -> None:
-    """The database is migrated although a neighbour holds such a lock."""
+def test_an_advisory_lock_does_not_block_a_migration(empty_url: str, as_neighbour: Connect) -> None:
+    """The database is migrated although a neighbour holds these locks."""
     _hold_advisory_locks(as_neighbour(empty_url))
     with ThreadPoolExecutor(1) as threads:
         migrated = threads.submit(migrate, empty_url)
@@ -93,10 +92,10 @@ def test_an_advisory_lock_keeps_no_migration_waiting(empty_url: str, as_neighbou
             raise
 
 
-def test_hints_by_the_thousand_take_no_memory(
+def test_thousands_of_hints_take_no_memory(
     connection: Connection, database_url: str, relay_settings: RelaySettings, as_neighbour: Connect
 ) -> None:
-    """Any role that may connect may send them, 8 KB each: nothing is kept of one but that it has come."""
+    """Any role that may connect can send hints of 8 KB; the relay keeps only the fact that one arrived."""
     relay = Relay(relay_settings, Stop())
     relay._listen(connection)
     tracemalloc.start()
@@ -110,17 +109,17 @@ def test_hints_by_the_thousand_take_no_memory(
     finally:
         tracemalloc.stop()
     assert peak < 2_000_000
-    eventually(lambda: not relay._wait(connection, 0.1), 5, "they are all heard")
+    eventually(lambda: not relay._wait(connection, 0.1), 5, "all are received")
 
 
 def test_no_statement_takes_an_advisory_lock() -> None:
-    """Any role that may connect can hold one, for ever."""
+    """Any role that may connect can hold one without limit."""
     for path in sql_folder().rglob("*.sql"):
         assert "pg_advisory" not in path.read_text(encoding="utf-8"), path.name
 
 
-def test_a_lock_that_a_neighbour_may_take_keeps_no_migration_waiting(empty_url: str, as_neighbour: Connect) -> None:
-    """A role that may read the records, as those of the processes do, does not stop a migration."""
+def test_the_lock_of_a_reader_does_not_block_a_migration(empty_url: str, as_neighbour: Connect) -> None:
+    """A role that may read the records, as the roles of the processes may, cannot block a migration."""
     migrate(empty_url)
     with psycopg.connect(empty_url, autocommit=True) as owner:
         owner.execute("GRANT SELECT ON _yoyo_migration TO PUBLIC")
@@ -142,8 +141,8 @@ PLANTED = [
 
 
 @pytest.mark.parametrize("statement", PLANTED)
-def test_a_neighbours_table_is_not_taken_for_ours(empty_url: str, as_neighbour: Connect, statement: str) -> None:
-    """It could have triggers, which would run with our rights, and would read what we write to it."""
+def test_a_planted_table_is_refused(empty_url: str, as_neighbour: Connect, statement: str) -> None:
+    """Its triggers would run with our rights, and it would hold what we write."""
     as_neighbour(empty_url).execute(statement.encode())
     name = statement.split()[2]
     with pytest.raises(RightsError, match=rf"{name} belongs to the role outbox_test_\w+") as caught:
@@ -151,14 +150,12 @@ def test_a_neighbours_table_is_not_taken_for_ours(empty_url: str, as_neighbour: 
     assert "\n" not in str(caught.value)
     with psycopg.connect(empty_url) as connection:
         tables = connection.execute("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace")
-        assert tables.fetchone() in [(1,), (2,)], "nothing was created but what was planted, and its index"
+        assert tables.fetchone() in [(1,), (2,)], "nothing was created except the planted table and its index"
 
 
 @pytest.mark.parametrize("statement", PLANTED)
-def test_a_neighbours_table_in_another_schema_is_left_alone(
-    empty_url: str, as_neighbour: Connect, statement: str
-) -> None:
-    """Ours go to the first schema of search_path, and are found there: further ones may be another application's."""
+def test_a_neighbours_table_in_another_schema_is_ignored(empty_url: str, as_neighbour: Connect, statement: str) -> None:
+    """Our tables are in the first schema of search_path; later schemas may be another application's."""
     as_neighbour(empty_url).execute(statement.encode())
     with psycopg.connect(empty_url) as connection:
         connection.execute("CREATE SCHEMA ours")
@@ -169,10 +166,8 @@ def test_a_neighbours_table_in_another_schema_is_left_alone(
 
 
 @pytest.mark.parametrize("statement", PLANTED[:2])
-def test_a_neighbours_table_that_comes_in_between_is_not_taken_for_ours(
-    empty_url: str, as_neighbour: Connect, statement: str
-) -> None:
-    """One that is committed only when a migration waits for its name. No trigger of it runs."""
+def test_a_table_planted_during_a_migration_is_refused(empty_url: str, as_neighbour: Connect, statement: str) -> None:
+    """It is committed only when a migration waits for its name. None of its triggers runs."""
     neighbour = as_neighbour(empty_url)
     neighbour.execute("CREATE SEQUENCE fired")
     neighbour.execute("""
@@ -195,8 +190,8 @@ def test_a_neighbours_table_that_comes_in_between_is_not_taken_for_ours(
 
 
 @pytest.mark.parametrize("statement", ["", *PLANTED[:1]])
-def test_a_neighbours_schema_is_not_taken_for_ours(empty_url: str, as_neighbour: Connect, statement: str) -> None:
-    """A role that may create schemas can make the one that "$user" leads our role to, be it empty until we use it."""
+def test_a_planted_schema_is_refused(empty_url: str, as_neighbour: Connect, statement: str) -> None:
+    """A role that may create schemas can create the one that "$user" leads our role to, even an empty one."""
     neighbour = as_neighbour(empty_url)
     with psycopg.connect(empty_url, autocommit=True) as owner:
         user = psycopg.sql.Identifier(owner.info.user)
@@ -217,8 +212,8 @@ def test_a_neighbours_schema_is_not_taken_for_ours(empty_url: str, as_neighbour:
     assert migrate(empty_url) == postgres.migrations(), "the remedy that the error names"
 
 
-def test_another_role_may_migrate_what_a_role_of_its_own_owns(empty_url: str, as_neighbour: Connect) -> None:
-    """A member of the owning role may run it again, and a superuser where that role owns the schema."""
+def test_a_member_of_the_owning_role_may_migrate(empty_url: str, as_neighbour: Connect) -> None:
+    """So may a superuser, if the owning role owns the schema too."""
     owner = as_neighbour(empty_url).info.user
     schema_owner = psycopg.sql.SQL("ALTER SCHEMA public OWNER TO {}").format(psycopg.sql.Identifier(owner))
     member = f"{owner}_member"
@@ -237,10 +232,10 @@ def test_another_role_may_migrate_what_a_role_of_its_own_owns(empty_url: str, as
 
 
 @pytest.mark.parametrize("statement", ["CREATE TABLE _yoyo_migration ()", "CREATE DOMAIN _yoyo_log AS int"])
-def test_a_name_that_a_neighbour_holds_keeps_no_migration_waiting_for_ever(
+def test_a_migration_gives_up_on_a_name_that_a_neighbour_holds(
     empty_url: str, as_neighbour: Connect, monkeypatch: pytest.MonkeyPatch, statement: str
 ) -> None:
-    """A neighbour who creates it in a transaction that never ends: the migration says so, and gives up."""
+    """A neighbour creates the name in a transaction that never ends: the migration says so and gives up."""
     monkeypatch.setattr(migrations, "LOCK_TIMEOUT", 0.2)
     monkeypatch.setattr(migrations, "PAUSE", 0.0)
     neighbour = as_neighbour(empty_url)
@@ -251,12 +246,12 @@ def test_a_name_that_a_neighbour_holds_keeps_no_migration_waiting_for_ever(
             with pytest.raises(LockedError, match="pg_stat_activity"):
                 migrated.result(20)
         finally:
-            neighbour.execute("ROLLBACK")  # else the thread would never end
+            neighbour.execute("ROLLBACK")  # or the thread would never end
     assert {line["event"] for line in lines} == {"migration waits for a lock"}
 
 
-def test_a_migration_says_that_it_waits_for_another(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one may have died in a session that its server has not missed yet; then nothing else would tell."""
+def test_a_migration_logs_that_it_waits_for_another(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process may have died, and its server may not have ended the session yet."""
     monkeypatch.setattr(migrations, "PATIENCE", 0.1)
     migrate(empty_url)
     with psycopg.connect(empty_url) as other, capture_logs() as lines, ThreadPoolExecutor(1) as threads:

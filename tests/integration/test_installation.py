@@ -25,19 +25,19 @@ def other_url(databases: Databases) -> Iterator[str]:
     databases.take_back(url)
 
 
-def identified(client: redis.Redis, database_url: str) -> Installation:
-    """Returns what a process of an installation announces."""
-    made = Installation(client)
+def identify(client: redis.Redis, database_url: str) -> Installation:
+    """Returns the installation of a database, as one of its processes announces it."""
+    identified = Installation(client)
     with postgres.connect(database_url, "test") as connection:
-        made.identify(connection)
-    return made
+        identified.identify(connection)
+    return identified
 
 
 @pytest.mark.parametrize("module", ["relay", "worker"])
 def test_a_second_installation_does_not_start(
     module: str, stack: Stack, redis_client: redis.Redis, other_url: str
 ) -> None:
-    """It ends with a sentence that says what to do; another process of the first starts."""
+    """It exits with a sentence that says what to do; another process of the first one starts."""
     first = stack.run("relay")
     eventually(lambda: redis_client.get(installation.KEY), 10, "it is announced")
 
@@ -52,13 +52,13 @@ def test_a_second_installation_does_not_start(
     assert not first.events("another installation uses this Redis database")
 
 
-def test_an_installation_that_has_stopped_is_forgotten(
+def test_the_announcement_of_a_stopped_installation_expires(
     redis_client: redis.Redis, database_url: str, other_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a Postgres that was restored elsewhere, or replaced, can use the same Redis, and nobody cleans up."""
+    """So a Postgres that was restored elsewhere, or replaced, can use the same Redis without a clean-up."""
     monkeypatch.setattr(installation, "LIFETIME", 1)
-    identified(redis_client, database_url).announce()
-    new = identified(redis_client, other_url)
+    identify(redis_client, database_url).announce()
+    new = identify(redis_client, other_url)
 
     def starts() -> bool:
         try:
@@ -71,9 +71,9 @@ def test_an_installation_that_has_stopped_is_forgotten(
     eventually(starts, 5, "the first one's time is over")
 
 
-def test_one_that_runs_goes_on(redis_client: redis.Redis, database_url: str, other_url: str) -> None:
-    """An installation that got in beside another, as while Redis was emptied, ends no process: both say so, once."""
-    first, second = identified(redis_client, database_url), identified(redis_client, other_url)
+def test_a_running_installation_goes_on(redis_client: redis.Redis, database_url: str, other_url: str) -> None:
+    """If a second installation gets in, because Redis was emptied, both log it once and no process ends."""
+    first, second = identify(redis_client, database_url), identify(redis_client, other_url)
     first.announce()
     redis_client.flushdb()
     second.announce()
@@ -91,63 +91,50 @@ def test_one_that_runs_goes_on(redis_client: redis.Redis, database_url: str, oth
 def test_a_key_that_no_installation_wrote_keeps_nobody_out(
     redis_client: redis.Redis, database_url: str, lifetime: int | None
 ) -> None:
-    """Theirs runs out within LIFETIME. One that stays would have to be found and deleted before any process starts."""
+    """An installation's key expires within LIFETIME. Any other key must not prevent a start."""
     redis_client.set(installation.KEY, "x" * 1_000_000, ex=lifetime)
-    identified(redis_client, database_url).announce()
+    identify(redis_client, database_url).announce()
     assert 0 < redis_client.ttl(installation.KEY) <= installation.LIFETIME
 
 
-def test_what_another_installation_calls_itself_is_cut(redis_client: redis.Redis, database_url: str) -> None:
-    """However much there is, little of it is read."""
-    made = identified(redis_client, database_url)
-    redis_client.set(installation.KEY, "x" * 1_000_000, ex=installation.LIFETIME)
-    with pytest.raises(SharedRedisError) as raised:
-        made.announce()
-    assert len(str(raised.value)) < 1000
-
-
-def test_a_process_that_connects_anew_is_the_same_installation(redis_client: redis.Redis, database_url: str) -> None:
-    """Whatever session it has; after a restart of its process as well."""
+def test_a_process_that_reconnects_is_the_same_installation(redis_client: redis.Redis, database_url: str) -> None:
+    """Also after a restart of the process."""
     for _ in range(2):
-        announced = identified(redis_client, database_url)
+        announced = identify(redis_client, database_url)
         announced.announce()
         announced.announce()
     assert 0 < redis_client.ttl(installation.KEY) <= installation.LIFETIME
 
 
 def test_each_schema_has_an_installation_of_its_own(connection: Connection) -> None:
-    """As each has its own outbox, whose ids come again in the other."""
+    """Each schema has its own outbox, with the same ids."""
     first = connection.execute(query("installation_id")).fetchone()
     connection.execute("CREATE SCHEMA other CREATE TABLE outbox ()")
     connection.execute("SET search_path = other")
     assert connection.execute(query("installation_id")).fetchone() != first
 
 
-def test_where_postgres_does_not_say_which_it_is_nobody_is_refused(
-    redis_client: redis.Redis, connection: Connection
-) -> None:
-    """A server that keeps its number to itself is served as ever."""
+def test_without_an_id_from_postgres_no_process_is_refused(redis_client: redis.Redis, connection: Connection) -> None:
+    """A role may lack the right to read the server's identifier."""
     redis_client.set(installation.KEY, "another")
     role = psycopg.sql.Identifier("outbox_test_without_rights")
-    made = Installation(redis_client)
+    own = Installation(redis_client)
     with connection.transaction(force_rollback=True):
         connection.execute(psycopg.sql.SQL("CREATE ROLE {}").format(role))
         connection.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM public")
         connection.execute(psycopg.sql.SQL("SET LOCAL ROLE {}").format(role))
-        made.identify(connection)
-    made.announce()
+        own.identify(connection)
+    own.announce()
 
 
-def test_of_a_long_value_that_somebody_else_wrote_the_beginning_is_read(
-    redis_client: redis.Redis, database_url: str
-) -> None:
-    """Before the start, in its sentence, and afterwards, in the log; neither the process nor the line gets long."""
+def test_a_long_foreign_value_is_cut(redis_client: redis.Redis, database_url: str) -> None:
+    """In the sentence at the start, and later in the log."""
     redis_client.set(installation.KEY, b"x" * 1_000_000, ex=installation.LIFETIME)
     with pytest.raises(SharedRedisError) as caught:
-        identified(redis_client, database_url).announce()
+        identify(redis_client, database_url).announce()
     assert 200 < len(str(caught.value)) < 1000
     redis_client.delete(installation.KEY)
-    running = identified(redis_client, database_url)
+    running = identify(redis_client, database_url)
     running.announce()
     redis_client.set(installation.KEY, b"x" * 1_000_000, ex=installation.LIFETIME)
     with capture_logs() as lines:

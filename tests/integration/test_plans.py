@@ -1,4 +1,4 @@
-"""What relay, worker and `outbox dead` execute never scans history: plans with 1,000,000 done rows."""
+"""Plans of the statements of relay, worker and `outbox dead`: none scans 1,000,000 done rows."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ INDEXES = [
     ("count_dead", "outbox_dead"),
     ("dead_ids", "outbox_dead"),
 ]
-"""The indexes that a statement cannot do without, besides the primary key."""
+"""The indexes that a statement needs, besides the primary key."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_no_statement_scans_the_history(history: Connection, name: str, mode: st
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["publish", "find_work"])
 def test_a_long_backlog_is_handed_over_by_index(connection: Connection, name: str, mode: str) -> None:
-    """After a long outage most of the table may be pending; a batch is found by index all the same."""
+    """After a long outage most of the table may be pending; a batch is still found by index."""
     connection.execute("INSERT INTO outbox (task, payload) SELECT 't', '{}' FROM generate_series(1, 30000)")
     connection.execute("ANALYZE outbox")
     assert not _scans_everything(plan_of(connection, name, STATEMENTS[name], mode))
@@ -86,14 +86,14 @@ def test_a_long_backlog_is_handed_over_by_index(connection: Connection, name: st
 
 @pytest.mark.parametrize(("name", "index"), INDEXES)
 def test_without_its_index_a_statement_scans_the_history(history: Connection, name: str, index: str) -> None:
-    """The test above can fail: one index less, and the plan is a sequential scan."""
+    """Shows that the test above can fail: without the index, the plan is a sequential scan."""
     with history.transaction(force_rollback=True):
         history.execute(psycopg.sql.SQL("DROP INDEX {}").format(psycopg.sql.Identifier(index)))
         assert _scans_everything(plan_of(history, name, STATEMENTS[name], "force_custom_plan"))
 
 
-def test_every_statement_on_the_outbox_is_looked_at() -> None:
-    """A new statement of relay, worker or command must come with its plan."""
+def test_every_statement_on_the_outbox_has_a_plan_test() -> None:
+    """A new statement of relay, worker or command must be added to STATEMENTS."""
     from pathlib import Path
 
     code = "".join(path.read_text() for folder in ("outbox", "relay", "worker") for path in Path(folder).rglob("*.py"))

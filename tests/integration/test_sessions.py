@@ -1,4 +1,4 @@
-"""What the server may do to our sessions, so that a peer that vanished holds up nobody for long."""
+"""Time limits of our sessions, so that a vanished peer does not block others for long."""
 
 import psycopg
 import pytest
@@ -11,7 +11,7 @@ from tests.support.processes import frozen
 
 
 def test_a_vanished_peers_lock_ends(connection: Connection, database_url: str) -> None:
-    """Who idles in a transaction loses it and its locks, and the next one gets on; here after 0.2 s instead of 30."""
+    """An idle transaction is ended with its locks, here after 0.2 s instead of 30, and the next session goes on."""
     connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
     with postgres.connect(database_url, "vanished") as vanished:
         assert vanished.execute("SHOW idle_in_transaction_session_timeout").fetchone() == {
@@ -25,8 +25,8 @@ def test_a_vanished_peers_lock_ends(connection: Connection, database_url: str) -
             vanished.execute("COMMIT")
 
 
-def test_who_waits_for_a_lock_gives_up(connection: Connection, database_url: str) -> None:
-    """A wait for a lock ends, here after 0.2 s instead of 10, and counts as an outage: it is tried again."""
+def test_a_wait_for_a_lock_ends(connection: Connection, database_url: str) -> None:
+    """Here after 0.2 s instead of 10. The statement is tried again later."""
     connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
     with postgres.connect(database_url, "waiting") as waiting, connection.transaction():
         assert waiting.execute("SHOW lock_timeout").fetchone() == {"lock_timeout": "10s"}
@@ -38,14 +38,14 @@ def test_who_waits_for_a_lock_gives_up(connection: Connection, database_url: str
 
 
 def test_handlers_sessions_are_limited_too(database_url: str) -> None:
-    """The connections that a worker lends to handlers have the same limits."""
+    """Connections that a worker lends to handlers have the same limits."""
     with HandlerPool(database_url) as pool, pool.connection() as lent:
         assert lent.execute("SHOW idle_in_transaction_session_timeout").fetchone() == ("30s",)
         assert lent.execute("SHOW lock_timeout").fetchone() == ("10s",)
 
 
 def test_handlers_statements_are_limited_too(own_postgres: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that gets no answer, here within 0.5 s instead of 20, ends as an outage, and its connection with it."""
+    """A statement without an answer, here within 0.5 s instead of 20, is an outage, and its connection is closed."""
     monkeypatch.setattr(postgres, "ANSWER_LIMIT", 0.5)
     with HandlerPool(own_postgres.url) as pool:
         with (
