@@ -88,6 +88,6 @@ class Installation:
         with self._client.pipeline() as pipeline:
             pipeline.getrange(KEY, 0, MAX_BYTES - 1)
             pipeline.pttl(KEY)
-            found, milliseconds = pipeline.execute()
+            announced_id, milliseconds = pipeline.execute()
         is_announced = 0 <= milliseconds <= LIFETIME * 1000
-        return found if is_announced and found != own else None
+        return announced_id if is_announced and announced_id != own else None

@@ -31,7 +31,7 @@ class TooLongError(redis.InvalidResponse):
     """A foreign client wrote an element longer than `LONGEST_ELEMENT`, whose rest is unread."""
 
 
-class _Parser(DefaultParser):  # type: ignore[misc, valid-type]  # redis-py chooses it by what is installed
+class _Parser(DefaultParser):  # type: ignore[misc, valid-type]  # redis-py chooses its base at import
     """redis-py's parser, which also refuses elements over `LONGEST_ELEMENT`."""
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> bool:

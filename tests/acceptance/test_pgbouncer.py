@@ -26,7 +26,7 @@ from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.unmeasured,
-    pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here; Debian's package pgbouncer has one"),
+    pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed; it is in Debian's package pgbouncer"),
 ]
 
 POOLED = {"OUTBOX_TRANSACTION_POOLING": "true"}

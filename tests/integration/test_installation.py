@@ -88,7 +88,7 @@ def test_a_running_installation_goes_on(redis_client: redis.Redis, database_url:
 
 
 @pytest.mark.parametrize("lifetime", [None, 3600])
-def test_a_key_that_no_installation_wrote_keeps_nobody_out(
+def test_a_key_of_another_client_does_not_prevent_a_start(
     redis_client: redis.Redis, database_url: str, lifetime: int | None
 ) -> None:
     """An installation's key expires within LIFETIME. Any other key must not prevent a start."""
