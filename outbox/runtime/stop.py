@@ -7,7 +7,7 @@ from threading import Event, Thread
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-AGAIN = 0.5
+SAME_SIGNAL_TIME = 0.5
 """Seconds within which two signals are one request: a Ctrl-C may arrive twice, from the terminal and from the parent
 process."""
 
@@ -48,11 +48,11 @@ class Stop:
         return self._requested.wait(seconds)
 
     def record_signal(self) -> None:
-        """Records a signal: the first requests a stop, another more than `AGAIN` seconds later hurries."""
+        """Records a signal: the first requests a stop, another more than `SAME_SIGNAL_TIME` seconds later hurries."""
         now = time.monotonic()
         if self._signalled_at is None:
             self._signalled_at = now
-        elif now - self._signalled_at > AGAIN:
+        elif now - self._signalled_at > SAME_SIGNAL_TIME:
             self.hurry()
         self.request()
 

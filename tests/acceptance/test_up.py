@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import redis
 
-from outbox.runtime.stop import AGAIN
+from outbox.runtime.stop import SAME_SIGNAL_TIME
 from tests.support.mailbox import free_port
 from tests.support.up import ALICE, LIMIT, Up, assert_stopped_in_order, processes_in, running
 from tests.support.waiting import eventually
@@ -94,7 +94,9 @@ def test_a_process_that_dies_is_started_again(up_folder: Path) -> None:
         up.await_output("stopping")
         asked_at = time.monotonic()
 
-        eventually(lambda: time.monotonic() - asked_at > AGAIN, 2, "a second Ctrl-C counts as one of its own")
+        eventually(
+            lambda: time.monotonic() - asked_at > SAME_SIGNAL_TIME, 2, "a second Ctrl-C counts as one of its own"
+        )
         up.process.send_signal(signal.SIGINT)
         assert up.await_exit() == 0, up.output
         assert time.monotonic() - asked_at < 20, "the relay had its full time to stop"

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from outbox.runtime.stop import AGAIN, Stop
+from outbox.runtime.stop import SAME_SIGNAL_TIME, Stop
 from tests.support.waiting import eventually
 
 LOOP = """
@@ -65,7 +65,7 @@ def test_a_second_signal_hurries_unless_it_is_the_same_keystroke(monkeypatch: py
     stop.request()
     now[0] += 10
     stop.record_signal()
-    now[0] += AGAIN
+    now[0] += SAME_SIGNAL_TIME
     stop.record_signal()
     assert not stop.is_hurried()
     now[0] += 0.1
