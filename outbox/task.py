@@ -15,6 +15,10 @@ from outbox.errors import PayloadError, TaskError
 P = TypeVar("P", bound=BaseModel)
 
 
+QUEUE_NAME = re.compile("[A-Za-z0-9_-]{1,50}")
+"""Matches the names that a queue may have."""
+
+
 @dataclass(frozen=True)
 class Task(Generic[P]):
     """A kind of work: a name, the model of its payload, and its defaults.
@@ -42,7 +46,7 @@ class Task(Generic[P]):
     def __post_init__(self) -> None:
         if not 1 <= len(self.name) <= 100:
             raise TaskError(f"a task's name has 1 to 100 characters, not {len(self.name)}: {self.name!r}")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", self.queue):
+        if not QUEUE_NAME.fullmatch(self.queue):
             raise TaskError(f"task {self.name}: queue {self.queue!r} is not 1 to 50 letters, digits, '_' or '-'")
         if self.delay < 0 or not 0 <= self.max_retries <= 1000 or not 1 <= self.timeout <= 86_400:
             raise TaskError(f"task {self.name}: delay must be 0 s or more, max_retries 0 to 1000, timeout 1 to 86400 s")

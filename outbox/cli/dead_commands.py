@@ -12,7 +12,7 @@ import click
 from outbox.cli import dead_letters, dead_table
 from outbox.errors import NotDeadError, UsageError
 from outbox.row import Status
-from outbox.runtime import pooler, postgres
+from outbox.runtime import pooler, schema
 from outbox.runtime.postgres import Connection
 from outbox.runtime.printable import ascii_json, printable
 from outbox.runtime.settings import DatabaseSettings
@@ -166,7 +166,7 @@ def _database() -> Iterator[Connection]:
     with pooler.connect_checked(
         settings.database_url, "outbox dead", pooled=settings.transaction_pooling
     ) as connection:
-        postgres.check_migrated(connection)
+        schema.check_migrated(connection)
         yield connection
 
 

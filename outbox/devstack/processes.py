@@ -15,9 +15,6 @@ from outbox.errors import SettingsError, StartError
 from outbox.runtime import logs
 from outbox.runtime.process import EXIT_SETTINGS
 
-NAMES = ("service", "relay", "worker")
-"""In the order in which they are stopped: first no new rows, then no new jobs."""
-
 _STOP_LIMIT = 40.0
 """Seconds that a process has for an orderly end: more than the 25 s that OUTBOX_GRACE gives running work by default."""
 _QUICK_DEATH = 10.0

@@ -30,10 +30,11 @@ from outbox.devstack.environment import (
 )
 from outbox.devstack.log_stream import Stream
 from outbox.devstack.mail_catcher import catch_mails
-from outbox.devstack.processes import NAMES, Program, Restarter
+from outbox.devstack.processes import Program, Restarter
 from outbox.errors import StartError
 from outbox.runtime import logs
 from outbox.runtime.migrations import migrate
+from outbox.runtime.process import PROCESSES
 from outbox.runtime.stop import Stop
 
 _READY_LIMIT = 30.0
@@ -108,7 +109,7 @@ def _start_and_watch(children: ExitStack, settings: UpSettings, folder: DataFold
     _migrate(environment["DATABASE_URL"], wait)
 
     programs: list[Program] = []
-    for name in reversed(NAMES):
+    for name in reversed(PROCESSES):
         programs.append(Program(name, environment, stream, supervisor))
         children.callback(programs[-1].stop)
     restarter = Restarter([*servers, *programs])

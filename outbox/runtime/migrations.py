@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 
 from outbox.errors import LockedError, NotMigratedError, RightsError
 from outbox.queries import query, sql_folder
-from outbox.runtime import logs, postgres
+from outbox.runtime import logs, postgres, schema
 from outbox.runtime.postgres import Connection
 
 LOCK_TIMEOUT = 3.0
@@ -48,14 +48,14 @@ def migrate(database_url: str) -> list[str]:
     """
     applied: list[str] = []
     with _connect(database_url) as connection:
-        postgres.check_encoding(connection)
+        schema.check_encoding(connection)
         _check_owners(connection)
         if _may_create(connection):
             try:
                 _retry_locked("records", _create_records, connection)
             except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable):  # another process created them
                 _retry_locked("records", _create_records, connection)
-            applied = [name for name in postgres.migrations() if _retry_locked(name, _apply, connection)]
+            applied = [name for name in schema.migrations() if _retry_locked(name, _apply, connection)]
     logs.get().info("db migrated", applied=applied)
     return applied
 
@@ -74,10 +74,10 @@ def _check_owners(connection: Connection) -> None:
     Raises:
         RightsError: another role does.
     """
-    for schema in connection.execute(query("foreign_schema")):
+    for found in connection.execute(query("foreign_schema")):
         raise RightsError(
-            f"the schema {schema['name']}, which search_path finds because it has our role's name, belongs to the role"
-            f" {schema['owner']}: drop it, REVOKE CREATE ON DATABASE from that role, and run {schema['statement']}"
+            f"the schema {found['name']}, which search_path finds because it has our role's name, belongs to the role"
+            f" {found['owner']}: drop it, REVOKE CREATE ON DATABASE from that role, and run {found['statement']}"
         )
     for table in connection.execute(query("foreign_tables")):
         raise RightsError(
@@ -130,7 +130,7 @@ def _may_create(connection: Connection) -> bool:
     if right["has"]:
         return True
     try:
-        postgres.check_migrated(connection)
+        schema.check_migrated(connection)
     except NotMigratedError as error:
         if right["statement"] is None:
             raise RightsError(
@@ -174,7 +174,7 @@ def _apply(connection: Connection, name: str) -> bool:
         if name in {row["migration_id"] for row in connection.execute(query("applied_migrations"))}:
             return False
         connection.execute(query("limit_migration"), {"lock_timeout": LOCK_TIMEOUT})
-        if name == postgres.migrations()[0] and _is_left_unrecorded(connection):
+        if name == schema.migrations()[0] and _is_left_unrecorded(connection):
             _check_owners(connection)
             logs.get().warning(
                 "migration was not recorded", migration=name, why="an earlier version's 'outbox migrate' was cut short"

@@ -35,6 +35,7 @@ def run(main: Callable[[], object]) -> None:
 
 
 PROCESSES = ("service", "relay", "worker")
+"""In the order in which they are stopped: first no new rows, then no new jobs."""
 
 
 def run_process(name: str, arguments: Sequence[str] = ()) -> None:

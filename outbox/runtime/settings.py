@@ -15,6 +15,7 @@ from pydantic_settings import (
 from outbox.errors import SettingsError
 from outbox.runtime import endpoints
 from outbox.runtime.endpoints import Address, SmtpServer
+from outbox.task import QUEUE_NAME
 
 
 def _queue_weights(value: object) -> object:
@@ -23,7 +24,7 @@ def _queue_weights(value: object) -> object:
     weights: dict[str, int] = {}
     for part in value.split(","):
         name, _, weight = (piece.strip() for piece in part.partition("="))
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", name) or not weight.isdecimal() or int(weight) < 1:
+        if not QUEUE_NAME.fullmatch(name) or not weight.isdecimal() or int(weight) < 1:
             raise ValueError("must be names with weights of at least 1, as in critical=10,default=5")
         if name in weights:
             raise ValueError(f"names queue {name} twice")

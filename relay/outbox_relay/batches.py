@@ -86,7 +86,7 @@ class Batches(Generic[K]):
             with self._size.trial() as size:
                 return write(size)
         except psycopg.Error as error:
-            if postgres.is_outage(error) or connection.closed or (error.sqlstate or "").startswith(_NOT_IN_ROWS):
+            if postgres.loses_connection(error, connection) or (error.sqlstate or "").startswith(_NOT_IN_ROWS):
                 raise
             if isinstance(error, psycopg.errors.LockNotAvailable) and not self.tried:
                 raise  # the whole table is locked: the statements skip single rows that are

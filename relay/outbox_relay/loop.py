@@ -9,7 +9,7 @@ import psycopg
 
 from outbox.backoff import reconnect_delay
 from outbox.queries import query
-from outbox.runtime import logs, pooler, postgres, redis_connection
+from outbox.runtime import logs, pooler, postgres, redis_connection, schema
 from outbox.runtime.installation import Installation
 from outbox.runtime.outage import Outage
 from outbox.runtime.postgres import Connection
@@ -104,7 +104,7 @@ class Relay:
                 self._stop.wait(self._postgres.away(error))
 
     def _serve(self, connection: Connection, drain: Drain) -> None:
-        postgres.check_migrated(connection)
+        schema.check_migrated(connection)
         self._installation.identify(connection)
         self._sweep.forget()
         poll_interval = self._settings.poll_interval
@@ -183,7 +183,7 @@ class Relay:
                 duty.end_step(duty.step(connection))
             duty.refusals = 0
         except psycopg.Error as error:
-            if postgres.is_outage(error) or connection.closed:
+            if postgres.loses_connection(error, connection):
                 raise
             self._postpone(duty, error)
 

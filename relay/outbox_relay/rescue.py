@@ -180,7 +180,7 @@ class Rescue:
                     self._touch(connection, expired)
                 _check_in_time(now)
         except (psycopg.Error, LateError) as error:
-            if postgres.is_outage(error) or connection.closed:
+            if postgres.loses_connection(error, connection):
                 raise
             if not is_paused:
                 logs.get().warning("rescue paused", why=one_line(error), seconds=self._lease)

@@ -1,6 +1,6 @@
 """`outbox service`: runs one API process, configured by the environment and stopped by SIGTERM."""
 
-from outbox.runtime import encryption, logs, pooler, postgres
+from outbox.runtime import encryption, logs, pooler, postgres, schema
 from outbox.runtime.endpoints import Address
 from outbox.runtime.outage import Outage
 from outbox.runtime.settings import ServiceSettings
@@ -19,7 +19,7 @@ def main() -> None:
         with pooler.connect_checked(
             settings.database_url, "outbox service", pooled=settings.transaction_pooling
         ) as connection:
-            postgres.check_migrated(connection)
+            schema.check_migrated(connection)
             if settings.transaction_pooling:
                 pooler.warn_about_missing_settings(connection)
     except postgres.AWAY as error:

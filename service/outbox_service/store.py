@@ -14,7 +14,7 @@ import outbox
 from outbox.errors import OutboxError
 from outbox.queries import query
 from outbox.row import named
-from outbox.runtime import logs, postgres
+from outbox.runtime import logs, postgres, schema
 from outbox.runtime.outage import Outage
 from outbox.runtime.redaction import one_line
 from outbox.runtime.settings import ServiceSettings
@@ -190,14 +190,14 @@ class Store:
         """
         async with self._connection(wait=0.8) as connection:
             await check_writable(connection)
-            postgres.check_encoding(connection)
+            schema.check_encoding(connection)
             cursor = connection.cursor(row_factory=scalar_row)
             try:
                 await cursor.execute(query("applied_migrations"))
             except psycopg.errors.UndefinedTable:
-                postgres.check_applied(set())
+                schema.check_applied(set())
             else:
-                postgres.check_applied(set(await cursor.fetchall()))
+                schema.check_applied(set(await cursor.fetchall()))
 
 
 async def _use_link(connection: AsyncConnection, row: _VerificationRow) -> bool:

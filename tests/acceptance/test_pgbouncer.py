@@ -15,7 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 from structlog.testing import capture_logs
 
 from outbox.queries import query, sql_folder
-from outbox.runtime import pooler, postgres
+from outbox.runtime import pooler, postgres, schema
 from outbox.runtime.migrations import migrate
 from tests.conftest import Connection, short_folder
 from tests.support.mailbox import Mailbox, link_in
@@ -164,7 +164,7 @@ def test_a_role_that_has_limits_may_migrate(
         with pytest.raises(TimeoutError):
             second.result(1)
         first.rollback()
-        assert second.result(20) == postgres.migrations()
+        assert second.result(20) == schema.migrations()
     assert migrate(url) == []
     assert _limits(url) == {("300ms", "300ms")}
     with postgres.connect(url, "test", pooled=True) as pooled, capture_logs() as lines:

@@ -11,7 +11,7 @@ import pytest
 
 from outbox.devstack.embedded import EmbeddedServer
 from outbox.errors import NotMigratedError
-from outbox.runtime import postgres
+from outbox.runtime import postgres, schema
 from outbox.runtime.migrations import migrate
 from outbox.runtime.settings import ServiceSettings
 from outbox_worker.database import HandlerPool
@@ -127,7 +127,7 @@ def is_migrated(pair: Pair) -> bool:
     """Whether the standby has replayed the migrations."""
     with postgres.connect(pair.standby.url, "test") as connection:
         try:
-            postgres.check_migrated(connection)
+            schema.check_migrated(connection)
         except NotMigratedError:
             return False
         return True

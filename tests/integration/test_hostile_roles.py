@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from outbox.errors import LockedError, RightsError
 from outbox.queries import query, sql_folder
-from outbox.runtime import migrations, postgres
+from outbox.runtime import migrations, postgres, schema
 from outbox.runtime.migrations import migrate
 from outbox.runtime.settings import RelaySettings
 from outbox.runtime.stop import Stop
@@ -85,7 +85,7 @@ def test_an_advisory_lock_does_not_block_a_migration(empty_url: str, as_neighbou
     with ThreadPoolExecutor(1) as threads:
         migrated = threads.submit(migrate, empty_url)
         try:
-            assert migrated.result(20) == postgres.migrations()
+            assert migrated.result(20) == schema.migrations()
         except TimeoutError:
             with psycopg.connect(empty_url, autocommit=True) as owner:
                 owner.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted")
@@ -123,11 +123,11 @@ def test_the_lock_of_a_reader_does_not_block_a_migration(empty_url: str, as_neig
     migrate(empty_url)
     with psycopg.connect(empty_url, autocommit=True) as owner:
         owner.execute("GRANT SELECT ON _yoyo_migration TO PUBLIC")
-        owner.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [postgres.migrations()[-1]])
+        owner.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [schema.migrations()[-1]])
     neighbour = as_neighbour(empty_url)
     with neighbour.transaction(), ThreadPoolExecutor(1) as threads:
         neighbour.execute("LOCK TABLE _yoyo_migration IN ACCESS SHARE MODE")
-        assert threads.submit(migrate, empty_url).result(20) == postgres.migrations()[-1:]
+        assert threads.submit(migrate, empty_url).result(20) == schema.migrations()[-1:]
 
 
 PLANTED = [
@@ -160,9 +160,9 @@ def test_a_neighbours_table_in_another_schema_is_ignored(empty_url: str, as_neig
     with psycopg.connect(empty_url) as connection:
         connection.execute("CREATE SCHEMA ours")
     url = make_conninfo(empty_url, options="-c search_path=ours,public")
-    assert migrate(url) == postgres.migrations()
+    assert migrate(url) == schema.migrations()
     with postgres.connect(url, "test") as connection:
-        postgres.check_migrated(connection)
+        schema.check_migrated(connection)
 
 
 @pytest.mark.parametrize("statement", PLANTED[:2])
@@ -209,7 +209,7 @@ def test_a_planted_schema_is_refused(empty_url: str, as_neighbour: Connect, stat
         assert "\n" not in str(caught.value)
         assert owner.execute(tables).fetchone() == before
         owner.execute(psycopg.sql.SQL("ALTER ROLE {} IN DATABASE {} SET search_path = public").format(user, database))
-    assert migrate(empty_url) == postgres.migrations(), "the remedy that the error names"
+    assert migrate(empty_url) == schema.migrations(), "the remedy that the error names"
 
 
 def test_a_member_of_the_owning_role_may_migrate(empty_url: str, as_neighbour: Connect) -> None:
@@ -255,10 +255,10 @@ def test_a_migration_logs_that_it_waits_for_another(empty_url: str, monkeypatch:
     monkeypatch.setattr(migrations, "PATIENCE", 0.1)
     migrate(empty_url)
     with psycopg.connect(empty_url) as other, capture_logs() as lines, ThreadPoolExecutor(1) as threads:
-        other.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [postgres.migrations()[-1]])
+        other.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [schema.migrations()[-1]])
         other.execute(query("lock_migrations"))
         migrated = threads.submit(migrate, empty_url)
         eventually(lambda: len(lines) >= 2, 10, "two lines")
         other.commit()
-        assert migrated.result(20) == postgres.migrations()[-1:]
+        assert migrated.result(20) == schema.migrations()[-1:]
     assert {line["event"] for line in lines[:2]} == {"migration waits for another process that migrates"}

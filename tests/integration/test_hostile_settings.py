@@ -18,7 +18,7 @@ from outbox import Context
 from outbox.cli import dead_letters
 from outbox.row import Status
 from outbox.rq_jobs import Delivery
-from outbox.runtime import pooler, postgres
+from outbox.runtime import pooler, postgres, schema
 from outbox.runtime.migrations import migrate
 from outbox.runtime.outage import Outage
 from outbox.runtime.settings import RelaySettings, ServiceSettings, WorkerSettings
@@ -237,18 +237,18 @@ def test_a_transaction_that_took_too_long_is_an_outage(connection: Connection, d
     assert postgres.is_outage(caught.value)
 
 
-@pytest.mark.parametrize("schema", ["tenant", 'A "Tenant"'])
+@pytest.mark.parametrize("tenant", ["tenant", 'A "Tenant"'])
 def test_search_path_chooses_the_schema(
-    create_database: Callable[[str | None], str], service_settings: ServiceSettings, schema: str
+    create_database: Callable[[str | None], str], service_settings: ServiceSettings, tenant: str
 ) -> None:
     """It is not changed: the schema that it names first gets the tables, and `public` none."""
     url = create_database(None)
-    name = psycopg.sql.Identifier(schema)
+    name = psycopg.sql.Identifier(tenant)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(psycopg.sql.SQL("CREATE SCHEMA {}").format(name))
         database = psycopg.sql.Identifier(str(conninfo_to_dict(url)["dbname"]))
         connection.execute(psycopg.sql.SQL("ALTER DATABASE {} SET search_path = {}, public").format(database, name))
-    assert migrate(url) == postgres.migrations()
+    assert migrate(url) == schema.migrations()
     assert migrate(url) == []
     with serve(service_settings.model_copy(update={"database_url": url})) as api:
         assert api.create("alice").status_code == 201
@@ -265,5 +265,5 @@ def test_a_database_is_migrated(create_database: Callable[[str | None], str], na
     """With each setting, migrations are applied once."""
     url = create_database(None)
     with set_for_database(url, name, value):
-        assert migrate(url) == postgres.migrations()
+        assert migrate(url) == schema.migrations()
         assert migrate(url) == []

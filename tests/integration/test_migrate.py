@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from outbox.errors import NotMigratedError, UnsupportedDatabaseError
 from outbox.queries import query, sql_folder
-from outbox.runtime import postgres
+from outbox.runtime import postgres, schema
 from outbox.runtime.migrations import migrate
 from tests.conftest import Connection
 from tests.support.waiting import eventually
@@ -31,7 +31,7 @@ def test_concurrent_migrations_are_safe(empty_url: str) -> None:
 
     with ThreadPoolExecutor(4) as threads:
         applied = [name for future in [threads.submit(run) for _ in range(4)] for name in future.result(30)]
-    assert sorted(applied) == postgres.migrations()
+    assert sorted(applied) == schema.migrations()
 
 
 def test_concurrent_commands_are_safe(empty_url: str) -> None:
@@ -43,7 +43,7 @@ def test_concurrent_commands_are_safe(empty_url: str) -> None:
     assert [process.returncode for process in running] == [0, 0]
     assert all("db migrated" in output for output in outputs)
     with postgres.connect(empty_url, "test") as connection:
-        postgres.check_migrated(connection)
+        schema.check_migrated(connection)
 
 
 def test_a_second_run_does_nothing(database_url: str, connection: Connection) -> None:
@@ -60,7 +60,7 @@ def test_a_kill_before_the_record_leaves_nothing(empty_url: str) -> None:
         psycopg.connect(empty_url) as holder,
     ):
         connection.execute((sql_folder() / "records.sql").read_bytes())
-        holder.execute(query("record_migration"), {"migration": postgres.migrations()[0]})
+        holder.execute(query("record_migration"), {"migration": schema.migrations()[0]})
         environment = {**os.environ, "DATABASE_URL": empty_url}
         running = subprocess.Popen(
             [sys.executable, "-m", "outbox", "migrate"], env=environment, stdout=subprocess.DEVNULL
@@ -69,8 +69,8 @@ def test_a_kill_before_the_record_leaves_nothing(empty_url: str) -> None:
         running.kill()
         running.wait()
         holder.rollback()
-        assert migrate(empty_url) == postgres.migrations()
-        postgres.check_migrated(connection)
+        assert migrate(empty_url) == schema.migrations()
+        schema.check_migrated(connection)
 
 
 def waits_to_record(connection: Connection) -> bool:
@@ -85,15 +85,15 @@ def test_an_unrecorded_migration_is_recorded(empty_url: str, applied: int) -> No
         connection.execute((sql_folder() / "records.sql").read_bytes())
         connection.execute("CREATE TABLE yoyo_lock (locked integer PRIMARY KEY, ctime timestamp, pid integer)")
         connection.execute("INSERT INTO yoyo_lock VALUES (1, now(), 999999)")
-        for name in postgres.migrations()[:applied]:
+        for name in schema.migrations()[:applied]:
             connection.execute((sql_folder() / "migrations" / f"{name}.sql").read_bytes())
         connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
 
-        assert migrate(empty_url) == postgres.migrations()
-        postgres.check_migrated(connection)
+        assert migrate(empty_url) == schema.migrations()
+        schema.check_migrated(connection)
         assert connection.execute("SELECT task FROM outbox").fetchall() == [{"task": "t"}]
     (line,) = [line for line in lines if line["log_level"] != "info"]
-    assert (line["event"], line["migration"]) == ("migration was not recorded", postgres.migrations()[0])
+    assert (line["event"], line["migration"]) == ("migration was not recorded", schema.migrations()[0])
 
 
 def test_foreign_tables_are_not_mistaken_for_ours(empty_url: str) -> None:
@@ -115,24 +115,24 @@ def test_no_name_of_host_or_user_is_looked_up(empty_url: str, monkeypatch: pytes
     for name in ("getfqdn", "gethostbyaddr", "gethostname"):
         monkeypatch.setattr(socket, name, unknown)
     monkeypatch.setattr(getpass, "getuser", unknown)
-    assert migrate(empty_url) == postgres.migrations()
+    assert migrate(empty_url) == schema.migrations()
 
 
 def test_an_unmigrated_database_is_refused(empty_url: str) -> None:
     """The sentence names the command to run."""
     with postgres.connect(empty_url, "test") as connection:
         with pytest.raises(NotMigratedError, match="run 'outbox migrate'"):
-            postgres.check_migrated(connection)
+            schema.check_migrated(connection)
         migrate(empty_url)
-        postgres.check_migrated(connection)
+        schema.check_migrated(connection)
 
 
 def test_a_half_migrated_database_is_refused(connection: Connection) -> None:
     """The error names the missing migration."""
-    last = postgres.migrations()[-1]
+    last = schema.migrations()[-1]
     connection.execute("DELETE FROM _yoyo_migration WHERE migration_id = %s", [last])
     with pytest.raises(NotMigratedError, match=last):
-        postgres.check_migrated(connection)
+        schema.check_migrated(connection)
 
 
 def test_a_newer_database_is_accepted(connection: Connection) -> None:
@@ -140,7 +140,7 @@ def test_a_newer_database_is_accepted(connection: Connection) -> None:
     connection.execute(
         "INSERT INTO _yoyo_migration (migration_hash, migration_id, applied_at_utc) VALUES ('x', '9999_newer', now())"
     )
-    postgres.check_migrated(connection)
+    schema.check_migrated(connection)
 
 
 def test_a_database_that_is_not_in_utf8_is_refused(foreign_url: str) -> None:
@@ -150,13 +150,13 @@ def test_a_database_that_is_not_in_utf8_is_refused(foreign_url: str) -> None:
     with postgres.connect(foreign_url, "test") as connection:
         assert connection.execute("SELECT FROM pg_class WHERE relname ~ '^(_?yoyo|outbox|users)'").fetchall() == []
         with pytest.raises(UnsupportedDatabaseError, match=connection.info.dbname):
-            postgres.check_migrated(connection)
+            schema.check_migrated(connection)
 
 
 def test_every_connection_speaks_utf8(empty_url: str) -> None:
     """A client encoding in the URL has no effect."""
     url = f"{empty_url}{'&' if '?' in empty_url else '?'}client_encoding=LATIN1"
-    assert migrate(url) == postgres.migrations()
+    assert migrate(url) == schema.migrations()
     with postgres.connect(url, "test") as connection:
         row = connection.execute("SELECT %s::text AS name", ["\u674e\u767d"]).fetchone()
     assert row == {"name": "\u674e\u767d"}

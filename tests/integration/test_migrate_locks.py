@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from outbox.errors import LockedError
-from outbox.runtime import migrations, postgres
+from outbox.runtime import migrations, postgres, schema
 from outbox.runtime.migrations import migrate
 from tests.conftest import Connection
 from tests.support.waiting import eventually
@@ -23,7 +23,7 @@ def old_url(create_database: CreateDatabase, template: str) -> str:
     """A database in which only the first migration is recorded; the others can be applied twice."""
     url = create_database(template)
     with psycopg.connect(url) as connection:
-        connection.execute("DELETE FROM _yoyo_migration WHERE migration_id <> %s", [postgres.migrations()[0]])
+        connection.execute("DELETE FROM _yoyo_migration WHERE migration_id <> %s", [schema.migrations()[0]])
     return url
 
 
@@ -66,9 +66,9 @@ def test_rows_are_written_while_a_migration_waits(old_url: str, impatient: pytes
                 eventually(lambda: is_lock_awaited(connection), 10, "the migration waits for the dump")
                 connection.execute("INSERT INTO outbox (task, payload) VALUES ('t', '{}')")
             assert not migrated.done()
-        assert migrated.result(20) == postgres.migrations()[1:]
+        assert migrated.result(20) == schema.migrations()[1:]
     first = next(line for line in lines if line["event"] == "migration waits for a lock")
-    assert (first["log_level"], first["migration"], first["next_try"]) == ("warning", postgres.migrations()[1], 0.1)
+    assert (first["log_level"], first["migration"], first["next_try"]) == ("warning", schema.migrations()[1], 0.1)
 
 
 def test_a_migration_gives_up_after_its_tries(old_url: str, impatient: pytest.MonkeyPatch) -> None:
@@ -86,11 +86,11 @@ def test_a_migration_gives_up_after_its_tries(old_url: str, impatient: pytest.Mo
         with dump(old_url), capture_logs() as lines, pytest.raises(LockedError) as caught:
             migrate(old_url)
         assert state() == before
-    assert postgres.migrations()[1] in str(caught.value)
+    assert schema.migrations()[1] in str(caught.value)
     assert "run 'outbox migrate' again" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [line["event"] for line in lines] == ["migration waits for a lock"]
-    assert migrate(old_url) == postgres.migrations()[1:]
+    assert migrate(old_url) == schema.migrations()[1:]
 
 
 def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.MonkeyPatch) -> None:
@@ -99,16 +99,16 @@ def test_each_migration_has_tries_of_its_own(old_url: str, impatient: pytest.Mon
     apply, refused = migrations._apply, set[str]()
 
     def apply_at_the_second_try(connection: Connection, name: str) -> bool:
-        if name not in {*refused, postgres.migrations()[0]}:
+        if name not in {*refused, schema.migrations()[0]}:
             refused.add(name)
             raise psycopg.errors.LockNotAvailable
         return apply(connection, name)
 
     impatient.setattr(migrations, "_apply", apply_at_the_second_try)
     with capture_logs() as lines:
-        assert migrate(old_url) == postgres.migrations()[1:]
+        assert migrate(old_url) == schema.migrations()[1:]
     waits = [line["migration"] for line in lines if line["event"] == "migration waits for a lock"]
-    assert waits == postgres.migrations()[1:]
+    assert waits == schema.migrations()[1:]
 
 
 @pytest.fixture

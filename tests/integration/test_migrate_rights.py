@@ -9,7 +9,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from outbox.errors import RightsError
-from outbox.runtime import postgres
+from outbox.runtime import schema
 from outbox.runtime.migrations import migrate
 
 
@@ -37,7 +37,7 @@ def test_a_role_that_may_not_create_tables_is_refused(empty_url: str, limited_ur
     grant = str(caught.value).partition("run ")[2].partition(",")[0]
     with psycopg.connect(empty_url, autocommit=True) as connection:
         connection.execute(grant)
-    assert migrate(limited_url) == postgres.migrations()
+    assert migrate(limited_url) == schema.migrations()
 
 
 def test_a_role_without_any_schema_is_refused(empty_url: str, limited_url: str) -> None:
@@ -55,6 +55,6 @@ def test_a_migrated_database_needs_no_right_to_create(empty_url: str, limited_ur
     role = psycopg.sql.Identifier(str(conninfo_to_dict(limited_url)["user"]))
     with psycopg.connect(empty_url, autocommit=True) as connection:
         connection.execute(psycopg.sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(role))
-        assert migrate(limited_url) == postgres.migrations()
+        assert migrate(limited_url) == schema.migrations()
         connection.execute(psycopg.sql.SQL("REVOKE CREATE ON SCHEMA public FROM {}").format(role))
     assert migrate(limited_url) == []

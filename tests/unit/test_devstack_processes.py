@@ -15,10 +15,10 @@ from outbox.devstack.child_process import Supervisor, end, spawn
 from outbox.devstack.data_folder import locked_folder
 from outbox.devstack.environment import _PLACEHOLDERS, find_free_address, local_url
 from outbox.devstack.log_stream import Stream
-from outbox.devstack.processes import NAMES, Program, Restarter
+from outbox.devstack.processes import Program, Restarter
 from outbox.errors import SettingsError, StartError
 from outbox.runtime.endpoints import Address
-from outbox.runtime.process import EXIT_SETTINGS
+from outbox.runtime.process import EXIT_SETTINGS, PROCESSES
 from tests.support.waiting import eventually
 
 OUR_PATH = os.pathsep.join(str(Path(folder).resolve()) for folder in sys.path if folder)
@@ -58,7 +58,7 @@ def test_wrong_settings_end_up_with_the_message_of_the_process() -> None:
         Restarter([program]).check()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_a_module_in_the_current_folder_is_not_taken_for_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -125,5 +125,5 @@ class Claimer:
 
 
 def _raise_outage(connection: Connection, error: psycopg.Error) -> None:
-    if postgres.is_outage(error) or connection.closed:
+    if postgres.loses_connection(error, connection):
         raise error

@@ -186,7 +186,7 @@ class Completer:
                 self._is_blocked = False
                 self._connected.set()  # not earlier: a server may accept the connection and refuse writes
             except postgres.AWAY as error:
-                if postgres.is_outage(error) or connection.closed:
+                if postgres.loses_connection(error, connection):
                     raise
                 self._wait_refused(error)
 

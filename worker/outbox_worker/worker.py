@@ -10,7 +10,7 @@ from outbox.backoff import retry_delay
 from outbox.context import Context
 from outbox.queries import query
 from outbox.rq_jobs import Delivery
-from outbox.runtime import logs, pooler, postgres, redis_connection
+from outbox.runtime import logs, pooler, postgres, redis_connection, schema
 from outbox.runtime.log_writer import DRAINING_TIME
 from outbox.runtime.outage import Outage
 from outbox.runtime.postgres import Connection
@@ -111,7 +111,7 @@ class Worker:
                 with pooler.connect_checked(
                     self._settings.database_url, "outbox worker claims", pooled=self._settings.transaction_pooling
                 ) as connection:
-                    postgres.check_migrated(connection)
+                    schema.check_migrated(connection)
                     self._registration.installation.identify(connection)
                     if not self._settings.transaction_pooling:
                         connection.execute(query("limit_session_lock_wait"))
