@@ -79,7 +79,7 @@ def test_both_parts_name_the_account_that_a_click_confirms() -> None:
         text = " ".join(body(mail, kind).split())
         assert "the account alice at example.com was created with this address" in text
         assert "confirm that it is yours" in text
-        assert "If you did not sign up, ignore this mail: somebody else has the account's password" in text
+        assert "If you did not sign up, ignore this mail: someone else has the password of this account" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(900, "15 minutes"), (60, "1 minute"), (1, "1 minute"), (90, "2 min")])

@@ -183,7 +183,7 @@ def compose(
     minutes = max(1, round(settings.link_lifetime / 60))
     lifetime = "1 minute" if minutes == 1 else f"{minutes} minutes"
     account = f"the account {username} at {urlsplit(settings.public_url).hostname} was created with this address"
-    warning = "If you did not sign up, ignore this mail: somebody else has the account's password."
+    warning = "If you did not sign up, ignore this mail: someone else has the password of this account."
     return alternatives(
         with_ascii_domain(recipient),
         {
