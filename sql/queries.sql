@@ -153,7 +153,7 @@ SELECT current_user AS role, coalesce(pg_catalog.has_schema_privilege(pg_catalog
 -- our tables are there.
 SELECT found.relname::text AS name, owner.rolname::text AS owner
 FROM (VALUES ('users'), ('verify_emails'), ('outbox'), ('_yoyo_migration'), ('_yoyo_log'), ('_yoyo_version'),
-             ('users_pkey')) AS ours (name)
+             ('users_pkey'), ('idempotency_keys')) AS ours (name)
 JOIN pg_catalog.pg_class AS found ON found.oid = pg_catalog.to_regclass(ours.name)::oid
 JOIN pg_catalog.pg_namespace AS schema ON schema.oid = found.relnamespace
 JOIN pg_catalog.pg_database AS database ON database.datname = pg_catalog.current_database()
@@ -200,6 +200,51 @@ LOCK TABLE _yoyo_migration IN SHARE UPDATE EXCLUSIVE MODE;
 INSERT INTO users (username, hashed_password, full_name, email)
 VALUES (%(username)s, %(hashed_password)s, %(full_name)s, %(email)s)
 RETURNING username, full_name, email, is_email_verified, password_changed_at, created_at;
+
+
+-- name: limit_key_wait
+-- Limits how long a transaction waits for another one that has written the same idempotency key.
+SELECT pg_catalog.set_config('lock_timeout', '5s', true);
+
+
+-- name: add_user_once
+-- Creates a user as add_user does, unless the idempotency key is taken; then it returns no row. The key is written first:
+-- of two requests with the same key, the second waits for the transaction of the first and then finds the key, before it
+-- could find the username taken.
+WITH written AS (
+    INSERT INTO idempotency_keys (key, fingerprint)
+    VALUES (%(key)s, %(fingerprint)s)
+    ON CONFLICT (key) DO NOTHING
+    RETURNING key
+)
+INSERT INTO users (username, hashed_password, full_name, email)
+SELECT %(username)s::text, %(hashed_password)s::text, %(full_name)s::text, %(email)s::text
+FROM written
+RETURNING username, full_name, email, is_email_verified, password_changed_at, created_at;
+
+
+-- name: store_answer
+-- Stores the answer under the key that this transaction has written.
+UPDATE idempotency_keys SET status_code = %(status_code)s, body = %(body)s WHERE key = %(key)s;
+
+
+-- name: find_answer
+-- Finds the answer that is stored under a key.
+SELECT fingerprint, status_code, body FROM idempotency_keys WHERE key = %(key)s;
+
+
+-- name: delete_old_answers
+-- Deletes a batch of stored answers whose retention is over; returns one row for each.
+DELETE FROM idempotency_keys
+WHERE key = ANY (ARRAY(
+    SELECT key
+    FROM idempotency_keys
+    WHERE created_at < pg_catalog.now() - %(retention)s::float8 * interval '1 s'
+    ORDER BY created_at
+    LIMIT %(batch)s
+    FOR UPDATE SKIP LOCKED
+))
+RETURNING key;
 
 
 -- name: window_room

@@ -164,6 +164,7 @@ class RelaySettings(_RedisSettings):
     sweep_interval: Seconds = Field(default=2, validation_alias="OUTBOX_SWEEP_INTERVAL")
     sweep_grace: Seconds = Field(default=1, validation_alias="OUTBOX_SWEEP_GRACE")
     retention: Seconds = Field(default=86_400, validation_alias="OUTBOX_RETENTION")
+    idempotency_retention: Seconds = Field(default=86_400, validation_alias="OUTBOX_IDEMPOTENCY_RETENTION")
     unverified_retention: Seconds | None = Field(default=None, validation_alias="OUTBOX_UNVERIFIED_RETENTION")
 
 

@@ -16,7 +16,7 @@ from outbox.runtime.postgres import Connection
 from outbox.runtime.redaction import one_line
 from outbox.runtime.settings import RelaySettings
 from outbox.runtime.stop import Stop
-from outbox_relay import expiry, retention, unserved_queues
+from outbox_relay import answer_retention, expiry, retention, unserved_queues
 from outbox_relay.clock import Clock
 from outbox_relay.drain import Drain
 from outbox_relay.duty import Duty
@@ -64,6 +64,7 @@ class Relay:
         # These are not urgent: they are not due earlier because of an outage, after which there is other work to do.
         self._unhurried = [
             Duty("retention", Retention(settings).step, retention.INTERVAL),
+            Duty("retention of answers", self._delete_old_answers, answer_retention.INTERVAL),
             Duty("look for unserved queues", self._warn_about_unserved_queues, unserved_queues.INTERVAL),
         ]
         if settings.unverified_retention is not None:
@@ -256,6 +257,9 @@ class Relay:
 
     def _reconnect(self, _: Connection) -> None:
         redis_connection.drop_connections(self._client)
+
+    def _delete_old_answers(self, connection: Connection) -> float | None:
+        return answer_retention.delete_old_answers(connection, self._settings)
 
     def _warn_about_unserved_queues(self, connection: Connection) -> None:
         unserved_queues.warn_about_unserved_queues(connection, self._settings)

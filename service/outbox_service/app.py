@@ -33,7 +33,7 @@ def create_app(settings: ServiceSettings, outage: Outage | None = None) -> Lites
     notifier = RelayNotifier(pool, settings.verify_email_delay)
     store = Store(pool, notifier, settings, outage)
     hasher = PasswordHasher(settings.hash_queue)
-    sign_up = SignUp(hasher, store)
+    sign_up = SignUp(hasher, store, settings.secret_key)
 
     @asynccontextmanager
     async def open_resources(_: Litestar) -> AsyncGenerator[None]:

@@ -13,6 +13,7 @@ from litestar.types import ExceptionHandlersMap
 from outbox.errors import NotMigratedError, OutboxError, UnsupportedDatabaseError
 from outbox.runtime import logs, postgres
 from outbox.runtime.redaction import one_line
+from outbox_service.idempotency import KeyInUseError, KeyReusedError
 from outbox_service.passwords import BusyError
 from outbox_service.schemas import MAX_BODY, CreateUser, Problem, Violation
 from outbox_service.store import TakenError
@@ -20,7 +21,7 @@ from outbox_service.store import TakenError
 MEDIA_TYPE = "application/problem+json"
 
 RETRY_AFTER = "1"
-"""The `Retry-After` header of a 503, in seconds."""
+"""The `Retry-After` header of answers that ask for a later try, in seconds."""
 
 INVALID_FIELDS = "the request has invalid fields: 'errors' lists each"
 
@@ -93,8 +94,16 @@ def _taken(request: AnyRequest, error: TakenError) -> Response[dict[str, Any]]:
     return problem(request, 409, str(error), [Violation(field=error.field, message="is taken")])
 
 
-def _retry_later(request: AnyRequest, detail: str) -> Response[dict[str, Any]]:
-    return problem(request, 503, detail, headers={"Retry-After": RETRY_AFTER})
+def _retry_later(request: AnyRequest, detail: str, status: int = 503) -> Response[dict[str, Any]]:
+    return problem(request, status, detail, headers={"Retry-After": RETRY_AFTER})
+
+
+def _key_in_use(request: AnyRequest, error: KeyInUseError) -> Response[dict[str, Any]]:
+    return _retry_later(request, str(error), 409)
+
+
+def _key_reused(request: AnyRequest, error: KeyReusedError) -> Response[dict[str, Any]]:
+    return problem(request, 422, str(error))
 
 
 def _not_ready(request: AnyRequest, error: OutboxError) -> Response[dict[str, Any]]:
@@ -123,6 +132,8 @@ EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     ValidationException: _invalid,
     HTTPException: _http,
     TakenError: _taken,
+    KeyInUseError: _key_in_use,
+    KeyReusedError: _key_reused,
     BusyError: _not_ready,
     NotMigratedError: _not_ready,
     UnsupportedDatabaseError: _not_ready,

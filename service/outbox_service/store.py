@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import LiteralString, NamedTuple
 
 import psycopg
 from psycopg.rows import class_row, scalar_row
@@ -20,9 +20,10 @@ from outbox.runtime.redaction import one_line
 from outbox.runtime.settings import ServiceSettings
 from outbox.signup.secret_code import is_secret_code
 from outbox.signup.send_verify_email import SEND_VERIFY_EMAIL, SendVerifyEmail
+from outbox_service.idempotency import IdempotencyKey, KeyInUseError, StoredAnswer
 from outbox_service.notifier import RelayNotifier
 from outbox_service.pool import AsyncConnection, check_writable
-from outbox_service.schemas import CreateUser, User
+from outbox_service.schemas import CreateUser, User, UserCreated
 
 _FIELD_OF_CONSTRAINT = {"users_pkey": "username", "users_email_key": "email"}
 """The field that is taken, by the violated constraint. No other violation is the client's fault."""
@@ -113,35 +114,74 @@ class Store:
             psycopg.OperationalError: Postgres is away. Nothing was written, unless the connection broke during the
                 commit; then either both rows exist or neither does.
         """
+        async with self._sign_up() as connection:
+            created = await _insert(connection, query("add_user"), _columns(user, hashed_password))
+            assert created is not None
+            await self._add_mail(connection, user, request_id)
+        self.notifier.notify_soon()
+        return created
+
+    async def create_user_once(
+        self, user: CreateUser, hashed_password: str, request_id: str, key: IdempotencyKey
+    ) -> StoredAnswer | None:
+        """Writes as `create_user` does, and the answer under the key in the same transaction.
+
+        Returns:
+            The answer; None if the key is taken, and then nothing was written.
+
+        Raises:
+            KeyInUseError: another transaction has written the key, and has not ended in time; nothing was written.
+            TakenError, RefusedError, psycopg.OperationalError: as `create_user` does.
+        """
+        async with self._sign_up() as connection:
+            await connection.execute(query("limit_key_wait"))
+            columns = {**_columns(user, hashed_password), "key": key.value, "fingerprint": key.fingerprint}
+            try:
+                created = await _insert(connection, query("add_user_once"), columns)
+            except psycopg.errors.LockNotAvailable:
+                raise KeyInUseError(
+                    "another request with this Idempotency-Key, or for this user, has not ended: try again in a moment"
+                ) from None
+            if created is None:
+                return None
+            await self._add_mail(connection, user, request_id)
+            answer = StoredAnswer(key.fingerprint, 201, UserCreated(user=created).model_dump_json())
+            stored = {"key": key.value, "status_code": answer.status_code, "body": answer.body}
+            await connection.execute(query("store_answer"), stored)
+        self.notifier.notify_soon()
+        return answer
+
+    async def find_answer(self, key: IdempotencyKey) -> StoredAnswer | None:
+        """Returns the answer that is stored under a key.
+
+        Raises:
+            psycopg.OperationalError: Postgres is away.
+        """
+        async with self._connection() as connection:
+            cursor = connection.cursor(row_factory=named(StoredAnswer))
+            await cursor.execute(query("find_answer"), {"key": key.value})
+            return await cursor.fetchone()
+
+    @asynccontextmanager
+    async def _sign_up(self) -> AsyncGenerator[AsyncConnection]:
+        """Yields a connection in a transaction that writes a user, and converts its errors."""
         try:
             async with self._connection() as connection, connection.transaction():
-                # Binary, because the text of a timestamp depends on the session's DateStyle.
-                cursor = connection.cursor(binary=True, row_factory=class_row(User))
-                await cursor.execute(
-                    query("add_user"),
-                    {
-                        "username": user.username,
-                        "hashed_password": hashed_password,
-                        "full_name": user.full_name,
-                        "email": user.email,
-                    },
-                )
-                created = await cursor.fetchone()
-                assert created is not None
-                await outbox.add(
-                    connection,
-                    SEND_VERIFY_EMAIL,
-                    SendVerifyEmail(username=user.username),
-                    delay=self.settings.verify_email_delay,
-                    request_id=request_id,
-                )
+                yield connection
         except psycopg.IntegrityError as error:
             if field := _FIELD_OF_CONSTRAINT.get(error.diag.constraint_name or ""):
                 raise TakenError(field) from None
             # The error's detail contains the refused row with its hash, and would be logged.
             raise RefusedError(f"Postgres refuses the user: {error.diag.message_primary}") from None
-        self.notifier.notify_soon()
-        return created
+
+    async def _add_mail(self, connection: AsyncConnection, user: CreateUser, request_id: str) -> None:
+        await outbox.add(
+            connection,
+            SEND_VERIFY_EMAIL,
+            SendVerifyEmail(username=user.username),
+            delay=self.settings.verify_email_delay,
+            request_id=request_id,
+        )
 
     async def open_link(self, email_id: int, code: str, *, use: bool) -> OpenedLink:
         """Returns a link's state, and verifies its user if the link is valid and `use` is set.
@@ -198,6 +238,22 @@ class Store:
                 schema.check_applied(set())
             else:
                 schema.check_applied(set(await cursor.fetchall()))
+
+
+def _columns(user: CreateUser, hashed_password: str) -> dict[str, object]:
+    return {
+        "username": user.username,
+        "hashed_password": hashed_password,
+        "full_name": user.full_name,
+        "email": user.email,
+    }
+
+
+async def _insert(connection: AsyncConnection, statement: LiteralString, columns: dict[str, object]) -> User | None:
+    # Binary, because the text of a timestamp depends on the session's DateStyle.
+    cursor = connection.cursor(binary=True, row_factory=class_row(User))
+    await cursor.execute(statement, columns)
+    return await cursor.fetchone()
 
 
 async def _use_link(connection: AsyncConnection, row: _VerificationRow) -> bool:

@@ -1,17 +1,19 @@
 """The endpoint that creates users."""
 
+import hmac
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from litestar import Request, post
+from litestar import MediaType, Request, Response, post
 from litestar.di import NamedDependency
 from litestar.exceptions import ClientException, SerializationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
-from litestar.params import JSONBody
+from litestar.params import HeaderParameter, JSONBody
 
-from outbox_service import problems
+from outbox_service import idempotency, problems
+from outbox_service.idempotency import IdempotencyKey, KeyInUseError, KeyReusedError, StoredAnswer
 from outbox_service.passwords import PasswordHasher
 from outbox_service.schemas import MAX_FIELDS, CreateUser, User, UserCreated, Violation
 from outbox_service.store import Store
@@ -20,6 +22,8 @@ _JSON = re.compile(r"application/json|[\w!#$&^.+-]+/[\w!#$&^.+-]+\+json", re.ASC
 """Matches media types of JSON (RFC 6838 defines the characters of a name, RFC 6839 the suffix)."""
 
 _NOT_JSON = "the body must be JSON: send it with Content-Type: application/json"
+
+KEY_REUSED = "this Idempotency-Key was used for another request: send a new key for each request"
 
 _ALICE = {
     "username": "alice",
@@ -31,12 +35,28 @@ _ALICE = {
 }
 
 
+Key = Annotated[
+    str | None,
+    HeaderParameter(
+        name=idempotency.HEADER,
+        description=(
+            "A string of 1 to 255 printable ASCII characters, quoted or bare; a UUID is best. A repetition of the"
+            " request with the same key gets the same answer with `Idempotency-Replayed: true`, and changes nothing."
+            " Answers are kept for a day, or as long as OUTBOX_IDEMPOTENCY_RETENTION says. An error is not kept: the"
+            " same key may be used for the corrected request."
+        ),
+        schema_extra={"examples": ['"8e03978e-40d5-43dd-bc93-6894a57f9324"']},
+    ),
+]
+
+
 @dataclass(frozen=True)
 class SignUp:
     """Creates users. One dependency and not two, because Litestar starts a task for each if there are several."""
 
     hasher: PasswordHasher
     store: Store
+    secret_key: str = field(repr=False)
 
     async def create(self, user: CreateUser, request_id: str) -> User:
         """Hashes the password and writes the user.
@@ -47,6 +67,25 @@ class SignUp:
         """
         hashed = await self.hasher.hash(user.password)
         return await self.store.create_user(user, hashed, request_id)
+
+    async def create_once(self, user: CreateUser, request_id: str, key: IdempotencyKey) -> tuple[StoredAnswer, bool]:
+        """Creates a user unless the key has an answer; returns the answer, and whether it is an earlier one's.
+
+        Raises:
+            KeyReusedError: the key was used for another request.
+            KeyInUseError: another request with the key has not ended.
+            BusyError, TakenError, RefusedError, psycopg.OperationalError: as `create` does.
+        """
+        if (stored := await self.store.find_answer(key)) is None:
+            hashed = await self.hasher.hash(user.password)
+            if answer := await self.store.create_user_once(user, hashed, request_id, key):
+                return answer, False
+            stored = await self.store.find_answer(key)
+        if stored is None:  # its retention ended just now
+            raise KeyInUseError("this Idempotency-Key has just expired: try again")
+        if not hmac.compare_digest(stored.fingerprint, key.fingerprint):
+            raise KeyReusedError(KEY_REUSED)
+        return stored, True
 
 
 async def _check_body(request: Request[Any, Any, Any]) -> None:
@@ -94,12 +133,13 @@ async def _check_body(request: Request[Any, Any, Any]) -> None:
         ),
         409: problems.described(
             409,
-            "The username or email is taken.",
+            "The username or email is taken, or another request with the same Idempotency-Key has not ended.",
             "this username is taken",
             [Violation(field="username", message="is taken")],
         ),
         413: problems.described(413, "The body is over 64 KiB.", problems.TOO_LARGE),
         415: problems.described(415, "The Content-Type is not JSON.", _NOT_JSON),
+        422: problems.described(422, "The Idempotency-Key was used for another request.", KEY_REUSED),
         503: problems.DESCRIBED_AWAY,
     },
 )
@@ -107,6 +147,16 @@ async def create_user(
     request: Request[Any, Any, Any],
     data: JSONBody[CreateUser],
     sign_up: NamedDependency[SignUp],
-) -> UserCreated:
+    idempotency_key: Key = None,
+) -> UserCreated | Response[bytes]:
     """Creates a user."""
-    return UserCreated(user=await sign_up.create(data, request.state["request_id"]))
+    request_id = request.state["request_id"]
+    if idempotency_key is None:
+        return UserCreated(user=await sign_up.create(data, request_id))
+    key = IdempotencyKey(
+        idempotency.parse_key(request.headers.getall(idempotency.HEADER)),
+        idempotency.fingerprint(sign_up.secret_key, request.method, request.url.path, data.model_dump_json()),
+    )
+    answer, is_replayed = await sign_up.create_once(data, request_id, key)
+    headers = {idempotency.REPLAYED_HEADER: "true"} if is_replayed else {}
+    return Response(answer.body.encode(), status_code=answer.status_code, media_type=MediaType.JSON, headers=headers)

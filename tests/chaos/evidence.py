@@ -28,6 +28,17 @@ class SignUp:
     status: int | None = None
     """None if there was no answer."""
     body: str = ""
+    key: str = ""
+    """Its Idempotency-Key; with one, the client asks again until it has an answer."""
+    is_replayed: bool = False
+    """Whether the answer was marked as an earlier one."""
+    must_retry: bool = False
+    """Whether the answer has a Retry-After."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the answer tells the client what became of its request."""
+        return self.status is not None and not self.must_retry
 
 
 @dataclass

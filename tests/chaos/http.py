@@ -5,20 +5,38 @@ A client library's connection pool would cost this process, through which all by
 
 import asyncio
 import json
+from typing import NamedTuple
 
 
 class NoAnswerError(Exception):
     """The connection failed, or the answer was incomplete at the timeout."""
 
 
-async def post(port: int, path: str, body: object, timeout: float) -> tuple[int, str]:  # noqa: ASYNC109 - a client's patience
-    """Posts JSON to this machine and returns the status and the body of the answer.
+class Answer(NamedTuple):
+    """A complete answer."""
+
+    status: int
+    body: str
+    headers: dict[str, str]
+    """By name in lower case."""
+
+
+async def post(
+    port: int,
+    path: str,
+    body: object,
+    timeout: float,  # noqa: ASYNC109 - a client's patience
+    key: str = "",
+) -> Answer:
+    """Posts JSON to this machine, with an Idempotency-Key if there is one, and returns the answer.
 
     Raises:
         NoAnswerError: it is unknown whether the request was handled.
     """
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    if key:
+        head += f"Idempotency-Key: {key}\r\n"
     request = f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
     try:
         async with asyncio.timeout(timeout):
@@ -36,10 +54,10 @@ async def _exchange(port: int, request: bytes) -> bytes:
         writer.transport.abort()
 
 
-def _read(answer: bytes) -> tuple[int, str]:
+def _read(answer: bytes) -> Answer:
     head, separator, body = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if not separator or len(body) != int(headers.get("content-length", "-1")):
         raise ValueError("the answer is not complete")
-    return int(status.split()[1]), body.decode(errors="replace")
+    return Answer(int(status.split()[1]), body.decode(errors="replace"), headers)

@@ -117,6 +117,24 @@ def _different_copies(evidence: Evidence) -> Iterator[tuple[str, str]]:
                     yield recipient, f"got the {name} {value!r}, which is empty or belongs to {owners.get(value)}"
 
 
+def _unanswered_keys(evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """Every client with an Idempotency-Key gets an answer in the end; all answers with 201 to one key are the same."""
+    asked: dict[str, list[SignUp]] = defaultdict(list)
+    for sign_up in evidence.sign_ups:
+        if sign_up.key:
+            asked[sign_up.key].append(sign_up)
+    for sign_ups in asked.values():
+        username = sign_ups[0].username
+        if not any(sign_up.is_final for sign_up in sign_ups):
+            yield username, f"asked {len(sign_ups)} times with a key, and got no answer"
+        if len({sign_up.body for sign_up in sign_ups if sign_up.status == 201}) > 1:
+            yield username, "got different answers to one key"
+        if sum(sign_up.status == 201 and not sign_up.is_replayed for sign_up in sign_ups) > 1:
+            yield username, "was created twice with one key"
+        if any(sign_up.status == 422 for sign_up in sign_ups):
+            yield username, "got 422 to its own key"
+
+
 def _inconsistent_clients(evidence: Evidence) -> Iterator[tuple[str, str]]:
     """The answers to the clients match the database."""
     users = {user.username: user.email for user in evidence.users}
@@ -125,7 +143,7 @@ def _inconsistent_clients(evidence: Evidence) -> Iterator[tuple[str, str]]:
     for sign_up in evidence.sign_ups:
         asked[sign_up.username, sign_up.email].append(sign_up)
     for (username, email), sign_ups in asked.items():
-        statuses = [sign_up.status for sign_up in sign_ups]
+        statuses = [sign_up.status for sign_up in sign_ups if not sign_up.is_replayed]
         exists = users.get(username) == email
         if statuses.count(201) > 1:
             yield username, "was created twice"
@@ -133,7 +151,8 @@ def _inconsistent_clients(evidence: Evidence) -> Iterator[tuple[str, str]]:
             yield username, "got 201 and does not exist"
         if exists and not {201, 503, None} & set(statuses):
             yield username, f"exists, and got {statuses}"
-        if 409 in statuses and username not in users and email.lower() not in emails:
+        is_refused = any(sign_up.status == 409 and sign_up.is_final for sign_up in sign_ups)
+        if is_refused and username not in users and email.lower() not in emails:
             yield username, "got 409, and neither name nor address is taken"
     for username, email in users.items():
         if (username, email) not in asked:
@@ -230,7 +249,9 @@ def _early(evidence: Evidence) -> Iterator[tuple[str, str]]:
     first = {recipient: mails[0].accepted for recipient, mails in copies(evidence.mails).items()}
     created = {user.username: user.created for user in evidence.users}
     for sign_up in evidence.sign_ups:
-        if sign_up.status == 201 and sign_up.email in first and sign_up.username in created:
+        # Another service, with another delay, may have replayed the answer.
+        is_first = sign_up.status == 201 and not sign_up.is_replayed
+        if is_first and sign_up.email in first and sign_up.username in created:
             early = created[sign_up.username] + evidence.delay_of(sign_up) - first[sign_up.email]
             jumped = any(overlaps((sign_up.sent, first[sign_up.email]), span) for span in jumps)
             if early > _CLOCK_TOLERANCE and not jumped:
@@ -257,6 +278,7 @@ CHECKS: dict[str, Callable[[Evidence], Iterator[tuple[str, str]]]] = {
     "unexplained duplicates": _unexplained_duplicates,
     "different copies": _different_copies,
     "inconsistent clients": _inconsistent_clients,
+    "unanswered keys": _unanswered_keys,
     "unexpected answers": _unexpected_answers,
     "unasked exits": _unasked_exits,
     "failed faults": _failed_faults,

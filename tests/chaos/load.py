@@ -15,6 +15,8 @@ _PATIENCE = 10.0
 _IMPATIENCE = 0.03
 """Seconds that a client waits for an answer; an impatient one disconnects at about the commit."""
 _TRIES = 4
+_WITH_KEY = 0.5
+"""Share of clients that send an Idempotency-Key."""
 
 _INVALID = (
     {"password": "short"},
@@ -83,24 +85,34 @@ class Load:
             user |= {"username": other.username} if intent == "taken username" else {"email": other.email.title()}
         if intent == "invalid":
             user |= draw.choice(_INVALID)
-        # A client that does not know the outcome may try again.
-        tries = _TRIES if draw.random() < 0.7 else 1
-        for number in range(tries):
+        # A client that does not know the outcome may try again, and with a key it does so until it knows. Some ask once
+        # more although they know.
+        key = f"{draw.getrandbits(128):032x}" if draw.random() < _WITH_KEY else ""
+        tries = range(_TRIES if draw.random() < 0.7 else 1)
+        asks_once_more = bool(key) and draw.random() < 0.2
+        for number in count() if key else tries:
             service = draw.randrange(len(self._ports))
-            status = await self._post(service, user, intent if number == 0 or intent != "impatient" else "new")
-            if status not in (None, 503):
-                return
+            how = intent if number == 0 or intent != "impatient" else "new"
+            if await self._post(service, user, how, key):
+                if not asks_once_more:
+                    return
+                asks_once_more = False
             await asyncio.sleep(draw.uniform(0.5, 2.0))
 
-    async def _post(self, service: int, user: dict[str, object], intent: str) -> int | None:
-        sign_up = SignUp(intent, str(user["username"]), str(user["email"]), service, time.time())
+    async def _post(self, service: int, user: dict[str, object], intent: str, key: str) -> bool:
+        """Sends a request, and returns whether the client knows what became of it."""
+        sign_up = SignUp(intent, str(user["username"]), str(user["email"]), service, time.time(), key=key)
         self.sign_ups.append(sign_up)
         patience = _IMPATIENCE if intent == "impatient" else _PATIENCE
         try:
-            sign_up.status, sign_up.body = await post(self._ports[service], "/v1/users", user, patience)
+            answer = await post(self._ports[service], "/v1/users", user, patience, key)
         except NoAnswerError as error:
             sign_up.body = str(error)
+        else:
+            sign_up.status, sign_up.body = answer.status, answer.body
+            sign_up.is_replayed = answer.headers.get("idempotency-replayed") == "true"
+            sign_up.must_retry = "retry-after" in answer.headers
         sign_up.answered = time.time()
         if sign_up.status == 201:
             self.acknowledged.append(sign_up)
-        return sign_up.status
+        return sign_up.is_final

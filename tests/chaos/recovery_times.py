@@ -76,7 +76,7 @@ class Clients:
         name = f"user_{number}"
         user = {"username": name, "password": "correct horse", "full_name": "A User", "email": f"{name}@example.com"}
         async with self._requests:
-            status, answer = await post(self._port, "/v1/users", user, _PATIENCE)
+            status, answer, _ = await post(self._port, "/v1/users", user, _PATIENCE)
         assert status == 201, answer
         return user["email"], time.time()
 

@@ -114,6 +114,10 @@ def summary(of: Report) -> dict[str, Any]:
         "no answer": sum(sign_up.status is None for sign_up in asked),
         "answered 503": sum(sign_up.status == 503 for sign_up in asked),
         "refused": sum(sign_up.status is not None and 400 <= sign_up.status < 500 for sign_up in asked),
+        "clients with a key": len({sign_up.key for sign_up in asked if sign_up.key}),
+        "requests repeated with a key": sum(bool(sign_up.key) for sign_up in asked)
+        - len({sign_up.key for sign_up in asked if sign_up.key}),
+        "answers replayed": sum(sign_up.is_replayed for sign_up in asked),
         "mails": len(evidence.mails),
         "faults": len(evidence.faults),
         "processes ended": len(evidence.exits),

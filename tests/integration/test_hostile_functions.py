@@ -140,6 +140,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "open_verifications": {"outbox_ids": [1], "usernames": ["alice"], "lifetime": 900},
     "detach_verifications": {"outbox_ids": [1], "usernames": ["alice"]},
     "find_verification": {"id": 1},
+    "add_user_once": {**USER, "username": "bob", "email": "bob@example.com", "key": "k", "fingerprint": b"f"},
+    "store_answer": {"key": "k", "status_code": 201, "body": "{}"},
+    "find_answer": {"key": "k"},
+    "delete_old_answers": {"retention": 1.0, "batch": 9},
     "verify_user": USER,
     "use_verification": {"id": 1},
 }

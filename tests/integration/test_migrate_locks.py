@@ -134,7 +134,7 @@ def long_ids_url(create_database: CreateDatabase, template: str) -> str:
 
 def test_request_ids_of_earlier_versions_are_cut(long_ids_url: str) -> None:
     """Otherwise every update of their rows would violate the limit: they could be neither handed over nor completed."""
-    assert len(migrate(long_ids_url)) == 2
+    assert {"0006_limited_request_ids", "0007_cut_request_ids"} <= set(migrate(long_ids_url))
     with postgres.connect(long_ids_url, "test") as connection:
         connection.execute("UPDATE outbox SET delivery = delivery + 1")
         ids = [row["request_id"] for row in connection.execute("SELECT request_id FROM outbox ORDER BY id")]
@@ -163,4 +163,4 @@ def test_rows_are_written_while_long_request_ids_are_cut(long_ids_url: str, impa
                 connection.execute(
                     "INSERT INTO outbox (task, payload, request_id) VALUES ('t', '{}', repeat('x', 201))"
                 )
-        assert migrated.result(20) == ["0007_cut_request_ids"]
+        assert "0007_cut_request_ids" in migrated.result(20)

@@ -39,6 +39,7 @@ _EMPTY: LiteralString = """
 DELETE FROM outbox;
 DELETE FROM verify_emails;
 DELETE FROM users;
+DELETE FROM idempotency_keys;
 SELECT setval(seqrelid::regclass, 1, false) FROM pg_sequence;
 """
 

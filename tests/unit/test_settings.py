@@ -31,6 +31,7 @@ def test_defaults_suit_production() -> None:
         "sweep_interval": 2,
         "sweep_grace": 1,
         "retention": 86_400,
+        "idempotency_retention": 86_400,
         "unverified_retention": None,
     }
     service = ServiceSettings.from_environment()
@@ -111,6 +112,7 @@ _WRONG: list[tuple[Settings, str, list[str]]] = [
     (RelaySettings, "OUTBOX_SWEEP_INTERVAL", ["hunter2", "0"]),
     (RelaySettings, "OUTBOX_SWEEP_GRACE", ["hunter2", "0"]),
     (RelaySettings, "OUTBOX_RETENTION", ["hunter2", "0", "31536001"]),
+    (RelaySettings, "OUTBOX_IDEMPOTENCY_RETENTION", ["hunter2", "0", "31536001"]),
     (RelaySettings, "OUTBOX_UNVERIFIED_RETENTION", ["hunter2", "0", "31536001", "off"]),
     (WorkerSettings, "OUTBOX_CONCURRENCY", ["hunter2", "0", "1001"]),
     (WorkerSettings, "OUTBOX_GRACE", ["hunter2", "0"]),
