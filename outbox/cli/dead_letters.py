@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, LiteralString, NamedTuple
+
+from psycopg.rows import scalar_row
 
 from outbox.queries import query
 from outbox.row import Status, named
@@ -49,11 +51,17 @@ class ShownRow(NamedTuple):
     """A JSON object with the columns of the table."""
 
 
+class _RowStatus(NamedTuple):
+    """A row of the statement `row_statuses`."""
+
+    id: int
+    status: str
+
+
 def count(connection: Connection, task: str | None) -> int:
     """Returns how many rows of `task`, or of all tasks, are dead."""
-    row = connection.execute(query("count_dead"), {"task": task}).fetchone()
-    assert row is not None
-    return int(row["rows"])
+    (rows,) = _values(connection, query("count_dead"), task=task)
+    return int(rows)
 
 
 def newest(connection: Connection, task: str | None, limit: int) -> list[ListedRow]:
@@ -65,8 +73,7 @@ def newest(connection: Connection, task: str | None, limit: int) -> list[ListedR
 def newest_json(connection: Connection, task: str | None, limit: int) -> list[str]:
     """Returns the newest dead rows, each as the text of a JSON object with the columns of the table."""
     with _in_utc(connection):
-        rows = connection.execute(query("list_dead_json"), {"task": task, "limit": limit})
-        return [row["document"] for row in rows]
+        return _values(connection, query("list_dead_json"), task=task, limit=limit)
 
 
 def read(connection: Connection, row_id: int) -> ShownRow | None:
@@ -78,9 +85,8 @@ def read(connection: Connection, row_id: int) -> ShownRow | None:
 
 def ids(connection: Connection, task: str | None) -> list[int]:
     """Returns the ids of all dead rows of `task`, or of all tasks, in order."""
-    row = connection.execute(query("dead_ids"), {"task": task}).fetchone()
-    assert row is not None
-    return list(row["ids"])
+    (row_ids,) = _values(connection, query("dead_ids"), task=task)
+    return list(row_ids)
 
 
 def retry(connection: Connection, row_ids: Sequence[int]) -> list[int]:
@@ -95,7 +101,7 @@ def retry(connection: Connection, row_ids: Sequence[int]) -> list[int]:
     """
     retried: list[int] = []
     for batch in _batches(row_ids):
-        retried_batch = [row["id"] for row in connection.execute(query("retry_dead"), {"ids": batch})]
+        retried_batch = _values(connection, query("retry_dead"), ids=batch)
         if retried_batch:
             connection.execute(query("notify_relays"))
         retried += retried_batch
@@ -104,34 +110,34 @@ def retry(connection: Connection, row_ids: Sequence[int]) -> list[int]:
 
 def unhandled_ids(connection: Connection, task: str | None) -> list[int]:
     """Returns the ids of rows of `task`, or of all tasks, that workers give back because they cannot handle them."""
-    row = connection.execute(query("unhandled_ids"), {"task": task}).fetchone()
-    assert row is not None
-    return list(row["ids"])
+    (row_ids,) = _values(connection, query("unhandled_ids"), task=task)
+    return list(row_ids)
 
 
 def give_up(connection: Connection, row_ids: Sequence[int]) -> list[int]:
     """Makes rows of `unhandled_ids` dead, in batches as `retry` does, and returns the ids of those that now are."""
     return sorted(
-        row["id"]
-        for batch in _batches(row_ids)
-        for row in connection.execute(query("give_up_unhandled"), {"ids": batch}).fetchall()
+        row_id for batch in _batches(row_ids) for row_id in _values(connection, query("give_up_unhandled"), ids=batch)
     )
 
 
 def discard(connection: Connection, row_ids: Sequence[int]) -> list[int]:
     """Deletes dead rows, in batches as `retry` does, and returns their ids."""
     return sorted(
-        row["id"]
-        for batch in _batches(row_ids)
-        for row in connection.execute(query("discard_dead"), {"ids": batch}).fetchall()
+        row_id for batch in _batches(row_ids) for row_id in _values(connection, query("discard_dead"), ids=batch)
     )
 
 
 def statuses(connection: Connection, row_ids: Sequence[int]) -> dict[int, Status | None]:
     """Returns the status of each row; None for a row that does not exist."""
-    rows = connection.execute(query("row_statuses"), {"ids": list(row_ids)})
-    existing = {row["id"]: Status(row["status"]) for row in rows}
+    rows = connection.cursor(row_factory=named(_RowStatus)).execute(query("row_statuses"), {"ids": list(row_ids)})
+    existing = {row.id: Status(row.status) for row in rows}
     return {row_id: existing.get(row_id) for row_id in row_ids}
+
+
+def _values(connection: Connection, statement: LiteralString, **parameters: object) -> list[Any]:
+    """Returns the values of a statement's only column."""
+    return connection.cursor(row_factory=scalar_row).execute(statement, parameters).fetchall()
 
 
 @contextmanager

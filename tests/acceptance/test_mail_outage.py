@@ -1,6 +1,8 @@
 """An outage of the mail server counts no attempt and stops no other task; all mails are sent when it is back."""
 
+import socket
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -76,11 +78,19 @@ def test_users_created_while_the_mail_server_is_down(stack: Stack, connection: C
     assert connection.execute("SELECT DISTINCT attempts FROM outbox").fetchall() == [{"attempts": 1}]
 
 
+@pytest.fixture
+def refusing_port() -> Iterator[int]:
+    """A port that refuses connections and that no other server can take, as it could take a free port."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield int(bound.getsockname()[1])
+
+
 def test_a_worker_that_cannot_reach_the_mail_server_leaves_mails_to_another(
-    stack: Stack, connection: Connection, mailbox: Mailbox
+    stack: Stack, connection: Connection, mailbox: Mailbox, refusing_port: int
 ) -> None:
     """It fails fast, but takes few rows of a burst, and gives them back without counting an attempt."""
-    away = stack.start("worker", SMTP_URL=f"smtp://127.0.0.1:{free_port()}")
+    away = stack.start("worker", SMTP_URL=f"smtp://127.0.0.1:{refusing_port}")
     able = stack.start("worker")
     stack.run("relay")
     for worker in (away, able):

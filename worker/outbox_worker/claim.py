@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from psycopg.rows import scalar_row
+
 from outbox.queries import query
 from outbox.row import Status, named
 from outbox.rq_jobs import Delivery, columns
@@ -156,8 +158,9 @@ def claim_free(
         claims.extend(claimed)
 
     with connection.transaction():
-        rows = connection.execute(query("lock_available_rows"), {"ids": [delivery.row_id for delivery in deliveries]})
-        locked_ids = {row["id"] for row in rows}
+        row_ids = [delivery.row_id for delivery in deliveries]
+        cursor = connection.cursor(row_factory=scalar_row)
+        locked_ids = set(cursor.execute(query("lock_available_rows"), {"ids": row_ids}))
         refused = write_bisecting([delivery for delivery in deliveries if delivery.row_id in locked_ids], claim_batch)
     return claims, refused
 
