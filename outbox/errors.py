@@ -33,7 +33,7 @@ class UnsupportedDatabaseError(OutboxError):
 
 
 class RightsError(OutboxError):
-    """The role that migrates may not create tables, or another role owns a schema or table by a name of ours."""
+    """The migrating role may not create tables, or another role owns a schema or table with one of our names."""
 
 
 class LockedError(OutboxError):

@@ -42,5 +42,5 @@ class ForeignJobs:
     @staticmethod
     def log_dropped(job: bytes, *, is_job: bool, key: str) -> None:
         """Logs that a job could not be kept, or that an id was no job."""
-        why = f"{aside_key(key)} is full" if is_job else "no job of ours has this id"
+        why = f"{aside_key(key)} is full" if is_job else "this is not the id of one of our jobs"
         logs.get().warning("dropped job", job=repr(job), why=why)

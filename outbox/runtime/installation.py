@@ -17,7 +17,7 @@ LIFETIME = 30
 """Seconds for which an announcement in Redis counts."""
 
 MAX_BYTES = 200
-"""Bytes that are read of another installation's id: more than an id of ours has."""
+"""Upper bound of the bytes read from another installation's id. Our ids are shorter."""
 
 LOG_INTERVAL = 60.0
 """Seconds between two log lines about another installation."""

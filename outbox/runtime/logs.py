@@ -1,4 +1,4 @@
-"""Logging: one line per event, of ours or of a library, in text on a terminal and in JSON elsewhere."""
+"""Writes one log line per event of ours or of a library: text on a terminal, JSON elsewhere."""
 
 import json
 import logging

@@ -41,7 +41,7 @@ def migrate(database_url: str) -> list[str]:
     Raises:
         UnsupportedDatabaseError: the database is not in UTF-8.
         RightsError: the database lacks migrations, and the role may not create tables; or another role owns a table
-            by a name of ours, or the schema by our role's name.
+            with one of our names, or the schema with our role's name.
         LockedError: other sessions held a table for too long; the migrations before this one are applied, and nothing
             of this one.
         psycopg.OperationalError: Postgres is away.

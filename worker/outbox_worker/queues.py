@@ -168,5 +168,5 @@ def _parse(job_ids: Iterable[Any]) -> list[Delivery]:
         if delivery := Delivery.parse(job_id):
             deliveries.append(delivery)
         else:  # its numbers are too large
-            logs.get().warning("dropped job", job=repr(job_id), why="no job of ours has this id")
+            logs.get().warning("dropped job", job=repr(job_id), why="this is not the id of one of our jobs")
     return deliveries
